@@ -1,0 +1,161 @@
+"""Saving and loading results: `*.onnx`, or a folder with `manifest.json`, the graph and its constants. No pickles."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxopt.errors import InvalidModel, OutputError, Unsupported
+from fxopt.ir.graph import Graph
+from fxopt.ir.ledger import Ledger
+
+if TYPE_CHECKING:
+    from fxopt.engine import Outcome
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+def save(outcome: Outcome, path: Path) -> None:
+    """Write the result; see `Optimized.save`."""
+    if path.suffix == ".onnx":
+        _save_onnx(outcome, path)
+    elif path.suffix:
+        raise Unsupported(f"{path}: results are written as .onnx, or as a folder (a path without a suffix)")
+    else:
+        _save_folder(outcome, path)
+
+
+def _save_onnx(outcome: Outcome, path: Path) -> None:
+    from fxopt.backends.onnxruntime.forms import FORMS
+    from fxopt.ir.onnx.export import save as save_graph
+
+    graph = outcome.graph
+    if graph.origin != "onnx":
+        named = sorted({str(node.target) for node in graph.calls() if "fxopt" in str(node.target)})
+        hint = f" (it holds {', '.join(named)})" if named else ""
+        raise Unsupported(
+            f"{path}: a PyTorch graph optimised for {outcome.report.target} has no ONNX form{hint}; "
+            "save it as a folder, or optimise for target 'host'"
+        )
+    save_graph(_signed(outcome), path, FORMS)
+
+
+def _signed(outcome: Outcome) -> Graph:
+    """The graph with what it was made for in the model's metadata; itself when nothing was changed."""
+    graph = outcome.graph
+    if outcome.report.outcome != "optimized" or graph.model is None:
+        return graph
+    signed = graph.copy()
+    assert signed.model is not None
+    proto = type(signed.model.proto).FromString(signed.model.proto.SerializeToString())
+    signed.model.proto = proto
+    known = {entry.key: entry for entry in proto.metadata_props}
+    for key, value in _metadata(outcome).items():
+        entry = known[key] if key in known else proto.metadata_props.add(key=key)
+        entry.value = value
+    return signed
+
+
+def _metadata(outcome: Outcome) -> dict[str, str]:
+    report = outcome.report
+    applied = sorted({row.pass_name for row in outcome.ledger.select(outcome="applied")})
+    return {
+        "fxopt.version": report.versions.get("fxopt", ""),
+        "fxopt.target": report.target,
+        "fxopt.passes": ",".join(applied),
+    }
+
+
+def _save_folder(outcome: Outcome, path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; give the name of a folder, or of an .onnx file")
+    if path.is_dir() and any(path.iterdir()) and not (path / _MANIFEST).exists():
+        raise OutputError(f"{path} is a folder with other content; give an empty or a new one")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist")
+    try:
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            _fill(outcome, scratch)
+            if path.exists():
+                shutil.rmtree(path)
+            scratch.rename(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _fill(outcome: Outcome, folder: Path) -> None:
+    graph = outcome.graph
+    kind = "onnx" if graph.origin == "onnx" else "text"
+    if kind == "onnx":
+        _save_onnx(outcome, folder / "model.onnx")
+    else:
+        from fxopt.ir.text import save_text
+
+        save_text(graph, folder / "graph")
+    manifest = {
+        "format": FORMAT,
+        "graph": kind,
+        "target": outcome.report.target,
+        "backend": outcome.report.backend,
+        "report": outcome.report.to_json(),
+        "ledger": outcome.ledger.to_json(),
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def load(path: Path, threads: int | None = None) -> Outcome:
+    """What `save` wrote."""
+    if not path.exists():
+        raise InvalidModel(f"{path}: no such file or folder; expected an .onnx file or a folder that fxopt saved")
+    if path.is_file():
+        return _load_onnx(path, threads, None)
+    manifest_file = path / _MANIFEST
+    if not manifest_file.is_file():
+        raise InvalidModel(f"{path} holds no {_MANIFEST}; expected a folder that fxopt saved")
+    try:
+        manifest: dict[str, Any] = json.loads(manifest_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidModel(f"{manifest_file} is not JSON: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise InvalidModel(f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}")
+    if manifest["graph"] == "onnx":
+        return _load_onnx(path / "model.onnx", threads, manifest)
+    from fxopt.backends.eager import EagerExecutable
+    from fxopt.ir.text import load_text
+
+    graph = load_text(path / "graph")
+    return _outcome(graph, EagerExecutable(graph), manifest)
+
+
+def _load_onnx(path: Path, threads: int | None, manifest: dict[str, Any] | None) -> Outcome:
+    from fxopt.backends.onnxruntime.session import OnnxExecutable
+    from fxopt.engine import bind_sizes
+    from fxopt.frontends.onnx import load as load_graph
+
+    graph = load_graph(path)
+    bind_sizes(graph, None)
+    return _outcome(graph, OnnxExecutable(path, threads), manifest)
+
+
+def _outcome(graph: Graph, executable: Any, manifest: dict[str, Any] | None) -> Outcome:
+    from fxopt.engine import Outcome
+    from fxopt.report.report import Report, Summary
+
+    if manifest is not None:
+        report = Report.from_json(manifest["report"])
+        report.executed_on = executable.executed_on
+        return Outcome(graph, executable, report, Ledger.from_json(manifest["ledger"]))
+    operators = sum(1 for _ in graph.calls())
+    summary = Summary(operators, {}, graph.size_bytes(), 0)
+    report = Report(
+        target="host", backend="onnxruntime", executed_on=executable.executed_on, outcome="unchanged",
+        why="loaded from a file", objective="latency", budget=None, before=summary, after=summary,
+    )  # fmt: skip
+    return Outcome(graph, executable, report, Ledger())

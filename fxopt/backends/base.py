@@ -1,0 +1,68 @@
+"""What a backend is: which operators it takes, and how a graph becomes something that runs and can be saved."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import fx
+
+from fxopt.errors import MissingDependency
+from fxopt.ir.graph import Graph
+from fxopt.ir.target import Target
+
+
+class Executable(ABC):
+    """A compiled graph."""
+
+    executed_on: str = ""  # what really ran: "onnxruntime CPU, 2 threads", "eager (reference)"
+
+    @abstractmethod
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """The outputs on flat inputs."""
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the artifact; nothing half-written is left when it fails."""
+
+    def close(self) -> None:
+        """Release threads and memory."""
+
+
+class Backend(ABC):
+    """A backend, described by capabilities that are declared beside the lowering."""
+
+    needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
+    extra: ClassVar[str] = ""  # the extra of the package that installs them
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name on the command line."""
+
+    @abstractmethod
+    def refuses(self, node: fx.Node, target: Target) -> str:
+        """"" when the backend runs the node, else the reason why not."""
+
+    @abstractmethod
+    def supports(self, op: str, dtype: str, pattern: str = "") -> str:
+        """"" when an operator that a pass wants to introduce runs fast here, else the reason why not."""
+
+    @abstractmethod
+    def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
+        """Turn the graph into something that runs."""
+
+    def prefers(self, op: str) -> str:
+        """"" when the backend's own fusion into `op` is fast, else the reason to avoid it (with what was measured)."""
+        return ""
+
+    @classmethod
+    def require(cls) -> None:
+        """Raise `MissingDependency` when a module is not installed."""
+        for module in cls.needs:
+            if importlib.util.find_spec(module) is None:
+                install = f"fxopt[{cls.extra}]" if cls.extra else module
+                raise MissingDependency(f"backend {cls.__name__} needs {module}; install it: pip install '{install}'")

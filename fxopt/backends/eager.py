@@ -1,0 +1,57 @@
+"""Run the graph in torch, operator by operator: the reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from fxopt.backends.base import Backend, Executable
+from fxopt.errors import Unsupported
+from fxopt.ir.graph import Graph
+from fxopt.ir.interpreter import Evaluator
+from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.target import Target
+
+
+class EagerExecutable(Executable):
+    """The interpreter over a graph."""
+
+    executed_on = "eager (reference)"
+
+    def __init__(self, graph: Graph, evaluator: Evaluator | None = None) -> None:
+        self.graph = graph
+        self.evaluator = evaluator
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """The outputs on flat inputs."""
+        return self.graph.run(inputs, evaluator=self.evaluator)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """The reference has no artifact of its own."""
+        raise Unsupported("the reference has no artifact; save the graph instead")
+
+
+class Eager(Backend):
+    """The reference backend: takes everything that has a torch definition."""
+
+    @property
+    def name(self) -> str:
+        """The name on the command line."""
+        return "eager"
+
+    def refuses(self, node: fx.Node, target: Target) -> str:
+        """Operators without a torch reference."""
+        if isinstance(node.target, OnnxOp) and not node.target.has_reference:
+            return f"{node.target!r} has no torch reference"
+        return ""
+
+    def supports(self, op: str, dtype: str, pattern: str = "") -> str:
+        """Every fxopt operator runs here."""
+        return ""
+
+    def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
+        """An interpreter over a copy of the graph."""
+        return EagerExecutable(graph.copy())

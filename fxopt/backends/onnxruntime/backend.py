@@ -1,0 +1,77 @@
+"""The ONNX Runtime backend: `.onnx` is its artifact."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from pathlib import Path
+
+from torch import fx
+
+from fxopt.backends.base import Backend
+from fxopt.backends.onnxruntime.session import OnnxExecutable
+from fxopt.errors import Unsupported
+from fxopt.ir.graph import Graph
+from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.target import Target
+
+# Fusions that ONNX Runtime makes by itself and that are slower than what they replace, by the first version in which
+# that was measured (benchmarks/ort_fusions.py).
+_SLOW_FUSIONS = {"SkipLayerNormalization": ((1, 32), "slower than Add followed by LayerNormalization")}
+
+
+class OnnxRuntime(Backend):
+    """ONNX Runtime on the CPU."""
+
+    needs = ("onnxruntime",)
+
+    @property
+    def name(self) -> str:
+        """The name on the command line."""
+        return "onnxruntime"
+
+    def refuses(self, node: fx.Node, target: Target) -> str:
+        """Operators without an ONNX form."""
+        from fxopt.backends.onnxruntime.forms import FORMS
+
+        if isinstance(node.target, OnnxOp) or node.target in FORMS:
+            return ""
+        return f"{node.target} has no ONNX form"
+
+    def supports(self, op: str, dtype: str, pattern: str = "") -> str:
+        """The fxopt operators that have an ONNX form which ONNX Runtime fuses into an integer kernel."""
+        from fxopt.backends.onnxruntime.forms import FORMS
+
+        known = {target.name().removeprefix("fxopt::") for target in FORMS}
+        return "" if op in known else f"operator {op} has no ONNX form that ONNX Runtime runs fast"
+
+    def prefers(self, op: str) -> str:
+        """The reason to avoid a fusion of ONNX Runtime, in the versions in which it was measured to be slow."""
+        since = _SLOW_FUSIONS.get(op)
+        if since is None or version() < since[0]:
+            return ""
+        return f"{op} of ONNX Runtime {'.'.join(map(str, version()))} is {since[1]}"
+
+    def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> OnnxExecutable:
+        """Write the graph to a temporary file and open it."""
+        from fxopt.backends.onnxruntime.forms import FORMS
+        from fxopt.ir.onnx.export import save
+
+        if graph.origin != "onnx":
+            raise Unsupported("the onnxruntime backend takes graphs of ONNX origin; export the PyTorch model first")
+        self.require()
+        scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
+        path = Path(scratch.name) / "model.onnx"
+        save(graph, path, FORMS)
+        return OnnxExecutable(path, threads, scratch)
+
+
+def version() -> tuple[int, int]:
+    """Major and minor version of the installed ONNX Runtime."""
+    for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"):
+        try:
+            major, minor, *_ = importlib.metadata.version(name).split(".")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return int(major), int(minor)
+    return (0, 0)

@@ -1,0 +1,147 @@
+"""The ONNX form of every fxopt operator: standard operators that ONNX Runtime fuses into its integer kernels.
+
+Dynamic linear: DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul -> Add becomes DynamicQuantizeMatMul or, where
+several linears share the quantised input, MatMulIntegerToFloat. Static linear: Q/DQ around MatMul becomes
+MatMulIntegerToFloat. Convolution: Q/DQ around Conv becomes QLinearConv. Activations are uint8 and weights int8: the
+kernels for int8 activations are an order of magnitude slower on x86.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from onnx import TensorProto
+from torch import fx
+
+from fxopt.ir.onnx.export import Emitter, Forms
+from fxopt.ir.ops.conv_w8a8 import conv_w8a8
+from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
+
+
+def _tensor(emitter: Emitter, node: Any) -> torch.Tensor:
+    value = emitter.graph.constant(node)
+    assert value is not None
+    return value
+
+
+def _name(node: Any) -> str:
+    return str(node.target).removeprefix("k_")
+
+
+def _shared(emitter: Emitter, key: tuple[Any, ...], value: torch.Tensor, hint: str) -> str:
+    if key not in emitter.shared:
+        emitter.shared[key] = emitter.initializer(value, hint)
+    return str(emitter.shared[key])
+
+
+def _transposed_codes(emitter: Emitter, codes: Any) -> str:
+    """The codes as [in, out]: the layout of MatMul."""
+    return _shared(emitter, ("transposed", codes), _tensor(emitter, codes).t().contiguous(), _name(codes))
+
+
+def _linear_dynamic(emitter: Emitter, node: fx.Node) -> str:
+    x, codes, scales, bias = node.args
+    x_name = emitter.value(x)
+    key = ("dynamic", x_name)
+    if key not in emitter.shared:
+        parts = [emitter.fresh(f"{x_name}_{part}") for part in ("quantized", "scale", "zero_point")]
+        emitter.node("DynamicQuantizeLinear", [x_name], parts)
+        emitter.shared[key] = parts
+    quantized, scale, zero = emitter.shared[key]
+    y = emitter.output(node)
+    accumulated, as_float, unit = (emitter.fresh(f"{y}_{part}") for part in ("int32", "float", "scale"))
+    emitter.node("MatMulInteger", [quantized, _transposed_codes(emitter, codes), zero], [accumulated])
+    emitter.node("Cast", [accumulated], [as_float], to=TensorProto.FLOAT)
+    emitter.node("Mul", [scale, emitter.value(scales)], [unit])
+    if bias is None:
+        emitter.node("Mul", [as_float, unit], [y])
+        return y
+    product = emitter.fresh(f"{y}_product")
+    emitter.node("Mul", [as_float, unit], [product])
+    emitter.node("Add", [product, emitter.value(bias)], [y])
+    return y
+
+
+def _range(emitter: Emitter, scale: float, zero: int, stem: str) -> tuple[str, str]:
+    """Names of the scale and the uint8 zero point; equal ones are shared."""
+    return (
+        _shared(emitter, ("scale", scale), torch.tensor(scale, dtype=torch.float32), f"{stem}_scale"),
+        _shared(emitter, ("zero", zero), torch.tensor(zero, dtype=torch.uint8), f"zero_point_{zero}"),
+    )
+
+
+def _requantized(emitter: Emitter, x: str, scale: float, zero: int) -> str:
+    """x rounded to the 256 levels, as float: one Q/DQ pair per value, shared by its consumers."""
+    key = ("levels", x, scale, zero)
+    if key not in emitter.shared:
+        scale_name, zero_name = _range(emitter, scale, zero, x)
+        quantized, levels = emitter.fresh(f"{x}_quantized"), emitter.fresh(f"{x}_dequantized")
+        emitter.node("QuantizeLinear", [x, scale_name, zero_name], [quantized])
+        emitter.node("DequantizeLinear", [quantized, scale_name, zero_name], [levels])
+        emitter.shared[key] = levels
+    return str(emitter.shared[key])
+
+
+def _weight(emitter: Emitter, codes_name: str, scales: Any, axis: int) -> str:
+    name = emitter.fresh(f"{codes_name}_dequantized")
+    zero = _shared(
+        emitter, ("weight zero", scales), torch.zeros_like(_tensor(emitter, scales), dtype=torch.int8), f"{codes_name}_zero"
+    )
+    emitter.node("DequantizeLinear", [codes_name, emitter.value(scales), zero], [name], axis=axis)
+    return name
+
+
+def _linear_static(emitter: Emitter, node: fx.Node) -> str:
+    x, codes, scales, bias, x_scale, x_zero = node.args
+    levels = _requantized(emitter, emitter.value(x), x_scale, x_zero)  # type: ignore[arg-type]
+    weight = _weight(emitter, _transposed_codes(emitter, codes), scales, axis=1)
+    y = emitter.output(node)
+    if bias is None:
+        emitter.node("MatMul", [levels, weight], [y])
+        return y
+    product = emitter.fresh(f"{y}_product")
+    emitter.node("MatMul", [levels, weight], [product])
+    emitter.node("Add", [product, emitter.value(bias)], [y])
+    return y
+
+
+def _conv(emitter: Emitter, node: fx.Node) -> str:
+    x, codes, scales, bias, x_scale, x_zero, y_scale, y_zero, stride, pads, dilation, groups = node.args
+    levels = _requantized(emitter, emitter.value(x), x_scale, x_zero)  # type: ignore[arg-type]
+    weight = _weight(emitter, emitter.value(codes), scales, axis=0)
+    inputs = [levels, weight]
+    if bias is not None:
+        inputs.append(_conv_bias(emitter, node))
+    y = emitter.output(node)
+    plain, quantized = emitter.fresh(f"{y}_conv"), emitter.fresh(f"{y}_quantized")
+    attributes: dict[str, Any] = {
+        "strides": stride, "pads": pads, "dilations": dilation, "group": groups,
+        "kernel_shape": list(_tensor(emitter, codes).shape[2:]),
+    }  # fmt: skip
+    emitter.node("Conv", inputs, [plain], **attributes)
+    scale_name, zero_name = _range(emitter, y_scale, y_zero, y)  # type: ignore[arg-type]
+    emitter.node("QuantizeLinear", [plain, scale_name, zero_name], [quantized])
+    emitter.node("DequantizeLinear", [quantized, scale_name, zero_name], [y])
+    emitter.shared["levels", y, y_scale, y_zero] = y  # consumers with the same range need no second pair
+    return y
+
+
+def _conv_bias(emitter: Emitter, node: fx.Node) -> str:
+    """The bias as int32 multiples of x_scale * scales, dequantised: ONNX Runtime folds it into QLinearConv."""
+    codes, scales, bias, x_scale = node.args[1:5]
+    unit = _tensor(emitter, scales) * float(x_scale)  # type: ignore[arg-type]
+    levels = torch.round(_tensor(emitter, bias).double() / unit.double()).clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    stem = _name(codes)
+    names = [emitter.initializer(levels, f"{stem}_bias_int32"), emitter.initializer(unit, f"{stem}_bias_scale")]
+    zero = emitter.initializer(torch.zeros_like(levels), f"{stem}_bias_zero")
+    dequantized = emitter.fresh(f"{stem}_bias")
+    emitter.node("DequantizeLinear", [*names, zero], [dequantized], axis=0)
+    return dequantized
+
+
+FORMS: Forms = {
+    linear_w8a8_dynamic.target: _linear_dynamic,
+    linear_w8a8.target: _linear_static,
+    conv_w8a8.target: _conv,
+}

@@ -1,0 +1,89 @@
+"""`fxopt explain`: why each node is, or is not, optimised."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fxopt.cli import options
+from fxopt.cli.optimize import require_model
+from fxopt.cli.output import Output
+from fxopt.cli.progress import ProgressReporter
+from fxopt.config import Config
+from fxopt.errors import unknown
+
+if TYPE_CHECKING:
+    from fxopt.ir.graph import Graph
+    from fxopt.ir.ledger import Ledger, Verdict
+
+
+def explain(
+    model: options.Model,
+    node: Annotated[str | None, typer.Option(help="Only nodes whose names match.", metavar="REGEX")] = None,
+    pass_name: Annotated[str | None, typer.Option("--pass", help="Only verdicts of this pass.", metavar="NAME")] = None,
+    target: options.Target = "host",
+    calibration: options.Calibration = None,
+    budget: options.Budget = "0.02",
+    input_shape: options.InputShape = None,
+    backend: options.Backend = None,
+    threads: options.Threads = None,
+    json: options.Json = None,
+    debug: options.Debug = False,
+) -> None:
+    """Print the verdict of every pass on every node, with its reason."""
+    out = Output(json)
+    require_model(model)
+    if pass_name is not None:
+        from fxopt.catalog import entries
+
+        pass_name = pass_name.replace("_", "-")
+        if pass_name not in (known := entries("pass")):
+            raise unknown("pass", pass_name, known)
+    options.pattern_from("--node", node)
+    shapes, limit = options.shapes_from(input_shape), options.budget_from(budget)
+    import fxopt
+    from fxopt.report.text import render_verdicts
+
+    graph = fxopt.capture(str(model))
+    options.check_matches(graph, {"--node": node})
+    with ProgressReporter() as progress:
+        ledger = fxopt.explain(
+            str(model),
+            target,
+            calibration=calibration,
+            budget=limit,
+            input_shapes=shapes,
+            backend=backend,
+            threads=threads if threads is not None else Config.from_environment().threads,
+            progress=progress,
+        )
+    rows = verdicts(graph, ledger, node, pass_name)
+    out.json({"notes": ledger.notes, "verdicts": [vars(row) for row in rows]})
+    out.print(render_verdicts(rows))
+    for note in ledger.notes:
+        out.print(f"note: {note}")
+    if not rows:
+        out.print(
+            f"pass {pass_name} says nothing about this model: it has none of the operators that the pass works on"
+        )
+
+
+def verdicts(graph: Graph, ledger: Ledger, node: str | None, pass_name: str | None) -> list[Verdict]:
+    """The ledger's rows; asked for certain nodes, also a row for each of those that no pass said anything about."""
+    import re
+
+    from fxopt.ir.graph import label
+    from fxopt.ir.ledger import Verdict
+
+    rows = list(ledger.select(node=node, pass_name=pass_name))
+    if node is None:
+        return rows
+    named = {row.node for row in rows}
+    for call in graph.calls():
+        name = label(call)
+        if re.search(node, name) and name not in named:
+            kind = getattr(call.target, "op_type", None) or str(call.target)
+            reason = f"no verdict for this {kind} node: it is not one of the operators that the pass works on"
+            rows.append(Verdict(pass_name or "every pass", name, "no-match", reason))
+    return rows

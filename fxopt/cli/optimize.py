@@ -1,0 +1,213 @@
+"""`fxopt optimize`: the whole compiler on one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fxopt.cli import options
+from fxopt.cli.output import Output, check_destination, write_text
+from fxopt.cli.progress import ProgressReporter
+from fxopt.config import Config
+from fxopt.errors import InvalidModel, InvalidOption
+
+if TYPE_CHECKING:
+    from fxopt.ir.ledger import Ledger
+    from fxopt.report.report import Report
+
+
+def optimize(
+    model: options.Model,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write; without it nothing is written.", show_default=False),
+    ] = None,
+    target: options.Target = "host",
+    passes: options.Passes = None,
+    calibration: options.Calibration = None,
+    budget: options.Budget = "0.02",
+    objective: Annotated[Literal["latency", "size", "energy"], typer.Option(help="What must improve.")] = "latency",
+    evaluate: options.Evaluate = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    input_shape: options.InputShape = None,
+    backend: options.Backend = None,
+    threads: options.Threads = None,
+    guard_seconds: Annotated[float, typer.Option(min=0.0, help="Time for measuring what pays.")] = 10.0,
+    force: Annotated[bool, typer.Option("--force", help="Keep the result even when it does not pay.")] = False,
+    require_speedup: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Exit with 1 and write nothing when the result is not so many times faster."),
+    ] = None,
+    require_pass: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 1 and write nothing when this pass changed nothing; repeatable.", metavar="NAME"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan and price only: rewrite, measure and write nothing.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write report and ledger as one HTML file.", metavar="FILE.html")
+    ] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="Write the graph after every pass into this folder.", metavar="FOLDER")
+    ] = None,
+    seed: options.Seed = 0,
+    json: options.Json = None,
+    debug: options.Debug = False,
+) -> None:
+    """Make a model faster on a target within an accuracy budget, and say what was done, what was not, and why."""
+    out = Output(json)
+    require_model(model)
+    _check_files(model, output, report)
+    if dry_run and output is not None:
+        raise InvalidOption("--dry-run writes no model; leave --output out")
+    planning: dict[str, Any] = {
+        "calibration": calibration,
+        "budget": options.budget_from(budget),
+        "objective": objective,
+        "evaluate": _function(evaluate),
+        "passes": options.passes_from(passes),
+        "backend": backend,
+        "include": include,
+        "exclude": exclude,
+        "input_shapes": options.shapes_from(input_shape),
+        "threads": threads if threads is not None else Config.from_environment().threads,
+        "seed": seed,
+    }
+    require_pass = _known_passes(require_pass or [], planning["passes"])
+    import fxopt
+
+    if include or exclude:
+        options.check_matches(fxopt.capture(str(model)), {"--include": include, "--exclude": exclude})
+    if dry_run:
+        with ProgressReporter() as progress:
+            ledger = fxopt.explain(str(model), target, **planning, progress=progress)
+        _show_plan(out, ledger)
+        return
+    with ProgressReporter() as progress:
+        result = fxopt.optimize(
+            str(model),
+            target,
+            **planning,
+            force=force,
+            require_speedup=require_speedup,
+            require_passes=tuple(require_pass),
+            guard_seconds=guard_seconds,
+            dump=dump,
+            progress=progress,
+        )
+    failure = unmet(result.report, result.ledger, require_speedup, require_pass)
+    if output is not None and not failure:
+        result.save(output)
+    _show(out, result.report, result.ledger, model, output, report, failure)
+    if failure:
+        raise typer.Exit(1)
+
+
+def require_model(path: Path) -> None:
+    """Raise when there is no model file: before the slow imports."""
+    if path.is_dir():
+        raise InvalidModel(f"{path} is a folder; expected an ONNX model file")
+    if not path.exists():
+        near = [other.name for other in path.parent.glob("*.onnx")] if path.parent.is_dir() else []
+        hint = f"; there is {', '.join(sorted(near)[:5])}" if near else ""
+        raise InvalidModel(f"{path}: no such file; expected an ONNX model{hint}")
+
+
+def _check_files(model: Path, output: Path | None, report: Path | None) -> None:
+    if output is not None:
+        check_destination(output, "--output", model)
+    if report is not None:
+        check_destination(report, "--report", model)
+    if output is not None and report is not None and output.absolute() == report.absolute():
+        raise InvalidOption(f"--output and --report are both {output}")
+
+
+def _function(text: str | None) -> Any:
+    if text is None:
+        return None
+    from fxopt.catalog import function_from_text
+
+    return function_from_text(text)
+
+
+def _known_passes(names: list[str], given: list[Any] | None) -> list[str]:
+    """The names with dashes.
+
+    Raises:
+        UnknownName: neither the catalogue nor `-p` has such a pass.
+    """
+    if not names:
+        return []
+    from fxopt.catalog import entries
+    from fxopt.errors import unknown
+
+    known = {*entries("pass"), *(item.name for item in given or ())}
+    dashed = [name.replace("_", "-") for name in names]
+    for name in dashed:
+        if name not in known:
+            raise unknown("pass", name, known)
+    return dashed
+
+
+def unmet(report: Report, ledger: Ledger, speedup: float | None, passes: list[str]) -> str:
+    """What the user required and did not get; empty when all is met."""
+    if speedup is not None:
+        measured = report.measured
+        if measured is None:
+            return f"--require-speedup {speedup:g}: nothing was measured ({report.why or report.outcome})"
+        if measured.ratio < speedup:
+            return f"--require-speedup {speedup:g}: measured {measured.ratio:.2f}"
+    changed = {run.name for run in report.pass_runs if run.changes}
+    changed |= {verdict.pass_name for verdict in ledger.verdicts if verdict.outcome == "applied"}
+    for name in passes:
+        if name not in changed:
+            return f"--require-pass {name}: it changed nothing{_why(ledger, name)}"
+    return ""
+
+
+def _why(ledger: Ledger, name: str) -> str:
+    from fxopt.report.reasons import group_by_reason
+
+    groups = group_by_reason(ledger.select(pass_name=name))
+    return f"; most often because: {groups[0].reason} ({groups[0].count} nodes)" if groups else ""
+
+
+def _show_plan(out: Output, ledger: Ledger) -> None:
+    from rich.console import Group
+
+    from fxopt.report.text import render_reasons
+
+    out.print(Group(*render_reasons(ledger)))
+    out.print("dry run: nothing was rewritten, measured or written")
+    out.json({"ledger": ledger.to_json()})
+
+
+def _show(
+    out: Output, report: Report, ledger: Ledger, model: Path, output: Path | None, html: Path | None, failure: str
+) -> None:
+    from fxopt.report.text import render_report
+
+    if html is not None:
+        from fxopt.report.html import to_html
+
+        write_text(html, to_html(report, ledger, model.name))
+    out.json(
+        {
+            "model": str(model),
+            "output": None if output is None or failure else str(output),
+            "failed": failure or None,
+            "report": report.to_json(),
+            "ledger": ledger.to_json(),
+        }
+    )
+    out.print(render_report(report, ledger))
+    if failure:
+        out.print(f"failed: {failure}; no model was written")
+    elif output is None:
+        out.print("no model was written: give --output FILE")
+    else:
+        out.print(f"written: {output}")

@@ -1,0 +1,130 @@
+"""Options that several commands share, and the conversion of their texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fxopt.errors import InvalidOption, UnknownName, unknown
+
+if TYPE_CHECKING:
+    from fxopt.ir.graph import Graph
+    from fxopt.passes.base import Pass
+
+Model = Annotated[
+    Path, typer.Argument(help="The model: an ONNX file or an ExportedProgram (.pt2).", show_default=False)
+]
+Target = Annotated[
+    str, typer.Option("--target", "-t", help="Where it will run; `fxopt targets` lists them.", metavar="NAME")
+]
+Passes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pass",
+        "-p",
+        help="Consider only this lossy pass: NAME, NAME{option=value,...} or ./file.py:Class{...}; repeatable. "
+        "`none`: change nothing. Default: the planner's choice among all.",
+        metavar="PASS",
+        show_default=False,
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Sample inputs: an .npz (one array per input, samples along axis 0), an .npy, a folder of them, "
+        "`random`, or `weights` (judge weights alone).",
+        metavar="DATA",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    str,
+    typer.Option(
+        help="Largest loss: noise to signal of the outputs, or drop of the metric of --evaluate. `none`: no limit.",
+        metavar="NUMBER",
+    ),
+]
+Evaluate = Annotated[
+    str | None,
+    typer.Option(
+        help="The metric: a function from a callable model to a number, higher is better.", metavar="FILE.py:FUNCTION"
+    ),
+]
+Include = Annotated[str | None, typer.Option(help="Apply lossy passes only to nodes that match.", metavar="REGEX")]
+Exclude = Annotated[str | None, typer.Option(help="Leave the nodes that match as they are.", metavar="REGEX")]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Sizes for a model with dynamic dimensions, as in x:1,3,224,224; repeatable.", metavar="NAME:SIZES"
+    ),
+]
+Backend = Annotated[str | None, typer.Option(help="Instead of the target's own; `fxopt backends` lists them.", metavar="NAME")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run and measure with.", metavar="COUNT")]
+Seed = Annotated[int, typer.Option(help="Of everything random.", metavar="NUMBER")]
+Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON, `-` to stdout.", metavar="FILE|-")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def budget_from(text: str) -> float | None:
+    """`0.02` or `none`."""
+    if text.lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InvalidOption(f"--budget {text}: expected a number of 0 or more, or 'none'")
+    return value
+
+
+def shapes_from(texts: Iterable[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """`x:1,3,224,224` (or `x:[1,3,224,224]`) per input."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts or ():
+        name, colon, sizes = text.rpartition(":")
+        parts = sizes.strip("[]").split(",")
+        if not colon or not name or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise InvalidOption(f"--input-shape {text}: expected NAME:SIZES with positive sizes, as in x:1,3,224,224")
+        shapes[name] = tuple(int(part) for part in parts)
+    return shapes or None
+
+
+def passes_from(texts: Sequence[str] | None) -> list[Pass] | None:
+    """The passes that `-p` names; None without `-p`, and none at all for `-p none`."""
+    if not texts:
+        return None
+    if list(texts) == ["none"]:
+        return []
+    from fxopt.catalog import pass_from_text
+
+    return [pass_from_text(text) for text in texts]
+
+
+def pattern_from(option: str, text: str | None) -> re.Pattern[str] | None:
+    """The regular expression of an option."""
+    if text is None:
+        return None
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise InvalidOption(f"{option} {text}: not a regular expression: {error}") from error
+
+
+def check_matches(graph: Graph, patterns: dict[str, str | None]) -> None:
+    """Raise unless each given regular expression, by its option, matches a node of the graph."""
+    from fxopt.ir.graph import label
+
+    names: list[str] = []
+    for option, text in patterns.items():
+        pattern = pattern_from(option, text)
+        if pattern is None:
+            continue
+        names = names or [label(node) for node in graph.calls()]
+        if not any(pattern.search(name) for name in names):
+            raise UnknownName(f"{option} {text} matches no node: {unknown('node', str(text), names)}")

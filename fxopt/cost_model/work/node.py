@@ -1,0 +1,50 @@
+"""`node_cost`: the work of one node, dispatched by dialect."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from fxopt.cost_model.work.aten import aten_cost
+from fxopt.cost_model.work.call import Call, nbytes
+from fxopt.cost_model.work.fusion import absorbed
+from fxopt.cost_model.work.onnx import onnx_cost
+from fxopt.ir.graph import Graph, tensor_value
+from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.op import declaration
+from fxopt.ir.target import Cost
+
+NOTHING = Cost(0.0, 0.0, "float32", "shape", 0)
+
+
+def node_cost(graph: Graph, node: fx.Node) -> Cost:
+    """Operations and bytes of one call, as the default backend of the graph's origin executes it.
+
+    A multiply-add is two operations. Bytes are those of all operands (constants too) and results; what the backend
+    fuses into a neighbour moves nothing and launches nothing. Where shapes are unknown only the launch is counted.
+    Sizes of symbolic dimensions are those for which `fxopt.ir.shapes.infer` was asked.
+    """
+    if node.op != "call_function" or node.target is operator.getitem:
+        return NOTHING
+    declared = declaration(node.target)
+    if declared is not None:
+        return _declared_cost(node, declared)
+    call = Call(graph, node)
+    if not isinstance(node.target, OnnxOp):
+        return aten_cost(call)
+    fused = absorbed(node)
+    if fused is not None:
+        return onnx_cost(call, absorbed_reads=sum(nbytes(used.meta.get("val")) for used in fused))
+    return onnx_cost(call)
+
+
+def _declared_cost(node: fx.Node, declared: Any) -> Cost:
+    """What the fxopt operator declares; only the launch when an operand is unknown."""
+    if any("val" not in used.meta for used in node.all_input_nodes) or tensor_value(node) is None:
+        return Cost(0.0, 0.0, "float32", "other", 1)
+    args = fx.map_arg(node.args, lambda used: used.meta["val"])
+    kwargs = fx.map_arg(node.kwargs, lambda used: used.meta["val"])
+    cost: Cost = declared.cost_of(*args, **kwargs)
+    return cost

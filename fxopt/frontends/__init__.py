@@ -1,0 +1,1 @@
+"""Frontends: one file per source of models; each returns a `Graph`."""

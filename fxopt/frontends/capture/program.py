@@ -1,0 +1,234 @@
+"""`export`: a module as an `ExportedProgram` over flat tensors, with the user's names beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import CaptureError, InvalidInput
+from fxopt.frontends.capture.call_spec import CallSpec, bound, leaf_names
+from fxopt.frontends.capture.dimensions import Dimensions, enlarge, read
+from fxopt.frontends.capture.failures import explain
+
+Examples = Sequence[Any] | Mapping[str, Any] | torch.Tensor | None
+PREFIX = "model."  # of module paths in the exported program: the flat wrapper's attribute
+
+
+@dataclass
+class Program:
+    """A captured module. Inputs and outputs of `exported` are the flat tensors that `call` speaks of."""
+
+    exported: ExportedProgram
+    call: CallSpec
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dimensions: Dimensions
+    examples: tuple[torch.Tensor, ...]  # what it was traced with: named dynamic dimensions are at least 2
+    prefix: str = PREFIX
+    sizes: dict[str, int] = field(default_factory=dict)  # symbolic size as text -> size in the user's example
+
+
+def export(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Examples = None,
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Program:
+    """Trace `model` on example inputs, in evaluation mode; the module is left as it was.
+
+    Raises:
+        CaptureError: torch cannot trace it.
+        InvalidInput: the examples or `dynamic_shapes` do not fit its `forward`.
+    """
+    if isinstance(model, ExportedProgram):
+        from fxopt.frontends.capture.exported import adopt
+
+        return adopt(model, dynamic_shapes)
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidInput(f"expected a torch.nn.Module or an ExportedProgram, got a {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    args, named = arguments(example_inputs, kwargs)
+    signature = inspect.signature(model.forward)
+    try:
+        binding = signature.bind(*args, **named)
+    except TypeError as error:
+        raise InvalidInput(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}; "
+            "give a tuple of positional arguments or a dict of named ones"
+        ) from error
+    flat = _Flat(model, binding, signature)
+    names = [name for index, name in enumerate(flat.names) if index not in flat.constants]
+    dimensions = read(dynamic_shapes, bound(signature, args, named), signature, names)
+    examples = enlarge(flat.tensors, dimensions)
+    with evaluation(model), quiet():
+        exported = _export(flat, examples, dimensions)
+    values = [node.meta.get("val") for node in user_inputs(exported)]
+    dimensions.learn(values)
+    call = flat.call()
+    return Program(
+        exported,
+        call,
+        tuple(names),
+        unique(call.output_names(), names),
+        dimensions,
+        tuple(examples),
+        sizes=_sizes(values, flat.tensors),
+    )
+
+
+def arguments(example_inputs: Examples, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) from what a user gives as example inputs."""
+    named = dict(kwargs or {})
+    if example_inputs is None:
+        return (), named
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), named
+    if isinstance(example_inputs, Mapping):
+        return (), {**example_inputs, **named}
+    return tuple(example_inputs), named
+
+
+def unique(names: Sequence[str], taken: Sequence[str]) -> tuple[str, ...]:
+    """`names` without clashes among themselves and with `taken`."""
+    used, found = set(taken), []
+    for name in names:
+        free = name if name not in used else f"{name}_out"
+        count = 1
+        while free in used:
+            count += 1
+            free = f"{name}_out_{count}"
+        used.add(free)
+        found.append(free)
+    return tuple(found)
+
+
+def user_inputs(exported: ExportedProgram) -> list[torch.fx.Node]:
+    """The placeholders of the program that are the user's, in order."""
+    names = set(exported.graph_signature.user_inputs)
+    return [node for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+class _Result:
+    """The structure of what forward returned, and its values that are not tensors."""
+
+    structure: pytree.TreeSpec | None = None
+    constants: Mapping[int, Any] = {}  # noqa: RUF012
+
+
+class _Flat(torch.nn.Module):
+    """`model` as a function of flat tensors to flat tensors."""
+
+    def __init__(self, model: torch.nn.Module, binding: inspect.BoundArguments, signature: inspect.Signature) -> None:
+        super().__init__()
+        self.training = False
+        self.model = model
+        self.signature = signature
+        self.leaves, self.structure = pytree.tree_flatten((binding.args, binding.kwargs))
+        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+        complete, self.arguments = pytree.tree_flatten(bound(signature, *pytree.tree_unflatten(self.leaves, self.structure)))
+        self.constants = {i: leaf for i, leaf in enumerate(complete) if not isinstance(leaf, torch.Tensor)}
+        self.names = leaf_names(self.arguments, signature)
+        self.recorded = _Result()  # an object beside the module: torch.export undoes assignments to attributes
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        results, structure = pytree.tree_flatten(self.model(*args, **kwargs))
+        values, constants = [], {}
+        for index, value in enumerate(results):
+            if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+                values.append(value)
+            elif value is None or isinstance(value, (int, float, str, torch.dtype, torch.device)):
+                constants[index] = value
+            else:
+                raise TypeError(f"forward returned a {type(value).__name__}, which is not a known type")
+        self.recorded.structure, self.recorded.constants = structure, constants
+        return tuple(values)
+
+    def call(self) -> CallSpec:
+        recorded = self.recorded
+        assert recorded.structure is not None, "the export ran forward"
+        return CallSpec(self.signature, self.arguments, self.constants, recorded.structure, recorded.constants)
+
+
+def _export(flat: _Flat, examples: list[torch.Tensor], dimensions: Dimensions) -> ExportedProgram:
+    shapes: Any = (tuple(dimensions.specification()),) if any(dimensions.axes) else None
+    name = type(flat.model).__name__
+    for attempt in range(3):
+        fresh = tuple(tensor.detach() for tensor in examples)
+        try:
+            with torch.no_grad():
+                return torch.export.export(flat, fresh, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            narrowed = _narrowed(error, shapes) if attempt < 2 else None
+            if narrowed is None:
+                raise explain(error, name) from error
+            shapes = narrowed
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _narrowed(error: Exception, shapes: Any) -> Any:
+    """Dynamic shapes with the ranges that the model demands; None when a dimension would have to be constant."""
+    message = str(getattr(error, "msg", ""))
+    _, found, fixes = message.partition("Suggested fixes:")
+    if not found or re.search(r"^\s*\w+ = \d+\s*$", fixes, re.MULTILINE):
+        return None
+    try:
+        return refine_dynamic_shapes_from_suggested_fixes(message, shapes)
+    except Exception:  # a suggestion that torch itself cannot read: the first error says more
+        return None
+
+
+def _sizes(values: Sequence[Any], tensors: Sequence[torch.Tensor]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(values, tensors, strict=True):
+        for symbolic, size in zip(value.shape, tensor.shape, strict=True):
+            if isinstance(symbolic, torch.SymInt):
+                sizes.setdefault(str(symbolic.node.expr), int(size))
+    return sizes
+
+
+@contextlib.contextmanager
+def evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no fused fast paths; the modes of all submodules are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
+        warnings.warn(f"{type(model).__name__} is in training mode; it is captured in evaluation mode", stacklevel=4)
+        model.eval()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines, prints or warnings from torch: what matters is in the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+__all__ = ["CaptureError", "Examples", "Program", "arguments", "evaluation", "export", "quiet", "unique", "user_inputs"]

@@ -1,0 +1,240 @@
+"""PyTorch modules and `ExportedProgram`s as graphs of functional aten operators (`linear`, `conv2d`, ... stay whole).
+
+`torch.export(strict=False)`, then `run_decompositions({})`, which removes in-place operators and grad-mode regions but
+keeps every operator that a pass thinks in. Weights become constants that share the module's memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+
+from fxopt.errors import CaptureError
+from fxopt.frontends.capture.failures import explain
+from fxopt.frontends.capture.program import Examples, Program, export, quiet
+from fxopt.ir.graph import Graph, ValueSpec
+
+_MUTATIONS = {
+    OutputKind.BUFFER_MUTATION: "the buffer",
+    OutputKind.PARAMETER_MUTATION: "the parameter",
+    OutputKind.USER_INPUT_MUTATION: "its input",
+}
+_CHECKS = (  # have no value; the shapes that they check were checked by the capture
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "_assert_scalar",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+    "_functional_assert_async",
+    "_functional_sym_constrain_range",
+)
+_SIZES = "fxopt_sizes"  # see fxopt.ir.shapes: the sizes for which costs are computed
+
+
+def load(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Examples = None,
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Graph:
+    """Capture `model` on example inputs; the module is left as it was, and its weights are shared.
+
+    Args:
+        example_inputs: positional arguments (a tuple), named ones (a dict), or one tensor.
+        dynamic_shapes: {argument: {axis: "batch"}} with names or `torch.export.Dim`s, or "auto"; None: all fixed.
+        kwargs: named arguments beside positional ones.
+
+    Raises:
+        CaptureError: torch cannot trace the model, or it changes buffers or inputs; the message says where and what to do.
+        InvalidInput: the examples or `dynamic_shapes` do not fit the model's `forward`.
+    """
+    return graph_of(export(model, example_inputs, dynamic_shapes, kwargs), type(model).__name__)
+
+
+def graph_of(program: Program, name: str = "main") -> Graph:
+    """The graph of a captured program."""
+    try:
+        with quiet():
+            exported = program.exported.run_decompositions({})
+            refuse_mutations(exported, name)
+            module = exported.module(check_guards=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise explain(error, name) from error
+    assert isinstance(module, fx.GraphModule)
+    return _Builder(program, exported, module).graph(name)
+
+
+def refuse_mutations(exported: ExportedProgram, name: str) -> None:
+    """Raise when the program writes to a buffer or an input: a graph is a function."""
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind in _MUTATIONS:
+            target = str(spec.target).removeprefix(program_prefix(exported))
+            raise CaptureError(
+                f"{name}.forward changes {_MUTATIONS[spec.kind]} {target!r} in place; a graph is a function of its inputs.\n"
+                f"  To fix it: return the new value as an output and take the old one as an input, or do not update it in "
+                f"evaluation mode."
+            )
+
+
+def program_prefix(exported: ExportedProgram) -> str:
+    """"model." for a program that `export` made, else ""."""
+    names = [*exported.graph_signature.parameters, *exported.graph_signature.buffers]
+    return "model." if names and all(name.startswith("model.") for name in names) else ""
+
+
+class _Builder:
+    def __init__(self, program: Program, exported: ExportedProgram, module: fx.GraphModule) -> None:
+        self.program = program
+        self.source = module
+        self.signature = exported.graph_signature
+        self.fx = fx.Graph()
+        self.root = torch.nn.Module()
+        self.nodes: dict[fx.Node, Any] = {}
+        self.constants: dict[Any, fx.Node] = {}  # one node per storage and view: tied weights are one constant
+
+    def graph(self, name: str) -> Graph:
+        _drop_checks(self.source.graph)
+        inputs: list[ValueSpec] = []
+        for node in self.source.graph.nodes:
+            if node.op == "placeholder":
+                self.placeholder(node, inputs)
+            elif node.op == "get_attr":
+                self.nodes[node] = self.constant(node)
+            elif node.op == "output":
+                results = self.results(node)
+            else:
+                self.nodes[node] = self.call(node)
+        self.fx.output(results)
+        outputs = tuple(map(self.spec, self.program.outputs, results))
+        graph = Graph(self.fx, self.root, "torch", tuple(inputs), outputs, name, call_spec=self.program.call)
+        _set_sizes(graph, self.program.sizes)
+        return graph
+
+    def placeholder(self, node: fx.Node, inputs: list[ValueSpec]) -> None:
+        if not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt)):
+            return  # a constant argument: the code that uses it has its value
+        name = self.program.inputs[len(inputs)]
+        made = self.fx.placeholder(name)
+        made.meta = {"val": node.meta["val"], "provenance": (name,)}
+        self.nodes[node] = made
+        inputs.append(self.spec(name, made))
+
+    def constant(self, node: fx.Node) -> fx.Node:
+        value: Any = self.source
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        name = str(node.target).removeprefix(self.program.prefix)
+        key = _identity(value)
+        if key in self.constants:
+            return self.constants[key]
+        _set_attribute(self.root, name, value.detach() if isinstance(value, torch.Tensor) else value)
+        made = self.fx.create_node("get_attr", name, name=name.replace(".", "_"))
+        made.meta = {"provenance": (name,)}
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            made.meta["val"] = node.meta["val"].detach()
+        self.constants[key] = made
+        return made
+
+    def call(self, node: fx.Node) -> fx.Node:
+        if node.op != "call_function":
+            raise CaptureError(f"the exported program calls {node.op} {node.target}; export it without unflattening")
+        if _is_same_value(node):
+            return self.nodes[node.args[0]]  # type: ignore[index, return-value]
+        made = self.fx.node_copy(node, self.nodes.__getitem__)
+        made.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
+        stack = {
+            key: (f"{path}.".removeprefix(self.program.prefix).removesuffix("."), kind)
+            for key, (path, kind) in node.meta.get("nn_module_stack", {}).items()
+            if f"{path}.".startswith(self.program.prefix)
+        }
+        if stack:
+            made.meta["nn_module_stack"] = stack
+        made.meta["provenance"] = (origin(made),)
+        return made
+
+    def results(self, node: fx.Node) -> tuple[Any, ...]:
+        leaves = torch.utils._pytree.tree_leaves(node.args[0])
+        return tuple(self.nodes[leaf] for leaf in leaves if isinstance(leaf, fx.Node))
+
+    def spec(self, name: str, node: Any) -> ValueSpec:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return ValueSpec(name, torch.int64 if isinstance(value, torch.SymInt) else None, ())
+        return ValueSpec(name, value.dtype, tuple(map(self.program.dimensions.name_of, value.shape)))
+
+
+def origin(node: fx.Node) -> str:
+    """Where a node came from: the path of the module that called it, else the user's source line, else its name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((path for path, _ in reversed(list(stack.values()))), "")
+    if path and not path.startswith("_empty_nn_module_stack"):
+        return re.sub(r"@\d+$", "", path)
+    lines = re.findall(r'File "(.*?)", line (\d+)', node.meta.get("stack_trace") or "")
+    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    own = [(file, line) for file, line in lines if Path(file).is_absolute() and not file.startswith(foreign)]
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else node.name
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """Remove assertions, and the symbolic comparisons that only they use."""
+    for node in reversed(graph.nodes):
+        packet = getattr(node.target, "overloadpacket", None)
+        if node.op == "call_function" and not node.users and getattr(packet, "__name__", "") in _CHECKS:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _is_same_value(node: fx.Node) -> bool:
+    """True for a copy (dropout in evaluation mode, detach) of an inner value with the same strides."""
+    aten = torch.ops.aten
+    copies = (aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+    if node.target not in copies or node.kwargs:
+        return False
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or (source.op != "call_function" and any(user.op == "output" for user in node.users)):
+        return False  # a result must not share its memory with an input or a weight
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return str(before.stride()) == str(after.stride())
+
+
+def _identity(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.numel() == 0:
+        return id(value)
+    return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device
+
+
+def _set_attribute(root: torch.nn.Module, name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root.get_submodule(part)
+    if isinstance(value, torch.Tensor):
+        root.register_buffer(last, value)
+    else:
+        setattr(root, last, value)
+
+
+def _set_sizes(graph: Graph, sizes: Mapping[str, int]) -> None:
+    """Price symbolic dimensions at the sizes of the user's examples, also where tracing used larger ones."""
+    for node in graph.placeholders:
+        value = node.meta["val"]
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and str(size.node.expr) in sizes:
+                bound = getattr(size.node.shape_env, _SIZES, {})
+                bound[size.node.expr] = sizes[str(size.node.expr)]
+                setattr(size.node.shape_env, _SIZES, bound)
+
+
+__all__ = ["graph_of", "load", "origin", "refuse_mutations"]

@@ -1,0 +1,104 @@
+"""Which kinds of rewritten operator are slower than what they replaced: one representative of each, timed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from fxopt.guard import measure
+from fxopt.ir.graph import Graph, ValueSpec, label, shape_of
+from fxopt.passes.base import Candidate
+from fxopt.passes.stats import Stats
+
+_SECONDS = 0.4  # per representative
+Compiled = Callable[[Graph, str], Callable[[], object] | None]
+
+
+def slow_groups(
+    exact: Graph, rewritten: Graph, chosen: Sequence[Candidate], representative: Compiled
+) -> dict[str, str]:
+    """Groups whose representative is not faster than what it replaced, with the reason."""
+    slow: dict[str, str] = {}
+    groups: dict[str, Candidate] = {}
+    for candidate in chosen:
+        groups.setdefault(candidate.group, candidate)
+    for group, candidate in groups.items():
+        new = next((node for node in rewritten.calls() if label(node) == candidate.anchor), None)
+        before = representative(exact, candidate.node)
+        after = representative(rewritten, new.name) if new is not None else None
+        if before is None or after is None:
+            continue
+        timing = measure(before, after, _SECONDS)
+        if timing.ratio < 1.0:
+            slow[group] = f"measured alone, {group} runs at {timing.ratio:.2f}x: slower than what it replaces"
+    return slow
+
+
+def cut_out(graph: Graph, node_name: str, stats: Stats) -> tuple[Graph, list[torch.Tensor]] | None:
+    """The operator (with what the view swallows) as a graph of its own, and an input of the observed range.
+
+    The graph is cut where exactly one computed value enters.
+    """
+    node = graph.find(node_name)
+    if node is None:
+        return None
+    inner = [node]
+    entry = _entries(inner)
+    while len(entry) == 1 and entry[0].name not in stats.values and entry[0].op == "call_function":
+        inner.insert(0, entry[0])
+        entry = _entries(inner)
+    if len(entry) != 1:
+        return None
+    shape = shape_of(entry[0])
+    value = entry[0].meta.get("val")
+    if shape is None or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return None
+    from fxopt.ir.graph import hint
+
+    small, specs = _graph_of(graph, entry[0], inner, value.dtype, len(shape))
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn([hint(dim) for dim in shape], generator=generator).to(value.dtype)
+    del specs
+    return small, [sample]
+
+
+def _entries(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    inside = set(nodes)
+    found = {used: None for node in nodes for used in node.all_input_nodes if used not in inside and used.op != "get_attr"}
+    return list(found)
+
+
+def _graph_of(
+    graph: Graph, entry: fx.Node, inner: Sequence[fx.Node], dtype: torch.dtype, rank: int
+) -> tuple[Graph, tuple[ValueSpec, ...]]:
+    import onnx
+
+    from fxopt.ir.onnx.dtypes import FROM_TORCH
+    from fxopt.ir.onnx.records import InputRecord, ModelRecord
+
+    fresh = fx.Graph()
+    placeholder = fresh.placeholder("x")
+    placeholder.meta["onnx"] = InputRecord("x")
+    mapping: dict[fx.Node, fx.Node] = {entry: placeholder}
+    for node in inner:
+        for used in node.all_input_nodes:
+            if used.op == "get_attr" and used not in mapping:
+                mapping[used] = fresh.node_copy(used, mapping.__getitem__)
+                mapping[used].meta = dict(used.meta)
+        mapping[node] = fresh.node_copy(node, mapping.__getitem__)
+    result = mapping[inner[-1]]
+    fresh.output((result,))
+    spec_in = ValueSpec("x", dtype, (None,) * rank)
+    spec_out = ValueSpec("y", dtype, None)
+    record = None
+    if graph.model is not None:
+        proto = onnx.ModelProto.FromString(graph.model.proto.SerializeToString())
+        proto.ClearField("graph")
+        proto.graph.name = "part"
+        proto.graph.input.append(onnx.helper.make_tensor_value_info("x", FROM_TORCH[dtype], [None] * rank))
+        proto.graph.output.append(onnx.helper.make_tensor_value_info("y", FROM_TORCH[dtype], None))
+        record = ModelRecord(proto)
+    small = Graph(fresh, graph.root, graph.origin, (spec_in,), (spec_out,), "part", record)
+    return small, (spec_in,)

@@ -1,0 +1,110 @@
+"""The guard: baseline and result measured interleaved in bursts, on the machine that the result is for.
+
+Thread pools of several sessions in one process spin after a call and slow each other, so one competitor runs a burst
+of calls (the first ones dropped), rests, and the next one follows; ratios are taken between neighbouring bursts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+_DROPPED = 3  # first calls of a burst
+_REST = 0.02  # seconds between bursts
+_MAX_CALLS = 20
+_MIN_BURSTS = 5
+_MAX_BURSTS = 40
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of both, and the ratio baseline / result with its confidence interval (higher is faster)."""
+
+    baseline: float
+    result: float
+    ratio: float
+    low: float
+    high: float
+    bursts: int
+
+
+def measure(baseline: Callable[[], object], result: Callable[[], object], seconds: float = 10.0) -> Timing:
+    """Time both in alternating bursts for about `seconds`.
+
+    `low` and `high` are order statistics of the per-pair ratios that bound their median with at least 90 % confidence
+    (sign test); with fewer than five pairs they are the extremes.
+    """
+    calls = _burst_size(baseline, result, seconds)
+    deadline = time.perf_counter() + seconds
+    first: list[float] = []
+    second: list[float] = []
+    while len(first) < _MAX_BURSTS and (len(first) < _MIN_BURSTS or time.perf_counter() < deadline):
+        if len(first) % 2:  # alternate which one goes first: a drift of the machine hits both
+            second.append(_burst(result, calls))
+            first.append(_burst(baseline, calls))
+        else:
+            first.append(_burst(baseline, calls))
+            second.append(_burst(result, calls))
+    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    low, high = _interval(ratios)
+    return Timing(statistics.median(first), statistics.median(second), statistics.median(ratios), low, high, len(ratios))
+
+
+def _burst(call: Callable[[], object], calls: int) -> float:
+    times = []
+    for _ in range(calls + _DROPPED):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    time.sleep(_REST)
+    return statistics.median(times[_DROPPED:])
+
+
+def _burst_size(baseline: Callable[[], object], result: Callable[[], object], seconds: float) -> int:
+    """Calls per burst so that at least eight pairs fit into the time."""
+    for call in (baseline, result):
+        call()
+    begin = time.perf_counter()
+    baseline()
+    result()
+    per_pair = time.perf_counter() - begin
+    return max(3, min(_MAX_CALLS, int(seconds / (8 * max(per_pair, 1e-6))) - _DROPPED))
+
+
+def _interval(ratios: list[float]) -> tuple[float, float]:
+    """The order statistics around the median that a sign test at 10 % leaves."""
+    count = len(ratios)
+    tail, term, rank = 0.0, 0.5**count, 0
+    for index in range(count // 2):
+        if tail + term > 0.05:
+            break
+        tail += term
+        term = term * (count - index) / (index + 1)
+        rank = index + 1
+    rank = max(rank, 1)
+    return ratios[rank - 1], ratios[count - rank]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call of one competitor: median of the burst medians, and the fastest burst."""
+
+    median: float
+    minimum: float
+    bursts: int
+
+
+def measure_many(calls: Mapping[str, Callable[[], object]], seconds: float = 10.0) -> dict[str, Times]:
+    """Time any number of competitors in alternating bursts for about `seconds`."""
+    names = list(calls)
+    size = min(_burst_size(calls[name], calls[name], seconds) for name in names)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < _MAX_BURSTS and (rounds < _MIN_BURSTS or time.perf_counter() < deadline):
+        for name in names if rounds % 2 == 0 else reversed(names):
+            found[name].append(_burst(calls[name], size))
+        rounds += 1
+    return {name: Times(statistics.median(times), min(times), len(times)) for name, times in found.items()}

@@ -1,0 +1,1 @@
+"""The intermediate representation: `Graph`, its dialects, views, verification and text form."""

@@ -1,0 +1,154 @@
+"""Run a graph in torch, node by node: the reference that every backend is compared with.
+
+Source of `widen`: the oracle of the verifier; float casts and constants become float64, integer operators stay exact.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxopt.errors import InvalidInput, MissingReference
+from fxopt.ir.graph import Graph, Opaque, label
+
+Evaluator = Callable[[Graph, fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+Observer = Callable[[fx.Node, Any], None]
+_LOW_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_ONNX_LOW_FLOATS = (1, 10, 16)  # TensorProto FLOAT, FLOAT16, BFLOAT16
+_ONNX_DOUBLE = 11
+
+
+def run(
+    graph: Graph,
+    inputs: Sequence[Any],
+    *,
+    evaluator: Evaluator | None = None,
+    observer: Observer | None = None,
+    widen: bool = False,
+) -> list[Any]:
+    """The graph's outputs on flat `inputs` (tensors; `None` and lists for sequence or optional inputs).
+
+    Args:
+        evaluator: runs the operators that have no torch reference (`fxopt.backends.onnxruntime.evaluator`).
+        observer: called with every node and its value; values are freed after their last use.
+        widen: compute in float64: floating inputs, constants and casts are widened.
+
+    Raises:
+        InvalidInput: the number of inputs is wrong.
+        MissingReference: an operator has no torch reference and there is no evaluator.
+    """
+    placeholders = graph.placeholders
+    if len(inputs) != len(placeholders):
+        expected = ", ".join(map(str, graph.inputs))
+        raise InvalidInput(f"{len(inputs)} inputs given, the model takes {len(placeholders)}: {expected}")
+    values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+    if widen:
+        values = {node: _widened(value) for node, value in values.items()}
+    last_use = _last_uses(graph)
+    with torch.no_grad():
+        for node in graph.fx.nodes:
+            if node.op == "output":
+                continue
+            if node.op != "placeholder":
+                values[node] = _value(graph, node, values, evaluator, widen)
+            if observer is not None:
+                observer(node, values[node])
+            for done in last_use.get(node, ()):
+                del values[done]
+        results = [values[node] if isinstance(node, fx.Node) else node for node in graph.result_nodes]
+    return [_tensor(value) for value in results]
+
+
+def _last_uses(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node the values that are not needed after it."""
+    seen: set[fx.Node] = set()
+    last: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.fx.nodes):
+        for used in node.all_input_nodes:
+            if used not in seen:
+                seen.add(used)
+                last.setdefault(node, []).append(used)
+    last.pop(graph.output, None)
+    return last
+
+
+def _value(graph: Graph, node: fx.Node, values: dict[fx.Node, Any], evaluator: Evaluator | None, widen: bool) -> Any:
+    if node.op == "get_attr":
+        value = constant_value(graph, node)
+        return _widened(value) if widen else value
+    args = fx.map_arg(node.args, values.__getitem__)
+    kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+    return evaluate(graph, node, args, kwargs, evaluator, widen)
+
+
+def evaluate(
+    graph: Graph,
+    node: fx.Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    evaluator: Evaluator | None = None,
+    widen: bool = False,
+) -> Any:
+    """The value of one operator node on concrete (or fake) arguments."""
+    target: Any = node.target
+    if target is operator.getitem:
+        return args[0][args[1]]
+    if graph.origin == "onnx" and not hasattr(target, "op_type"):
+        args, kwargs = fx.node.map_aggregate(args, _tensor), fx.node.map_aggregate(kwargs, _tensor)
+    if widen:
+        args, kwargs = _widened_casts(target, args, kwargs)
+    try:
+        return target(*args, **kwargs)
+    except MissingReference as missing:
+        if evaluator is None:
+            raise MissingReference(f"node {label(node)!r}: {missing}") from missing
+    return evaluator(graph, node, args, kwargs)
+
+
+def constant_value(graph: Graph, node: fx.Node) -> Any:
+    """The value of a `get_attr` node; in ONNX graphs small int64 constants travel in the host lane."""
+    value = graph.attribute(str(node.target))
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    if graph.origin != "onnx" or value.dtype != torch.int64:
+        return value
+    from fxopt.ir.onnx.lane import HOST_LIMIT
+
+    return value.numpy() if value.numel() <= HOST_LIMIT else value
+
+
+def _tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    from fxopt.ir.onnx.lane import to_tensor
+
+    return to_tensor(value)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype in _LOW_FLOATS:
+        return value.double()
+    return value
+
+
+def _widened_casts(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Casts to a float type become casts to float64."""
+    if getattr(target, "op_type", "") == "Cast" and kwargs.get("to") in _ONNX_LOW_FLOATS:
+        return args, {**kwargs, "to": _ONNX_DOUBLE}
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if value in _LOW_FLOATS else value
+
+    if hasattr(target, "op_type"):
+        return args, kwargs
+    wide_args = tuple(wide(value) if isinstance(value, torch.dtype) else value for value in args)
+    return wide_args, {key: wide(value) if isinstance(value, torch.dtype) else value for key, value in kwargs.items()}
+
+
+__all__ = ["Evaluator", "Observer", "Opaque", "constant_value", "evaluate", "run"]

@@ -1,0 +1,1 @@
+"""Torch references of ONNX operators, one small file per operator family (see `fxopt.ir.onnx.registry`)."""

@@ -1,0 +1,21 @@
+"""Signature entries from ValueInfoProtos."""
+
+from __future__ import annotations
+
+import onnx
+
+from fxopt.ir.graph import Dim, ValueSpec
+from fxopt.ir.onnx.dtypes import TO_TORCH
+
+
+def value_spec(value: onnx.ValueInfoProto) -> ValueSpec:
+    """The signature entry of a ValueInfoProto."""
+    if not value.type.HasField("tensor_type"):
+        return ValueSpec(value.name, None, None)
+    tensor = value.type.tensor_type
+    dims: tuple[Dim, ...] | None = None
+    if tensor.HasField("shape"):
+        dims = tuple(
+            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim
+        )
+    return ValueSpec(value.name, TO_TORCH.get(tensor.elem_type), dims)

@@ -1,0 +1,1 @@
+"""The fxopt operators: what passes introduce, one file per operator family."""

@@ -1,0 +1,350 @@
+"""Read the text form of a graph.
+
+The reader parses with `ast` and never executes: only the form that `fxopt.ir.text.to_text` writes is accepted, so a text
+from somebody else can name registered operators and data, and nothing besides.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import torch
+from google.protobuf.message import DecodeError, Message
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import GraphSyntaxError, unknown
+from fxopt.ir.graph import Graph, Opaque, ValueSpec, _set_attribute
+from fxopt.ir.onnx.dtypes import to_numpy
+from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.structural_hash import FUNCTIONS, TORCH_CONSTANTS
+
+HELPERS = frozenset(  # names that a text uses, and that no variable of it may have
+    "const graph onnx opaque ops overload run_file torch operator math float complex slice range".split()
+)
+_MAKERS: dict[str, Any] = {  # arguments that are spelled as a call
+    "float": float, "complex": complex, "slice": slice, "range": range, "torch.device": torch.device
+}  # fmt: skip
+_MAIN = ast.dump(ast.parse("if __name__ == '__main__':\n    run_file(main, __file__)").body[0])
+
+
+def from_text(text: str, constants: Mapping[str, torch.Tensor]) -> Graph:
+    """The graph that `to_text` wrote; linear in the length of the text.
+
+    Args:
+        constants: the tensor of each `const(...)`, by its name; they are shared, not copied.
+
+    Raises:
+        GraphSyntaxError: the text is not of this form; the message names the line.
+    """
+    try:
+        return _Reader(constants).module(ast.parse(text))
+    except SyntaxError as error:
+        raise GraphSyntaxError(f"line {error.lineno}: the text does not parse: {error.msg}") from error
+    except (RecursionError, MemoryError) as error:
+        raise GraphSyntaxError(f"the text does not parse: nested too deeply ({error or 'no memory'})") from error
+    except ValueError as error:
+        if isinstance(error, GraphSyntaxError):
+            raise
+        raise GraphSyntaxError(f"the text does not parse: {error}") from error
+
+
+def _refused(node: ast.AST, message: str) -> GraphSyntaxError:
+    return GraphSyntaxError(f"line {getattr(node, 'lineno', 1)}: {message}")
+
+
+def _not_an_argument(node: ast.AST) -> GraphSyntaxError:
+    return _refused(node, f"{_shown(node)!r} is not an argument that a graph can hold")
+
+
+def _shown(node: ast.AST) -> str:
+    return f"{ast.unparse(node).splitlines()[0]:.80}"
+
+
+class _Reader:
+    def __init__(self, constants: Mapping[str, torch.Tensor]) -> None:
+        self.constants = constants
+        self.fx = fx.Graph()
+        self.root = torch.nn.Module()
+        self.values: dict[str, fx.Node] = {}  # by variable
+        self.targets: dict[Any, Any] = {}  # operators, by their spelling
+        self.registered: set[str] = set()
+
+    def module(self, module: ast.Module) -> Graph:
+        function: ast.FunctionDef | None = None
+        for index, node in enumerate(module.body):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                _check_import(node)
+            elif isinstance(node, ast.FunctionDef):
+                if function is not None or node.name != "main":
+                    raise _refused(node, f"function {node.name!r}: a text holds one function, main")
+                function = node
+            elif not (index == 0 and _is_docstring(node)) and ast.dump(node) != _MAIN:
+                raise _refused(node, f"{_shown(node)!r} is not part of the form")
+        if function is None:
+            raise _refused(module, "there is no function main")
+        return self.function(function)
+
+    def function(self, node: ast.FunctionDef) -> Graph:
+        decorator = node.decorator_list[0] if node.decorator_list else node
+        if len(node.decorator_list) != 1 or not isinstance(decorator, ast.Call):
+            raise _refused(decorator, "main needs @graph(...) as its only decorator")
+        header = _header(decorator)
+        given = node.args
+        if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults:
+            raise _refused(node, "main takes plain parameters only")
+        if len(given.args) != len(header["inputs"]):
+            raise _refused(node, f"{len(given.args)} parameters, inputs declares {len(header['inputs'])}")
+        for parameter in given.args:
+            name = self.new_name(parameter, parameter.arg, parameter.annotation)
+            self.values[parameter.arg] = self.fx.create_node("placeholder", name, name=name)
+        for statement in node.body[:-1]:
+            self.statement(statement)
+        result = node.body[-1]
+        if not isinstance(result, ast.Return) or not isinstance(result.value, ast.Tuple):
+            raise _refused(result, f"the last statement must return a tuple, got {_shown(result)!r}")
+        if len(result.value.elts) != len(header["outputs"]):
+            raise _refused(result, f"{len(result.value.elts)} values are returned, outputs declares {len(header['outputs'])}")
+        self.fx.output(self.value(result.value))
+        return Graph(self.fx, self.root, **header)
+
+    def new_name(self, node: ast.AST, variable: str, annotation: ast.expr | None) -> str:
+        """The node's name: the variable's, or the string annotation where Python or a helper uses that name."""
+        if variable in HELPERS:
+            raise _refused(node, f"{variable!r} is the name of a helper")
+        if variable in self.values:
+            raise _refused(node, f"{variable!r} is assigned twice")
+        if annotation is None:
+            return variable
+        if not isinstance(annotation, ast.Constant) or not isinstance(annotation.value, str):
+            raise _refused(node, f"the annotation of {variable!r} must be a string, the node's name")
+        return annotation.value
+
+    def statement(self, node: ast.stmt) -> None:
+        target, annotation = None, None
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target = node.targets[0]
+        elif isinstance(node, ast.AnnAssign):
+            target, annotation = node.target, node.annotation
+        value = getattr(node, "value", None)
+        if not isinstance(target, ast.Name) or not isinstance(value, (ast.Call, ast.Subscript)):
+            raise _refused(node, f"expected `name = operator(...)` or a final return, got {_shown(node)!r}")
+        name = self.new_name(node, target.id, annotation)
+        self.values[target.id] = self.node(name, value)
+
+    def node(self, name: str, node: ast.Call | ast.Subscript) -> fx.Node:
+        if isinstance(node, ast.Subscript):
+            args = (self.value(node.value), self.value(node.slice))
+            return self.fx.create_node("call_function", operator.getitem, args, name=name)
+        if isinstance(node.func, ast.Name) and node.func.id in ("const", "opaque"):
+            return self.constant(name, node, node.func.id)
+        target = self.target(node.func)
+        kwargs: dict[str, Any] = {}
+        for item in node.keywords:
+            named = self.dictionary(item.value) if item.arg is None else {item.arg: self.value(item.value)}
+            if not kwargs.keys().isdisjoint(named):
+                raise _refused(item, f"the keyword {min(kwargs.keys() & named.keys())!r} is given twice")
+            kwargs.update(named)
+        return self.fx.create_node("call_function", target, tuple(map(self.value, node.args)), kwargs, name=name)
+
+    def constant(self, name: str, node: ast.Call, kind: str) -> fx.Node:
+        target, *literals = _literals(node) or [""]
+        options = [(item.arg, getattr(item.value, "value", None)) for item in node.keywords]
+        host = options == [("host", True)]
+        value: Any
+        if kind == "opaque" and len(literals) == 2 and not options:
+            value = _opaque(node, *literals)
+        elif kind == "opaque" or literals or (options and not host):
+            raise _refused(node, 'expected const("name"), const("name", host=True) or opaque("name", "message type", "base64")')
+        elif target not in self.constants:
+            raise _refused(node, f"constant {target!r} is not among the {len(self.constants)} given")
+        else:
+            value = to_numpy(self.constants[target]) if host else self.constants[target]
+        if target not in self.registered:
+            try:
+                _set_attribute(self.root, target, value)
+            except (KeyError, AttributeError, TypeError) as error:
+                raise _refused(node, f"{target!r} cannot be the name of a constant: {error}") from error
+            self.registered.add(target)
+        return self.fx.create_node("get_attr", target, name=name)
+
+    def target(self, node: ast.expr) -> Any:
+        """The operator that an expression spells: a dotted name, or a call of `onnx` or `overload` with literals."""
+        key: Any = (_dotted(node.func), *_literals(node)) if isinstance(node, ast.Call) else _dotted(node)
+        if key not in self.targets:
+            self.targets[key] = _called(node, key) if isinstance(node, ast.Call) else _named(node, key)
+        return self.targets[key]
+
+    def value(self, node: ast.expr) -> Any:
+        """The argument that an expression spells."""
+        if isinstance(node, ast.Name):
+            if node.id not in self.values:
+                raise _refused(node, f"{node.id!r} is not defined above")
+            return self.values[node.id]
+        if isinstance(node, ast.Constant) and not isinstance(node.value, (bytes, complex)):
+            return node.value
+        if isinstance(node, ast.List):
+            return [self.value(item) for item in node.elts]
+        if isinstance(node, ast.Tuple):
+            return tuple([self.value(item) for item in node.elts])
+        if isinstance(node, ast.Dict):
+            return self.dictionary(node)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            operand = getattr(node.operand, "value", None)
+            if type(operand) in (int, float):
+                return -operand  # type: ignore[operator]
+        dotted = _dotted(node.func if isinstance(node, ast.Call) else node)
+        if isinstance(node, ast.Attribute) and isinstance(found := _torch_constant(dotted), TORCH_CONSTANTS):
+            return found
+        if dotted.startswith("torch.ops.") or dotted == "overload":
+            return self.target(node)
+        if isinstance(node, ast.Call) and dotted in _MAKERS and not node.keywords:
+            try:
+                return _MAKERS[dotted](*map(self.value, node.args))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise _not_an_argument(node) from error
+        raise _not_an_argument(node)
+
+    def dictionary(self, node: ast.expr) -> dict[str, Any]:
+        if not isinstance(node, ast.Dict):
+            raise _not_an_argument(node)
+        found: dict[str, Any] = {}
+        for key, item in zip(node.keys, node.values, strict=True):
+            if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
+                raise _not_an_argument(node)
+            if key.value in found:
+                raise _refused(node, f"the key {key.value!r} is given twice")
+            found[key.value] = self.value(item)
+        return found
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _dotted(node: ast.expr) -> str:
+    """`a.b.c` as text; "" for another expression."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id])) if isinstance(node, ast.Name) else ""
+
+
+def _literals(node: ast.Call) -> list[Any]:
+    values = [getattr(argument, "value", None) for argument in node.args]
+    if any(type(value) not in (str, int) for value in values):
+        raise _refused(node, f"{_shown(node)!r}: expected literal strings and numbers")
+    return values
+
+
+def _torch_constant(dotted: str) -> Any:
+    prefix, _, name = dotted.rpartition(".")
+    return getattr(torch, name, None) if prefix == "torch" else None
+
+
+def _called(node: ast.Call, key: tuple[Any, ...]) -> Any:
+    name, *literals = key
+    kinds = [type(item) for item in literals]
+    if name == "onnx" and kinds == [str, str, int] and not node.keywords:
+        return OnnxOp(*literals)
+    if name == "overload" and kinds == [str, str, str] and not node.keywords:
+        return _overload(node, *literals)
+    raise _refused(node, f"expected onnx(domain, op_type, since_version) or overload(...), got {_shown(node)!r}")
+
+
+def _named(node: ast.expr, key: str) -> Any:
+    path = key.split(".")
+    if len(path) == 2 and path[0] == "ops":
+        from fxopt.ir.op import all_ops
+
+        if path[1] not in all_ops():
+            raise _refused(node, str(unknown("fxopt operator", path[1], all_ops())))
+        return all_ops()[path[1]].target
+    if len(path) == 5 and path[:2] == ["torch", "ops"]:
+        return _overload(node, *path[2:])
+    if key not in FUNCTIONS:
+        raise _refused(node, f"{_shown(node)!r} is not an operator that a graph can hold")
+    return FUNCTIONS[key]
+
+
+def _overload(node: ast.expr, namespace: str, name: str, overload: str) -> OpOverload[..., Any]:
+    packet = None if namespace.startswith("_") else getattr(getattr(torch.ops, namespace, None), name, None)
+    found = getattr(packet, overload, None) if isinstance(packet, OpOverloadPacket) else None
+    if not isinstance(found, OpOverload):
+        raise _refused(node, f"no operator torch.ops.{namespace}.{name}.{overload}; is the library that registers it loaded?")
+    return found
+
+
+def _opaque(node: ast.AST, kind: Any, content: Any) -> Opaque:
+    message: Any = getattr(onnx, str(kind), None)
+    if not isinstance(message, type) or not issubclass(message, Message):
+        raise _refused(node, f"{kind!r} is not a protobuf message of onnx")
+    try:
+        return Opaque(message.FromString(base64.b64decode(str(content), validate=True)))  # type: ignore[attr-defined]
+    except (ValueError, DecodeError) as error:
+        raise _refused(node, f"{content!r:.80} is not a base64 text of a {kind}: {error}") from error
+
+
+def _check_import(node: ast.Import | ast.ImportFrom) -> None:
+    allowed = HELPERS if getattr(node, "module", "fxopt.ir.text") == "fxopt.ir.text" else ()
+    if isinstance(node, ast.Import):
+        allowed = ("torch", "operator", "math")
+    for alias in node.names:
+        if alias.name not in allowed or alias.asname is not None:
+            raise _refused(node, f"import of {alias.name}: only the helpers of fxopt.ir.text, torch, operator and math")
+
+
+# ---- the decorator
+
+
+def _header(node: ast.Call) -> dict[str, Any]:
+    """Origin, inputs, outputs, name and pytree specs of `@graph(...)`, as arguments of `Graph`."""
+    given: dict[str, Any] = {"name": "main"}
+    for item in node.keywords:
+        try:
+            given[item.arg or "**"] = ast.literal_eval(item.value)
+        except (ValueError, TypeError) as error:
+            raise _refused(item, f"{item.arg}: {_shown(item.value)!r} is not a literal") from error
+    wanted = {"origin", "inputs", "outputs", "name"}
+    if _dotted(node.func) != "graph" or node.args or set(given) - {"call_spec"} != wanted:
+        raise _refused(node, f"expected @graph(origin, inputs, outputs, name, call_spec) as decorator, got {sorted(given)}")
+    if given["origin"] not in ("torch", "onnx") or not isinstance(given["name"], str):
+        raise _refused(node, f"origin is {given['origin']!r}, expected 'torch' or 'onnx'; name is {given['name']!r}")
+    for key in ("inputs", "outputs"):
+        entries = given[key] if isinstance(given[key], list) else [given[key]]
+        given[key] = tuple(_spec(node, entry) for entry in entries)
+    if "call_spec" in given:
+        given["call_spec"] = _call_spec(node, given["call_spec"])
+    return given
+
+
+def _spec(node: ast.AST, entry: Any) -> ValueSpec:
+    if not isinstance(entry, tuple) or len(entry) != 3 or not isinstance(entry[0], str):
+        raise _refused(node, f"{entry!r} is not (name, dtype, shape)")
+    name, dtype_name, shape = entry
+    dtype = _torch_constant(f"torch.{dtype_name}") if dtype_name is not None else None
+    if dtype_name is not None and not isinstance(dtype, torch.dtype):
+        raise _refused(node, f"{name!r}: {dtype_name!r} is not a dtype of torch")
+    if shape is not None and not isinstance(shape, list):
+        raise _refused(node, f"{name!r}: the shape {shape!r} is neither a list nor None")
+    wrong = [dim for dim in shape or () if dim is not None and type(dim) not in (int, str)]
+    if wrong:
+        raise _refused(node, f"{name!r}: the dimension {wrong[0]!r} is not a number, a name or None")
+    return ValueSpec(name, dtype, None if shape is None else tuple(shape))
+
+
+def _call_spec(node: ast.AST, texts: Any) -> tuple[Any, ...]:
+    try:
+        first, second = texts
+        if "__enum__" in first or "__enum__" in second:  # torch would import the module that it names
+            raise ValueError("it holds an enumeration")
+        return tuple(map(pytree.treespec_loads, (first, second)))
+    except (ValueError, TypeError, LookupError, NotImplementedError) as error:
+        raise _refused(node, f"call_spec is not a pair of pytree specs: {error}") from error

@@ -1,0 +1,1 @@
+"""Passes: rewrites of a `Graph`, exact or lossy, one file per pass."""

@@ -1,0 +1,226 @@
+"""What a pass is. Exact passes change the graph; lossy passes offer candidates and never decide whether they pay.
+
+A pass is a frozen dataclass; its fields are its options, in Python and on the command line:
+`QuantizeLinear(bits=8)` and `quantize-linear{bits=8}` are the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import fx
+
+from fxopt.errors import InvalidOption, unknown
+from fxopt.ir.graph import Graph
+from fxopt.ir.ledger import Ledger, Refusal
+from fxopt.ir.target import Cost, Target
+
+if TYPE_CHECKING:
+    from fxopt.passes.stats import Stats
+
+__all__ = ["Candidate", "Context", "Estimate", "ExactPass", "LossyPass", "Pass", "Refusal", "Setting", "parse_pass"]
+
+
+class Capabilities(Protocol):
+    """What a pass may ask about the backend that will run the graph."""
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        ...
+
+    def supports(self, op: str, dtype: str, pattern: str = "") -> str:
+        """"" when the backend runs `op` in `dtype` faster than a naive kernel would, else the reason why not."""
+        ...
+
+
+@dataclass
+class Context:
+    """What a pass knows beside the graph."""
+
+    target: Target
+    ledger: Ledger = field(default_factory=Ledger)
+    capabilities: Capabilities | None = None
+    include: re.Pattern[str] | None = None
+    exclude: re.Pattern[str] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def supports(self, op: str, dtype: str, pattern: str = "") -> str:
+        """"" when the backend has a kernel for it on the target, else the reason."""
+        return "" if self.capabilities is None else self.capabilities.supports(op, dtype, pattern)
+
+    def excluded(self, name: str) -> Refusal | None:
+        """The refusal of a node that the user left out."""
+        if self.exclude is not None and self.exclude.search(name):
+            return Refusal("excluded by --exclude {}", self.exclude.pattern)
+        if self.include is not None and not self.include.search(name):
+            return Refusal("not in --include {}", self.include.pattern)
+        return None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one pass treats one view; printed like a pass: `quantize-linear{activations=dynamic}`."""
+
+    pass_name: str
+    values: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, pass_name: str, **values: Any) -> Setting:
+        """A setting from keywords."""
+        return cls(pass_name, tuple(values.items()))
+
+    def __getitem__(self, key: str) -> Any:
+        return dict(self.values)[key]
+
+    def __str__(self) -> str:
+        inner = ",".join(f"{key}={value}" for key, value in self.values)
+        return f"{self.pass_name}{{{inner}}}" if inner else self.pass_name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing a lossy pass could do to one view, or the reason why it cannot.
+
+    `node` is the fx name of the view's last node (stable under `Graph.copy`), `anchor` the name a user knows it by,
+    `group` what the guard drops together (operator and shape).
+    """
+
+    pass_name: str
+    node: str
+    anchor: str
+    setting: Setting
+    refusal: Refusal | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a candidate would do: output noise to signal of the view, the work before and after, bytes saved."""
+
+    error: float
+    before: Cost
+    after: Cost
+    saved_bytes: int = 0
+
+
+def kebab(name: str) -> str:
+    """`FoldBatchNorm` -> `fold-batch-norm`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named rewrite with options."""
+
+    after: ClassVar[tuple[str, ...]] = ()  # passes that must run earlier when both run
+
+    @property
+    def name(self) -> str:
+        """The class name in kebab case."""
+        return kebab(type(self).__name__)
+
+    def __str__(self) -> str:
+        changed = [
+            f"{spec.name}={getattr(self, spec.name)}"
+            for spec in dataclasses.fields(self)
+            if getattr(self, spec.name) != spec.default
+        ]
+        return f"{self.name}{{{','.join(changed)}}}" if changed else self.name
+
+
+@dataclass(frozen=True)
+class ExactPass(Pass):
+    """Changes the graph in place without changing what it computes (up to rounding)."""
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        """Rewrite; returns the number of changes (0 ends a fix-point loop)."""
+        raise NotImplementedError(f"{type(self).__name__} must define run(graph, ctx) -> number of changes")
+
+
+@dataclass(frozen=True)
+class LossyPass(Pass):
+    """Offers candidates; the planner chooses, the manager applies."""
+
+    def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
+        """Everything the pass could do, and what it cannot do with the reason."""
+        raise NotImplementedError(f"{type(self).__name__} must define candidates(graph, ctx)")
+
+    def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """The nodes whose values `estimate` and `apply` want statistics of."""
+        return ()
+
+    def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
+        """Expected error and work, from calibration statistics."""
+        raise NotImplementedError(f"{type(self).__name__} must define estimate(graph, candidate, stats)")
+
+    def apply(self, graph: Graph, candidate: Candidate, stats: Stats) -> None:
+        """Rewrite the candidate's view."""
+        raise NotImplementedError(f"{type(self).__name__} must define apply(graph, candidate, stats)")
+
+
+_PASS_TEXT = re.compile(r"^\s*([A-Za-z][\w-]*)\s*(?:\{(.*)\})?\s*$", re.DOTALL)
+
+
+def parse_pass(text: str, find: Callable[[str], type[Pass]]) -> Pass:
+    """The pass that `name{option=value,...}` describes; `find` maps a kebab-case name to its class.
+
+    Raises:
+        UnknownName: the pass or an option does not exist.
+        InvalidOption: the text or a value has the wrong form.
+    """
+    match = _PASS_TEXT.match(text)
+    if match is None:
+        raise InvalidOption(f"pass {text!r}: expected name or name{{option=value,...}}")
+    name, inside = match.groups()
+    kind = find(name.replace("_", "-"))
+    return make_pass(kind, parse_options(inside or "", text))
+
+
+def parse_options(text: str, whole: str) -> dict[str, str]:
+    """`a=1,b=(2,3)` as a dictionary of texts; commas inside brackets and quotes do not split."""
+    options: dict[str, str] = {}
+    parts = re.findall(r"(?:[^,\[\](){}'\"]|\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\")+", text)
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise InvalidOption(f"pass {whole!r}: {part.strip()!r} is not of the form option=value")
+        options[key.strip().replace("-", "_")] = value.strip()
+    return options
+
+
+def make_pass(kind: type[Pass], options: Mapping[str, Any]) -> Pass:
+    """An instance of `kind`; texts are converted to the type of the option's default."""
+    fields = {spec.name: spec for spec in dataclasses.fields(kind)}
+    for key in options:
+        if key not in fields:
+            raise unknown(f"option of {kebab(kind.__name__)}", key, fields)
+    values = {key: _converted(kind, fields[key], value) for key, value in options.items()}
+    return kind(**values)
+
+
+def _converted(kind: type[Pass], spec: dataclasses.Field[Any], value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    default = spec.default
+    if isinstance(default, str):
+        return value.strip("'\"")
+    if isinstance(default, bool) and value.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+        return value.lower() in ("true", "yes", "on", "1")
+    try:
+        parsed = None if value.lower() == "none" else ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        parsed = value
+    expected = type(default)
+    if default is None or parsed is None or isinstance(parsed, expected):
+        return parsed
+    if expected is float and isinstance(parsed, int):
+        return float(parsed)
+    raise InvalidOption(
+        f"{kebab(kind.__name__)}: option {spec.name}={value} is not of type {expected.__name__} (default {default})"
+    )

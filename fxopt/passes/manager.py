@@ -1,0 +1,155 @@
+"""The pass manager: runs exact passes, verifies, times, counts, dumps, and finds the pass that broke the graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import fx
+
+from fxopt.errors import FxoptError, PassError, VerificationError
+from fxopt.ir.graph import Graph, label
+from fxopt.ir.ledger import Verdict
+from fxopt.ir.verify import (
+    NumericCheck,
+    changed_nodes,
+    check_output_types,
+    first_divergence,
+    output_types,
+    snapshot,
+    verify_structure,
+)
+from fxopt.passes.base import Context, ExactPass
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """One run of one pass: number of changes, seconds of the pass itself, seconds of the verification after it."""
+
+    name: str
+    changes: int
+    seconds: float
+    verify_seconds: float = 0.0
+
+
+@dataclass
+class PassManager:
+    """Runs a literal list of exact passes until nothing changes.
+
+    Args:
+        passes: in order; each pass's `after` is checked.
+        dump: a folder that receives numbered, runnable text forms, `00-input.py`, `01-fold-constants.py`, ...
+        rounds: the list is repeated at most this often.
+    """
+
+    passes: Sequence[ExactPass]
+    dump: Path | None = None
+    rounds: int = 4
+    runs: list[PassRun] = field(default_factory=list)
+    _dumped: int = 0
+
+    def __post_init__(self) -> None:
+        names = [step.name for step in self.passes]
+        for index, step in enumerate(self.passes):
+            late = [name for name in step.after if name in names[index + 1 :]]
+            if late:
+                raise PassError(f"pass {step.name} must run after {late[0]}, but comes before it in {names}")
+
+    def run(self, graph: Graph, ctx: Context, check: NumericCheck | None = None) -> int:
+        """Rewrite `graph` in place; returns the number of changes.
+
+        Raises:
+            PassError: a pass raised ("pass X failed after [A, B]").
+            VerificationError: a pass left a graph that is not well formed or, with `check`, computes something else;
+                the message names the pass and the first node that differs.
+        """
+        start = graph.copy() if check is not None else None
+        self._dump(graph, "input")
+        done: list[ExactPass] = []
+        total = 0
+        for _ in range(self.rounds):
+            changes = 0
+            for step in self.passes:
+                changed = self._step(step, graph, ctx, [earlier.name for earlier in done])
+                changes += changed
+                if changed:
+                    done.append(step)
+            total += changes
+            if not changes:
+                break
+        if check is not None and start is not None and total:
+            self._check(start, graph, ctx, done, check)
+        return total
+
+    def _step(self, step: ExactPass, graph: Graph, ctx: Context, done: list[str]) -> int:
+        before = snapshot(graph)
+        types = output_types(graph)
+        begin = time.perf_counter()
+        try:
+            changes = step.run(graph, ctx)
+        except FxoptError:
+            raise
+        except Exception as error:
+            raise PassError(f"pass {step.name} failed after {done}: {type(error).__name__}: {error}") from error
+        middle = time.perf_counter()
+        changed = changed_nodes(graph, before)
+        if changes or changed or len(before) != len(graph.fx.nodes):
+            try:
+                verify_structure(graph, changed)
+                check_output_types(graph, types)
+            except VerificationError as error:
+                raise VerificationError(f"pass {step.name} (after {done}) broke the graph: {error}") from error
+            self._record(step, graph, ctx, changes, changed)
+            self._dump(graph, step.name)
+        self.runs.append(PassRun(step.name, changes, middle - begin, time.perf_counter() - middle))
+        return changes
+
+    def _record(self, step: ExactPass, graph: Graph, ctx: Context, changes: int, changed: Sequence[fx.Node]) -> None:
+        mine = [node for node in changed if step.name in (node.meta.get("provenance") or ())[1:]]
+        for node in mine:
+            ctx.ledger.add(Verdict(step.name, label(node), "applied", "exact rewrite"))
+        if not mine:
+            ctx.ledger.add(Verdict(step.name, graph.name, "applied", f"{changes} changes"))
+
+    def _check(self, start: Graph, graph: Graph, ctx: Context, done: list[ExactPass], check: NumericCheck) -> None:
+        difference = check.difference(graph)
+        if not difference:
+            return
+        guilty = first_bad_pass(start, done, ctx, lambda candidate: not check.difference(candidate))
+        where = first_divergence(start, graph, check.sample, check.evaluator)
+        raise VerificationError(
+            f"pass {guilty} changed what the model computes: {difference}"
+            + (f"; the first node that differs is {where!r}" if where else "")
+        )
+
+    def _dump(self, graph: Graph, name: str) -> None:
+        if self.dump is None:
+            return
+        from fxopt.ir.text import save_text
+
+        save_text(graph, self.dump / f"{self._dumped:02d}-{name}")
+        self._dumped += 1
+
+
+def first_bad_pass(start: Graph, steps: Sequence[ExactPass], ctx: Context, good: Callable[[Graph], bool]) -> str:
+    """The first pass of `steps` after which `good` no longer holds, by bisection; each probe starts from `start`."""
+    quiet = Context(ctx.target, capabilities=ctx.capabilities, include=ctx.include, exclude=ctx.exclude)
+
+    def holds(count: int) -> bool:
+        graph = start.copy()
+        for step in steps[:count]:
+            before = snapshot(graph)
+            step.run(graph, quiet)
+            verify_structure(graph, changed_nodes(graph, before))
+        return good(graph)
+
+    low, high = 0, len(steps)  # good after `low` passes, bad after `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return f"{steps[high - 1].name} (step {high} of {[step.name for step in steps]})"

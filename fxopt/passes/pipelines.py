@@ -1,0 +1,33 @@
+"""The order of the passes: order is the compiler."""
+
+from __future__ import annotations
+
+from fxopt.passes.avoid_slow_fusions import AvoidSlowFusions
+from fxopt.passes.base import ExactPass, LossyPass
+from fxopt.passes.eliminate_dead_code import EliminateDeadCode
+from fxopt.passes.fold_batch_norm import FoldBatchNorm
+from fxopt.passes.fold_constants import FoldConstants
+from fxopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
+from fxopt.passes.quantize_linear import QuantizeLinear
+from fxopt.passes.remove_identities import RemoveIdentities
+
+
+def exact_pipeline() -> list[ExactPass]:
+    """What always runs, to a fix point."""
+    return [
+        RemoveIdentities(),
+        FoldConstants(),
+        FoldBatchNorm(),  # after constants: scales may be computed
+        MergeCommonSubexpressions(),
+        EliminateDeadCode(),
+    ]
+
+
+def spelling_pipeline() -> list[ExactPass]:
+    """What writes the graph as the backend likes it; after everything that recognises operators."""
+    return [AvoidSlowFusions()]
+
+
+def lossy_passes() -> list[LossyPass]:
+    """What the planner may choose from, in the order of application."""
+    return [QuantizeLinear()]

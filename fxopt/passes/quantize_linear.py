@@ -1,0 +1,264 @@
+"""Compute linears and convolutions in 8-bit integers.
+
+Weights are symmetric per output channel, activations asymmetric per tensor: with the range found at run time
+(`dynamic`) or on calibration samples (`static`). Source: Krishnamoorthi (2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.errors import InvalidOption
+from fxopt.ir.error import noise_to_signal
+from fxopt.ir.graph import Graph, hint, label, shape_of
+from fxopt.ir.ledger import Refusal
+from fxopt.ir.op import Op
+from fxopt.ir.ops.conv_w8a8 import conv_w8a8
+from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
+from fxopt.ir.target import Cost
+from fxopt.ir.views.common import aten, is_aten, is_onnx, only_user
+from fxopt.ir.views.conv import Conv, conv, convs
+from fxopt.ir.views.linear import Linear, linear, linears
+from fxopt.passes.base import Candidate, Context, Estimate, LossyPass, Setting
+from fxopt.passes.stats import Stats, ValueStats
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_ACTIVATIONS = ("auto", "dynamic", "static")
+
+
+@dataclass(frozen=True)
+class QuantizeLinear(LossyPass):
+    """Compute linears and convolutions in 8-bit integers.
+
+    Options:
+        bits: 8, or None, which is neutral: nothing is offered.
+        activations: "dynamic", "static", or "auto": both are offered where both exist.
+    """
+
+    bits: int | None = 8
+    activations: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, None):
+            raise InvalidOption(f"quantize-linear: bits={self.bits}; expected 8, or none for no change")
+        if self.activations not in _ACTIVATIONS:
+            raise InvalidOption(f"quantize-linear: activations={self.activations!r}; expected one of {_ACTIVATIONS}")
+
+    # ---- candidates
+
+    def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
+        """One candidate per linear or convolution and kind of activation range."""
+        if self.bits is None:
+            return
+        for view in linears(graph):
+            yield from self._offer(graph, ctx, view, ("dynamic", "static"), "linear_w8a8")
+        for found in convs(graph):
+            yield from self._offer(graph, ctx, found, ("static",), "conv_w8a8")
+
+    def _offer(
+        self, graph: Graph, ctx: Context, view: Any, kinds: tuple[str, ...], op_name: str
+    ) -> Iterator[Candidate]:
+        if isinstance(view, tuple):
+            node, refusal = view
+            yield self._candidate(ctx, node, "", "auto", refusal)
+            return
+        weight = view.weight(graph)
+        group = f"{op_name} {'x'.join(map(str, weight.shape))}"
+        wanted = [kind for kind in kinds if self.activations in ("auto", kind)]
+        if not wanted:
+            refusal = Refusal("a convolution has no {} form that pays; use activations=static", self.activations)
+            yield self._candidate(ctx, view.node, group, self.activations, refusal)
+        for kind in wanted:
+            name = f"{op_name}_dynamic" if kind == "dynamic" else op_name
+            yield self._candidate(ctx, view.node, group, kind, self._refusal(graph, ctx, view, name))
+
+    def _candidate(
+        self, ctx: Context, node: fx.Node, group: str, kind: str, refusal: Refusal | None
+    ) -> Candidate:
+        limit = 63 if _saturates(ctx) else 127
+        setting = Setting.of(self.name, activations=kind, limit=limit)
+        return Candidate(self.name, node.name, label(node), setting, refusal, group)
+
+    def _refusal(self, graph: Graph, ctx: Context, view: Linear | Conv, op_name: str) -> Refusal | None:
+        excluded = ctx.excluded(label(view.node))
+        if excluded is not None:
+            return excluded
+        weight = view.weight(graph)
+        if weight.dtype not in _FLOATS:
+            return Refusal("the weight has type {}; expected a floating-point type", weight.dtype)
+        if weight.numel() == 0:
+            return Refusal("the weight is empty")
+        if not bool(torch.isfinite(weight).all()):
+            return Refusal("the weight holds infinite or NaN values")
+        if graph.model is not None and graph.model.opsets.get("", 0) < 13:
+            return Refusal("the model has opset {}; per-channel quantisation needs 13", graph.model.opsets.get("", 0))
+        if graph.origin == "onnx" and weight.dtype != torch.float32:
+            return Refusal("ONNX integer operators give float32; the weight has type {}", weight.dtype)
+        unsupported = ctx.supports(op_name, "int8")
+        return Refusal(unsupported) if unsupported else None
+
+    # ---- estimate
+
+    def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """The input; for a convolution also the output, whose range is quantised too."""
+        view = _view(graph, candidate)
+        return (view.x,) if isinstance(view, Linear) else (view.x, _result(view))
+
+    def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
+        """The error on the calibration rows, and the work of both forms."""
+        view = _view(graph, candidate)
+        seen = stats[view.x]
+        assert seen.sample is not None
+        x = seen.sample.float()
+        operator, operands = self._operands(graph, view, candidate.setting, stats)
+        bias = view.bias(graph)
+        weight = view.weight(graph).float()
+        if isinstance(view, Linear):
+            reference = torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
+            result = _linear_on_sample(x, operands, seen)
+        else:
+            reference = _float_conv(x, view, weight, bias)
+            if _result(view) is not view.node:
+                reference = reference.relu()
+            result = operator.function(x, *operands)
+        before = _float_cost(graph, view, weight)
+        after = operator.cost_of(_value(view.x), *operands)
+        return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel())
+
+    # ---- apply
+
+    def apply(self, graph: Graph, candidate: Candidate, stats: Stats) -> None:
+        """Replace the linear or convolution (with the ReLU behind it) by the integer operator."""
+        view = _view(graph, candidate)
+        operator, operands = self._operands(graph, view, candidate.setting, stats)
+        codes, scales, _, *rest = operands
+        made_by = f"{self.name}"
+        stem = label(view.weight_node)
+        source = (label(view.node), made_by)
+        arguments = (
+            view.x,
+            graph.add_constant(codes, f"{stem}_codes", source),
+            graph.add_constant(scales, f"{stem}_scales", source),
+            view.bias_node,
+            *rest,
+        )
+        result = _result(view)
+        node = graph.call(operator.target, arguments, before=result, made_by=made_by, like=view.node)
+        graph.replace(result, node)
+        for swallowed in (view.node, *getattr(view, "inner", ())):
+            if swallowed is not result and not swallowed.users:
+                graph.erase(swallowed)
+        if not view.weight_node.users:
+            graph.erase(view.weight_node)
+
+    def _operands(
+        self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats
+    ) -> tuple[Op[..., Any], tuple[Any, ...]]:
+        """The operator, and its arguments after x."""
+        codes, scales = quantize_weight(view.weight(graph), setting["limit"])
+        bias = view.bias(graph)
+        if setting["activations"] == "dynamic":
+            return linear_w8a8_dynamic, (codes, scales, bias)
+        x_scale, x_zero = static_range(stats[view.x])
+        if isinstance(view, Linear):
+            return linear_w8a8, (codes, scales, bias, x_scale, x_zero)
+        y_scale, y_zero = static_range(stats[_result(view)])
+        pads = [*view.padding[0], *view.padding[1]]
+        shape = (list(view.stride), pads, list(view.dilation), view.groups)
+        return conv_w8a8, (codes, scales, bias, x_scale, x_zero, y_scale, y_zero, *shape)
+
+
+def quantize_weight(weight: torch.Tensor, limit: int = 127) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 (shape of the weight) and scales float32 [out]: weight = codes * scales per output channel.
+
+    The codes lie in -limit ... limit; 63 keeps the 16-bit sums of AVX2's vpmaddubsw from saturating.
+    """
+    rows = weight.float().reshape(weight.shape[0], -1)
+    scales = rows.abs().amax(1) / limit
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    codes = torch.round(rows / scales[:, None]).clamp(-limit, limit).to(torch.int8)
+    return codes.reshape(weight.shape).contiguous(), scales
+
+
+def static_range(seen: ValueStats) -> tuple[float, int]:
+    """Scale and zero point that map the observed range, zero included, onto 0 ... 255."""
+    low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    scale = (high - low) / 255 or 1.0
+    scale = float(torch.tensor(scale, dtype=torch.float32).item())
+    return scale, max(0, min(255, round(-low / scale)))
+
+
+def _saturates(ctx: Context) -> bool:
+    """x86 without VNNI multiplies u8 by s8 into saturating 16-bit sums of two."""
+    if ctx.target.kind != "cpu" or not ctx.target.arch.startswith("x86"):
+        return False
+    return not ({"avx512_vnni", "avx_vnni", "amx_int8"} & ctx.target.features)
+
+
+def _view(graph: Graph, candidate: Candidate) -> Linear | Conv:
+    node = graph.find(candidate.node)
+    assert node is not None, f"{candidate.node} is not in the graph"
+    view = linear(graph, node) or conv(graph, node)
+    assert isinstance(view, (Linear, Conv)), f"{candidate.node} is neither a linear nor a convolution"
+    return view
+
+
+def _result(view: Linear | Conv) -> fx.Node:
+    """The node whose value the integer operator replaces: the ReLU behind a convolution, if nothing else uses it."""
+    user = only_user(view.node) if isinstance(view, Conv) else None
+    if user is not None and (is_onnx(user, "Relu") or is_aten(user, aten.relu.default)):
+        return user
+    return view.node
+
+
+def _linear_on_sample(x: torch.Tensor, operands: tuple[Any, ...], seen: ValueStats) -> torch.Tensor:
+    """The integer linear on sampled rows, with the range that whole activations have."""
+    codes, scales, bias, *fixed = operands
+    if fixed:
+        return linear_w8a8.function(x, codes, scales, bias, *fixed)
+    typical = ValueStats(minimum=seen.mean_minimum, maximum=seen.mean_maximum)
+    return linear_w8a8.function(x, codes, scales, bias, *static_range(typical))
+
+
+def _float_conv(x: torch.Tensor, view: Conv, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rank = weight.dim() - 2
+    pads = [pad for axis in reversed(range(rank)) for pad in (view.padding[0][axis], view.padding[1][axis])]
+    padded = torch.nn.functional.pad(x, pads)
+    convolve = getattr(torch.nn.functional, f"conv{rank}d")
+    result: torch.Tensor = convolve(
+        padded, weight, None if bias is None else bias.float(), view.stride, 0, view.dilation, view.groups
+    )
+    return result
+
+
+def _value(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    assert isinstance(value, torch.Tensor), f"the shape of {node} is unknown"
+    return value
+
+
+def _float_cost(graph: Graph, view: Linear | Conv, weight: torch.Tensor) -> Cost:
+    """Work of the float form: 2 operations per weight and position."""
+    y = shape_of(view.node)
+    x = shape_of(view.x)
+    assert x is not None and y is not None
+    outputs = _count(y)
+    itemsize = _value(view.x).dtype.itemsize
+    dtype = str(_value(view.x).dtype).removeprefix("torch.")
+    inner = weight.numel() // weight.shape[0]
+    moved = (_count(x) + weight.numel() + outputs) * itemsize
+    extra = len(getattr(view, "inner", ()))
+    kind = "linear" if isinstance(view, Linear) else "conv"
+    return Cost(2.0 * outputs * inner, moved, dtype, kind, 1 + extra)
+
+
+def _count(shape: tuple[Any, ...]) -> int:
+    total = 1
+    for dim in shape:
+        total *= hint(dim)
+    return total

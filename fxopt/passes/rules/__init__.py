@@ -1,0 +1,1 @@
+"""Local exact rewrites: pattern, check, replace; one file per rule."""

@@ -1,0 +1,101 @@
+"""Calibration statistics: one run of the graph over the samples serves every pass.
+
+Memory is bounded: of each observed value ranges and a sample of at most `ROWS` rows (or `ITEMS` whole items of an
+image-like value) are kept, never the value itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fxopt.errors import InvalidInput
+from fxopt.ir.graph import Graph
+from fxopt.ir.interpreter import Evaluator
+
+ROWS = 256
+ITEMS = 8
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class ValueStats:
+    """Statistics of one value over all calibration samples."""
+
+    minimum: float = float("inf")
+    maximum: float = float("-inf")
+    mean_minimum: float = 0.0  # mean over the samples of the smallest element
+    mean_maximum: float = 0.0
+    calls: int = 0
+    sample: torch.Tensor | None = None  # [rows, features], or [items, C, *spatial]
+    _share: int = field(default=ROWS, repr=False)
+
+    def add(self, value: torch.Tensor) -> None:
+        """Take one more observation into account."""
+        if value.numel() == 0:
+            return
+        low, high = (bound.item() for bound in torch.aminmax(value))
+        if low != low or high != high:
+            raise InvalidInput("a calibration sample gives NaN inside the model; leave that sample out")
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        self.calls += 1
+        self.mean_minimum += (low - self.mean_minimum) / self.calls
+        self.mean_maximum += (high - self.mean_maximum) / self.calls
+        self._keep(value)
+
+    def _keep(self, value: torch.Tensor) -> None:
+        if value.dim() >= 4:
+            limit, taken = ITEMS, value[:ITEMS]
+        else:
+            rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
+            limit = ROWS
+            taken = rows[:: max(1, -(-rows.shape[0] // self._share))]
+        if self.sample is None:
+            self.sample = taken[:limit].clone()
+        elif self.sample.shape[0] < limit and self.sample.shape[1:] == taken.shape[1:]:
+            self.sample = torch.cat([self.sample, taken[: limit - self.sample.shape[0]]])
+
+
+@dataclass
+class Stats:
+    """Statistics by fx node name."""
+
+    values: dict[str, ValueStats] = field(default_factory=dict)
+    samples: int = 0
+
+    def __getitem__(self, node: fx.Node) -> ValueStats:
+        return self.values[node.name]
+
+    def __contains__(self, node: fx.Node) -> bool:
+        found = self.values.get(node.name)
+        return found is not None and found.calls > 0
+
+
+def collect(
+    graph: Graph,
+    samples: Sequence[Sequence[torch.Tensor]],
+    nodes: Iterable[fx.Node],
+    *,
+    evaluator: Evaluator | None = None,
+    progress: Progress | None = None,
+) -> Stats:
+    """Run the graph on every sample (flat inputs) and keep statistics of `nodes`."""
+    wanted = {node.name for node in nodes}
+    share = max(1, ROWS // max(1, len(samples)))
+    stats = Stats({name: ValueStats(_share=share) for name in wanted})
+
+    def observe(node: fx.Node, value: object) -> None:
+        if node.name in wanted and isinstance(value, torch.Tensor) and value.is_floating_point():
+            stats.values[node.name].add(value)
+
+    if not wanted:
+        return stats
+    for index, sample in enumerate(samples):
+        graph.run(sample, evaluator=evaluator, observer=observe)
+        stats.samples += 1
+        if progress is not None:
+            progress("calibrating", index + 1, len(samples))
+    return stats

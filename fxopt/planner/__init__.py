@@ -1,0 +1,1 @@
+"""The planner: which candidates of all passes together, under one error budget."""

@@ -1,0 +1,1 @@
+"""Reports: what an optimisation did, as data, text and HTML."""

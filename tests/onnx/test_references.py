@@ -1,0 +1,213 @@
+"""Torch references against the ONNX backend node suite, under fake tensors, and against ONNX's own evaluator.
+
+`references_missing.txt` lists the suite's cases that a reference is known not to pass, each with the reason. The list
+may only shrink: a listed case that passes fails the test, and so does a case that fails without being listed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import AttributeProto, NodeProto, TensorProto, defs, helper, numpy_helper
+from onnx.backend.test.case.test_case import TestCase
+from onnx.backend.test.loader import load_model_tests
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxopt.errors import MissingReference
+from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
+from fxopt.ir.onnx.lane import HOST_LIMIT, to_tensor
+from fxopt.ir.onnx.op import OnnxOp
+
+MISSING = dict(
+    line.split(": ", 1)
+    for line in Path(__file__).with_name("references_missing.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+DATA_DEPENDENT = {  # their output shape, or an operand that is not an int64 constant in the suite, needs data
+    *("Compress", "NonZero", "Unique", "CumSum", "CumProd", "Dropout", "OneHot", "Range", "Resize", "Upsample"),
+    *("BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix"),
+}
+FIXED_TYPE = {  # the output type is in an attribute, or none of the inputs'
+    *("Cast", "CastLike", "BitCast", "Constant", "EyeLike", "BlackmanWindow", "HammingWindow", "HannWindow"),
+    *("DequantizeLinear", "MelWeightMatrix"),
+}
+
+
+def domain_of(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def operator_of(case: TestCase) -> OnnxOp:
+    node = case.model.graph.node[0]
+    domain = domain_of(node.domain)
+    opset = next(entry.version for entry in case.model.opset_import if domain_of(entry.domain) == domain)
+    return OnnxOp(domain, node.op_type, defs.get_schema(node.op_type, opset, domain).since_version)
+
+
+def is_runnable(case: TestCase) -> bool:
+    """A single node without sub-graphs whose operator has a reference."""
+    if len(case.model.graph.node) != 1:
+        return False
+    node = case.model.graph.node[0]
+    if any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute):
+        return False
+    domains = {domain_of(entry.domain) for entry in case.model.opset_import}
+    return domain_of(node.domain) in domains and operator_of(case).has_reference
+
+
+@cache
+def cases() -> dict[str, TestCase]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: dict[str, TestCase] = {}
+        for case in load_model_tests(kind="node"):
+            if is_runnable(case):
+                found[f"{case.name}#2" if case.name in found else case.name] = case
+    return found
+
+
+def value_of(data: Any, host: bool = False) -> Any:
+    """A value of the suite as a value of the dialect; with `host`, small int64 arrays are host data."""
+    if data is None:
+        return None
+    if isinstance(data, list):
+        return [value_of(item) for item in data]
+    array = np.asarray(numpy_helper.to_array(data) if isinstance(data, TensorProto) else data)
+    if host and array.dtype == np.int64 and array.size <= HOST_LIMIT:
+        return array
+    try:
+        return from_numpy(array)
+    except TypeError:  # strings, 4-bit numbers, ...
+        return array
+
+
+def attributes_of(node: NodeProto) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for attribute in node.attribute:
+        value = helper.get_attribute_value(attribute)
+        if isinstance(value, bytes):
+            value = value.decode()
+        elif isinstance(value, TensorProto):
+            value = value_of(value)
+        elif attribute.type in (AttributeProto.INTS, AttributeProto.FLOATS):
+            value = list(value)
+        elif attribute.type == AttributeProto.STRINGS:
+            value = [item.decode() for item in value]
+        result[attribute.name] = value
+    if len(node.output) != 1:
+        result["_outputs"] = len(node.output)
+    return result
+
+
+def operands(case: TestCase, inputs: list[Any], host: bool = False) -> list[Any]:
+    graph = case.model.graph
+    given = dict(zip([value.name for value in graph.input], inputs, strict=False))
+    given |= {tensor.name: tensor for tensor in graph.initializer}
+    return [value_of(given[name], host) if name else None for name in graph.node[0].input]
+
+
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def assert_equal(result: Any, expected: Any, case: TestCase) -> None:
+    if isinstance(expected, list):
+        assert len(result) == len(expected)
+        for item, wanted in zip(result, expected):
+            assert_equal(item, wanted, case)
+        return
+    if expected is None:
+        assert result is None
+        return
+    actual = to_numpy(to_tensor(result)) if not isinstance(result, np.ndarray) or result.dtype == object else result
+    wanted = np.asarray(numpy_helper.to_array(expected) if isinstance(expected, TensorProto) else expected)
+    assert (actual.dtype, actual.shape) == (wanted.dtype, wanted.shape)
+    if wanted.dtype.kind not in "fiubc":
+        actual, wanted = actual.astype(np.float32), wanted.astype(np.float32)
+    np.testing.assert_allclose(actual, wanted, rtol=case.rtol, atol=case.atol)
+
+
+def check(case: TestCase, host: bool) -> None:
+    node = case.model.graph.node[0]
+    wanted = [value.name for value in case.model.graph.output]
+    for inputs, outputs in case.data_sets:
+        results = as_tuple(operator_of(case)(*operands(case, inputs, host), **attributes_of(node)))
+        named = dict(zip(node.output, results, strict=True))
+        for name, expected in zip(wanted, outputs, strict=True):
+            assert_equal(named[name], expected, case)
+
+
+@pytest.mark.parametrize("host", [False, True], ids=["tensor", "host"])
+@pytest.mark.parametrize("name", list(cases()))
+def test_node_suite(name: str, host: bool) -> None:
+    if name not in MISSING:
+        check(cases()[name], host)
+        return
+    with pytest.raises((MissingReference, AssertionError)):
+        check(cases()[name], host)
+
+
+def test_missing_list_is_current() -> None:
+    assert not set(MISSING) - set(cases())
+
+
+@pytest.mark.parametrize("name", [name for name in cases() if name not in MISSING])
+def test_fake_tensors(name: str) -> None:
+    """Shapes and types are the same without data."""
+    case = cases()[name]
+    node = case.model.graph.node[0]
+    if node.op_type in DATA_DEPENDENT or any(isinstance(data, list) for data in case.data_sets[0][0]):
+        pytest.skip("depends on data")
+    values, attributes = operands(case, case.data_sets[0][0], True), attributes_of(node)
+    real = as_tuple(operator_of(case)(*values, **attributes))
+    mode = FakeTensorMode()
+
+    def fake(value: Any) -> Any:
+        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    with mode:
+        results = as_tuple(
+            operator_of(case)(*map(fake, values), **{key: fake(value) for key, value in attributes.items()})
+        )
+    for result, expected in zip(results, real, strict=True):
+        assert (tuple(result.shape), result.dtype) == (tuple(expected.shape), expected.dtype)
+
+
+def float64_cases() -> Iterator[str]:
+    for name, case in cases().items():
+        arrays = [np.asarray(data) for data in case.data_sets[0][0] if isinstance(data, np.ndarray)]
+        single = any(array.dtype == np.float32 for array in arrays)
+        if single and name not in MISSING and case.model.graph.node[0].op_type not in FIXED_TYPE:
+            yield name
+
+
+@pytest.mark.parametrize("name", list(float64_cases()))
+def test_float64_stays_float64(name: str) -> None:
+    """The verifier repeats graphs in float64: no reference may round to less on the way."""
+    case = cases()[name]
+    node = case.model.graph.node[0]
+    values = operands(case, case.data_sets[0][0])
+    wide = [
+        value.to(torch.float64) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+        for value in values
+    ]
+    single = as_tuple(operator_of(case)(*values, **attributes_of(node)))
+    double = as_tuple(operator_of(case)(*wide, **attributes_of(node)))
+    for result, expected in zip(double, single, strict=True):
+        if not isinstance(expected, torch.Tensor) or expected.dtype != torch.float32:
+            continue
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result.to(torch.float32), expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_onnx_sees_all_of_torchs_types() -> None:
+    assert onnx.__version__ and ml_dtypes.__version__

@@ -1,0 +1,310 @@
+"""Wrong input: one clear message, exit code 2, no traceback, nothing written, the input untouched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from conftest import digest, mlp  # type: ignore[import-not-found]
+
+Cli = Callable[..., Any]
+QUICK = ("--guard-seconds", "0.2")
+
+
+def assert_refused(ran: Any, message: str) -> None:
+    assert ran.code == 2, ran.out + ran.err
+    assert "Traceback" not in ran.err and "internal error" not in ran.err
+    lines = [line for line in ran.err.splitlines() if line and not line.startswith("warning: ")]
+    assert lines[0].startswith("error: ") and len(lines) <= 2, ran.err
+    assert len(lines) == 1 or lines[1].startswith("Try 'fxopt"), ran.err
+    import re
+
+    assert re.search(message, lines[0]), ran.err
+
+
+def everything(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_reference_itself_is_accepted(cli: Cli, model_file: Path, work: Path) -> None:
+    assert cli(model_file, "-o", work / "out.onnx", *QUICK).code == 0
+
+
+# ---- models
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _random(path: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(4096))
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _unchecked(path: Path) -> None:
+    model = mlp()
+    model.graph.node[0].op_type = "NoSuchOperator"
+    path.write_bytes(model.SerializeToString())
+
+
+def _unsorted(path: Path) -> None:
+    model = mlp()
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    path.write_bytes(model.SerializeToString())
+
+
+def _text(path: Path) -> None:
+    path.write_text("weights, biases and dreams\n" * 40)
+
+
+def _no_external_data(path: Path) -> None:
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="model.data", size_threshold=0)
+    path.with_name("model.data").unlink()
+
+
+@pytest.mark.parametrize("command", ["optimize", "inspect", "explain", "predict", "bench"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"model\.onnx: no such file"),
+        (_truncated, r"model\.onnx is not an ONNX model or is truncated"),
+        (_random, r"model\.onnx is not an ONNX model"),
+        (_empty, r"model\.onnx is not an ONNX model"),
+        (_text, r"model\.onnx is not an ONNX model"),
+        (_unchecked, r"model\.onnx is not a valid ONNX model; the ONNX checker says: .*NoSuchOperator"),
+        (_unsorted, r"model\.onnx is not a valid ONNX model; the ONNX checker says: .*topologically sorted"),
+        (_no_external_data, r"model\.data"),
+    ],
+)
+def test_models(
+    cli: Cli, model_file: Path, work: Path, command: str, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(model_file)
+    before = everything(model_file.parent)
+    output = ("-o", work / "out.onnx") if command == "optimize" else ()
+    assert_refused(cli(command, model_file, *output), message)
+    assert everything(model_file.parent) == before and not everything(work)
+
+
+def test_a_folder_is_no_model(cli: Cli, model_file: Path) -> None:
+    assert_refused(cli("optimize", model_file.parent), "is a folder; expected an ONNX model file")
+
+
+def test_a_missing_model_suggests_its_neighbours(cli: Cli, model_file: Path) -> None:
+    assert_refused(cli(model_file.with_name("modle.onnx")), r"no such file; there is model\.onnx")
+
+
+# ---- names and options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "hots"), "unknown target 'hots'; did you mean .*'host'"),
+        (("--backend", "onnxruntme"), "unknown backend 'onnxruntme'; did you mean 'onnxruntime'"),
+        (("-p", "quantize-linaer"), "unknown pass 'quantize-linaer'; did you mean 'quantize-linear'"),
+        (("-p", "quantize-linear{bit=8}"), "unknown option of quantize-linear 'bit'; did you mean 'bits'"),
+        (("-p", "quantize-linear{bits=7}"), "quantize-linear: bits=7; expected"),
+        (("-p", "quantize-linear{bits}"), "'bits' is not of the form option=value"),
+        (("-p", "quantize-linear{"), "expected name or name{option=value"),
+        (("-p", "./absent.py:MyPass"), r"absent\.py: no such file"),
+        (("--require-pass", "quantise-linear"), "unknown pass 'quantise-linear'; did you mean 'quantize-linear'"),
+        (("--targt", "host"), "No such option: --targt.*--target"),
+        (("--resume", "state"), "No such option: --resume"),
+        (("--budget", "-1"), "--budget -1: expected a number"),
+        (("--budget", "some"), "--budget some: expected a number"),
+        (("--objective", "speed"), "(?i)objective.*speed.*latency"),
+        (("--threads", "0"), "(?i)threads.*0"),
+        (("--input-shape", "x=1"), "--input-shape x=1: expected NAME:SIZES"),
+        (("--input-shape", "z:1,16", "--calibration", "random"), "unknown model input 'z'"),
+        (("--exclude", "nothing_like_this"), "--exclude nothing_like_this matches no node: unknown node"),
+        (("--include", "fc3"), "--include fc3 matches no node: .*did you mean .*fc1"),
+        (("--exclude", "["), r"--exclude \[: not a regular expression"),
+        (("--evaluate", "metric"), "'metric': expected file.py:function"),
+        (("--evaluate", "absent.py:metric"), r"absent\.py: no such file"),
+        (("--dry-run", "-o", "x.onnx"), "--dry-run writes no model"),
+        (("second.onnx",), "(?i)unexpected extra argument.*second"),
+    ],
+)
+def test_options(
+    cli: Cli, model_file: Path, work: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(work)
+    assert_refused(cli("optimize", model_file, *arguments), message)
+    assert not everything(work)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "MODEL", "--node", "fc7"), "--node fc7 matches no node: .*did you mean .*fc1"),
+        (("explain", "MODEL", "--pass", "quantize"), "unknown pass 'quantize'; did you mean"),
+        (("predict", "MODEL", "--target", "a101"), "unknown target 'a101'; did you mean .*a100"),
+        (("inspect", "MODEL", "--target", "nowhere"), "unknown target 'nowhere'"),
+        (("compare", "MODEL", "other.onnx"), r"other\.onnx: no such file"),
+        (("compare", "MODEL"), "(?i)missing argument"),
+        (("bench",), "(?i)missing argument"),
+        (("optimise", "MODEL"), "No such command 'optimise'. Did you mean 'optimize'"),
+    ],
+)
+def test_commands(cli: Cli, model_file: Path, arguments: tuple[str, ...], message: str) -> None:
+    given = [str(model_file) if argument == "MODEL" else argument for argument in arguments]
+    assert_refused(cli(*given), message)
+
+
+def test_the_environment(cli: Cli, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXOPT_THREADS", "many")
+    assert_refused(cli(model_file), "FXOPT_THREADS=many: expected a number of threads")
+
+
+# ---- calibration
+
+
+def _npz(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+X = np.zeros((4, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"X": X}, "unknown model input 'X'; did you mean 'x'|unknown model input 'X'. Known: x"),
+        ({"x": X, "mask": X}, "unknown model input 'mask'"),
+        ({}, r"model input x: float32\[batch, 16\] is missing"),
+        ({"x": X[:, :8]}, r"input 'x' has shape \[1, 8\], expected \[batch, 16\]"),
+        ({"x": X[:, :, None]}, r"input 'x' has shape \[1, 16, 1\], expected \[batch, 16\]"),
+        ({"x": X.astype(np.int64)}, "input 'x' has element type int64, expected float32"),
+        ({"x": X[:0]}, r"'x' has shape \[0, 16\]; expected samples"),
+        ({"x": np.full((4, 16), np.nan, np.float32)}, "input 'x' holds NaN"),
+        ({"x": np.full((4, 16), "a")}, "input 'x' has element type <U1"),
+        ({"x": np.array([[object()]])}, r"data\.npz cannot be read"),
+    ],
+)
+def test_calibration(cli: Cli, model_file: Path, work: Path, arrays: dict[str, Any], message: str) -> None:
+    data = _npz(work / "data.npz", **arrays)
+    before = everything(work)
+    assert_refused(cli(model_file, "--calibration", data, "-o", work / "out.onnx"), message)
+    assert everything(work) == before
+
+
+def test_calibration_files(cli: Cli, model_file: Path, work: Path) -> None:
+    assert_refused(cli(model_file, "--calibration", work / "absent.npz"), r"absent\.npz: no such file")
+    assert_refused(cli(model_file, "--calibration", work), "the folder holds no .npz or .npy files")
+    (work / "data.txt").write_text("1 2 3")
+    assert_refused(cli(model_file, "--calibration", work / "data.txt"), r"expected an \.npz or \.npy file")
+    (work / "data.npz").write_bytes(b"PK\x03\x04 no archive")
+    assert_refused(cli(model_file, "--calibration", work / "data.npz"), r"data\.npz cannot be read")
+
+
+# ---- outputs
+
+
+@pytest.mark.parametrize("option", ["--output", "--report", "--json"])
+def test_outputs(cli: Cli, model_file: Path, work: Path, option: str) -> None:
+    (work / "folder").mkdir()
+    assert_refused(cli("optimize", model_file, option, work / "folder"), f"{option} .*folder is a folder; give the name")
+    assert_refused(cli("optimize", model_file, option, work / "no" / "x.out"), "the folder .*no does not exist")
+    assert not everything(work)
+
+
+def test_the_input_is_not_overwritten(cli: Cli, model_file: Path) -> None:
+    before = digest(model_file)
+    assert_refused(cli(model_file, "-o", model_file), "is the input, which is never changed")
+    link = model_file.with_name("link.onnx")
+    link.hardlink_to(model_file)
+    assert_refused(cli(model_file, "-o", link), "is the input, which is never changed")
+    assert digest(model_file) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(cli: Cli, model_file: Path, work: Path) -> None:
+    work.chmod(0o500)
+    assert_refused(cli(model_file, "-o", work / "out.onnx"), "permission denied")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on a file system of 64 KiB; where none can be mounted, one in which every large write fails."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode == 0:
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+        return
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.is_relative_to(folder) and len(data) > 65536:
+            write_bytes(path, data[:65536])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    yield folder
+
+
+def test_a_full_disk(cli: Cli, model_file: Path, full_disk: Path) -> None:
+    onnx.save(mlp(hidden=4096), model_file)
+    before = digest(model_file)
+    (full_disk / "out.onnx").write_bytes(b"an older result")
+    ran = cli(model_file, "-o", full_disk / "out.onnx", *QUICK)
+    assert_refused(ran, "out.onnx cannot be written: No space left on device")
+    assert digest(model_file) == before
+    assert [path.name for path in full_disk.iterdir()] == ["out.onnx"]
+    assert (full_disk / "out.onnx").read_bytes() == b"an older result"
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxopt.cli.output import write_text
+    from fxopt.errors import OutputError
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match=r"r\.html cannot be written: No space left on device"):
+        write_text(work / "r.html", "text")
+    assert not list(work.iterdir())
+
+
+# ---- the real thing, in a process of its own
+
+
+def test_in_a_process(spawn: Cli, model_file: Path, work: Path) -> None:
+    _truncated(model_file)
+    before = digest(model_file)
+    ran = spawn(model_file, "-o", work / "out.onnx", cwd=work)
+    assert_refused(ran, "is not an ONNX model or is truncated")
+    assert not ran.out and digest(model_file) == before and not everything(work)
+    assert "Traceback" in spawn(model_file, "--debug", cwd=work).err
+
+
+def test_strings_cannot_be_calibrated(cli: Cli, model_file: Path, work: Path) -> None:
+    value = helper.make_tensor_value_info
+    node = helper.make_node("Identity", ["x"], ["y"], name="same")
+    body = helper.make_graph([node], "s", [value("x", TensorProto.STRING, [2])], [value("y", TensorProto.STRING, [2])])
+    onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), model_file)
+    assert_refused(cli(model_file, "--calibration", "random"), "input 'x' is not a tensor of numbers")

@@ -1,0 +1,265 @@
+"""What the commands print and write, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from fxopt.cli.options import budget_from, shapes_from
+from fxopt.cli.progress import ProgressReporter
+from fxopt.cli.run import with_command
+from fxopt.errors import InvalidOption
+
+Cli = Callable[..., Any]
+QUICK = ("--guard-seconds", "0.2")
+COMMANDS = ("optimize", "inspect", "explain", "compare", "bench", "predict", "passes", "targets", "backends", "ops")
+
+
+def outputs(path: Path, x: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x})
+    return np.asarray(y)
+
+
+@pytest.fixture
+def calibration(work: Path) -> Path:
+    path = work / "data.npz"
+    np.savez(path, x=np.random.default_rng(1).standard_normal((16, 16)).astype(np.float32))
+    return path
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["model.onnx", "-o", "out.onnx"], ["optimize", "model.onnx", "-o", "out.onnx"]),
+        (["-o", "out.onnx", "model.onnx"], ["optimize", "-o", "out.onnx", "model.onnx"]),
+        (["--debug", "dir/model"], ["optimize", "--debug", "dir/model"]),
+        (["optimize", "model.onnx"], ["optimize", "model.onnx"]),
+        (["optimise", "model.onnx"], ["optimise", "model.onnx"]),
+        (["--help"], ["--help"]),
+        ([], []),
+    ],
+)
+def test_optimize_is_the_default_command(given: list[str], expected: list[str]) -> None:
+    assert with_command(given) == expected
+
+
+def test_budget_and_shapes() -> None:
+    assert budget_from("0.1") == 0.1 and budget_from("none") is None
+    assert shapes_from(["x:1,3,224,224", "scope/y:0:[2]"]) == {"x": (1, 3, 224, 224), "scope/y:0": (2,)}
+    assert shapes_from([]) is None
+    for wrong in ("x", "x:", "x:1,a", ":1", "x:0"):
+        with pytest.raises(InvalidOption, match="expected NAME:SIZES"):
+            shapes_from([wrong])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_json_and_debug(cli: Cli, command: str) -> None:
+    ran = cli(command, "--help")
+    assert ran.code == 0
+    assert "--json" in ran.out and "--debug" in ran.out
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out.startswith("fxopt")
+
+
+# ---- lists
+
+
+@pytest.mark.parametrize("command", ["passes", "targets", "backends", "ops"])
+def test_lists(cli: Cli, work: Path, command: str) -> None:
+    shown = cli(command, "--json", work / "list.json")
+    assert shown.code == 0
+    rows = json.loads((work / "list.json").read_text())
+    assert rows
+    for row in rows:
+        assert row["name"] in shown.text.replace(" ", "") or row["name"] in shown.text
+    assert json.loads(cli(command, "--json", "-").out) == rows
+
+
+def test_ops_with_a_torch_definition(cli: Cli) -> None:
+    assert {"domain": "ai.onnx", "name": "Relu"} in json.loads(cli("ops", "--onnx", "--json", "-").out)
+
+
+# ---- optimize
+
+
+def test_optimize_writes_a_model_that_computes_the_same(cli: Cli, model_file: Path, work: Path) -> None:
+    ran = cli(model_file, "-o", work / "out.onnx", *QUICK)
+    assert ran.code == 0, ran.err
+    for row in ("operators", "weights", "multiply-adds", "predicted time"):
+        assert row in ran.text
+    assert f"written: {work}/out.onnx" in ran.text.replace(" ", "").replace("written:", "written: ")
+    onnx.checker.check_model(work / "out.onnx", full_check=True)
+    x = np.random.default_rng(2).standard_normal((3, 16)).astype(np.float32)
+    np.testing.assert_allclose(outputs(work / "out.onnx", x), outputs(model_file, x), rtol=1e-5, atol=1e-6)
+    assert [path.name for path in work.iterdir()] == ["out.onnx"]
+
+
+def test_optimize_json_and_html(cli: Cli, model_file: Path, work: Path, calibration: Path) -> None:
+    ran = cli(
+        "optimize", model_file, "--calibration", calibration, "--json", "-", "--report", work / "r.html",
+        "--guard_seconds", "0.2", "--input_shape", "x:4,16",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    data = json.loads(ran.out)
+    assert data["output"] is None and "give --output" in ran.err
+    assert data["report"]["before"]["op_counts"]
+    assert data["ledger"]["verdicts"]
+    html = (work / "r.html").read_text()
+    assert "<table" in html and "http" not in html.split("<body>")[1].split("<script")[0]
+
+
+def test_without_data_nothing_is_lossy_and_the_reason_is_given(cli: Cli, model_file: Path) -> None:
+    ran = cli(model_file, "--json", "-", *QUICK)
+    assert ran.code == 0, ran.err
+    verdicts = json.loads(ran.out)["ledger"]["verdicts"]
+    assert not [row for row in verdicts if row["outcome"] == "applied" and row["error"]]
+    assert "--calibration" in ran.err
+
+
+def test_no_passes_means_no_change(cli: Cli, model_file: Path, work: Path) -> None:
+    ran = cli(model_file, "-o", work / "out.onnx", "-p", "none", *QUICK)
+    assert ran.code == 0, ran.err
+    assert onnx.load(work / "out.onnx").graph == onnx.load(model_file).graph
+
+
+def test_dry_run_writes_nothing(cli: Cli, model_file: Path, work: Path, calibration: Path) -> None:
+    ran = cli("optimize", model_file, "--dry-run", "--calibration", calibration)
+    assert ran.code == 0, ran.err
+    assert "dry run" in ran.out and list(work.iterdir()) == [calibration]
+
+
+def test_a_requirement_that_is_not_met_is_exit_code_1_and_writes_nothing(
+    cli: Cli, model_file: Path, work: Path
+) -> None:
+    ran = cli(model_file, "-o", work / "out.onnx", "--require-speedup", "1000", *QUICK)
+    assert ran.code == 1, ran.err
+    assert "--require-speedup 1000" in ran.text and not list(work.iterdir())
+
+
+def test_a_required_pass_that_changed_nothing_is_exit_code_1(cli: Cli, model_file: Path, work: Path) -> None:
+    ran = cli(model_file, "-o", work / "out.onnx", "--require-pass", "quantize_linear", *QUICK)
+    assert ran.code == 1, ran.err
+    assert "--require-pass quantize-linear" in ran.text and not list(work.iterdir())
+
+
+def test_evaluate_uses_the_metric(cli: Cli, model_file: Path, work: Path, calibration: Path) -> None:
+    (work / "metric.py").write_text(
+        "import torch\ndef steady(model):\n    y = model(torch.ones(2, 16))\n"
+        "    y = y[0] if isinstance(y, (list, tuple)) else y\n    return float(torch.as_tensor(y).sum())\n"
+    )
+    ran = cli(model_file, "--calibration", calibration, "--evaluate", f"{work}/metric.py:steady", "--json", "-", *QUICK)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["report"]["error"]["metric_before"] is not None
+
+
+# ---- explain, inspect, predict, compare, bench
+
+
+def test_explain(cli: Cli, model_file: Path, calibration: Path) -> None:
+    ran = cli("explain", model_file, "--calibration", calibration, "--json", "-")
+    assert ran.code == 0, ran.err
+    assert {"fc1", "fc2"} <= {row["node"] for row in json.loads(ran.out)["verdicts"]}
+
+
+def test_explain_one_node(cli: Cli, model_file: Path, calibration: Path) -> None:
+    ran = cli("explain", model_file, "--node", "^act$", "--calibration", calibration)
+    assert ran.code == 0 and "act" in ran.out and "Relu" in ran.out and "fc1" not in ran.out
+    ran = cli("explain", model_file, "--node", "fc1", "--pass", "quantize_linear", "--calibration", calibration)
+    assert ran.code == 0 and "quantize-linear" in ran.out and "fc2" not in ran.out
+
+
+def test_inspect(cli: Cli, model_file: Path) -> None:
+    ran = cli("inspect", model_file, "--json", "-")
+    assert ran.code == 0, ran.err
+    assert "fc1" in ran.text and json.loads(ran.out)
+
+
+def test_predict(cli: Cli, model_file: Path) -> None:
+    ran = cli("predict", model_file, "-t", "host", "--json", "-")
+    assert ran.code == 0, ran.err
+    assert [row["target"] for row in json.loads(ran.out)] == ["host"]
+
+
+def test_compare_with_itself(cli: Cli, model_file: Path, calibration: Path) -> None:
+    ran = cli("compare", model_file, model_file, "--data", calibration, "--json", "-")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)
+
+
+def test_bench(cli: Cli, model_file: Path) -> None:
+    ran = cli("bench", model_file, model_file, "--seconds", "0.2", "--json", "-")
+    assert ran.code == 0, ran.err
+    assert len(json.loads(ran.out)) == 2
+
+
+# ---- errors that are ours
+
+
+def test_an_unexpected_exception_is_reported_as_our_fault(
+    cli: Cli, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fxopt
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by accident")
+
+    monkeypatch.setattr(fxopt, "optimize", broken)
+    ran = cli(model_file)
+    assert ran.code == 2 and "Traceback" not in ran.err
+    assert ran.err.startswith("internal error: ZeroDivisionError: by accident") and "--debug" in ran.err
+    assert "Traceback" in cli(model_file, "--debug").err
+
+
+def test_an_interruption_is_no_error(cli: Cli, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fxopt
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fxopt, "optimize", interrupted)
+    assert cli(model_file).code == 130
+
+
+# ---- progress
+
+
+def test_progress_is_silent_for_two_seconds_and_then_prints_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("fxopt.cli.progress.time.monotonic", lambda: clock[0])
+    with ProgressReporter() as progress:
+        for second in range(0, 30):
+            clock[0] = float(second)
+            progress("calibrating", second, 30)
+        progress("measuring", 1, 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "calibrating 2/30", "calibrating 12/30", "calibrating 22/30", "measuring",
+    ]  # fmt: skip
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("fxopt.cli.progress._PATIENCE", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    import time
+
+    with ProgressReporter() as progress:
+        time.sleep(0.3)
+        progress("calibrating", 1, 3)
+        time.sleep(0.3)
+    assert "calibrating" in capsys.readouterr().err
