@@ -46,7 +46,7 @@ def train(model: ByteLM, steps: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
     options = parser.parse_args(arguments)
 

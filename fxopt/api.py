@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import InvalidInput, InvalidOption, NotReady, Unsupported, unknown
 from fxopt.ir.graph import Graph
@@ -281,12 +280,12 @@ def _load(model: Model, example_inputs: Any, options: _Options, backend: Backend
     if backend.name == "onnxruntime":
         from fxopt.frontends.to_onnx import to_onnx
 
-        graph, found = to_onnx(model, args, kwargs, options.dynamic_shapes)
+        graph, found = to_onnx(model, args, options.dynamic_shapes, kwargs=kwargs)
         notes.extend(found)
         return graph
     from fxopt.frontends.torch_export import load as load_torch
 
-    return load_torch(model, args, kwargs, options.dynamic_shapes)
+    return load_torch(model, args, options.dynamic_shapes, kwargs)
 
 
 def _bound(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -305,8 +304,8 @@ def _flat_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """Inputs in the order of the graph's: nested structures are flattened, keywords go by name."""
     names = [spec.name for spec in graph.inputs]
     if graph.call_spec is not None:
-        flat = [value for value in pytree.tree_leaves((tuple(args), dict(kwargs))) if value is not None]
-        return flat[: len(names)] if len(flat) >= len(names) else flat
+        flat: list[Any] = graph.call_spec.flatten(args, kwargs)
+        return flat
     given = list(args)
     for name in names[len(given) :]:
         if name in kwargs:
@@ -319,8 +318,8 @@ def _flat_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 def _structured(graph: Graph, results: list[Any]) -> Any:
     """The outputs in the structure of the original."""
-    if graph.call_spec is not None and graph.call_spec[1] is not None:
-        return pytree.tree_unflatten(results, graph.call_spec[1])
+    if graph.call_spec is not None:
+        return graph.call_spec.unflatten(results)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -432,7 +431,7 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
         from fxopt.frontends.torch_export import load as load_torch
 
         args, kwargs = _bound(example_inputs)
-        graph = load_torch(model, args, kwargs, dynamic_shapes)
+        graph = load_torch(model, args, dynamic_shapes, kwargs)
     from fxopt.engine import bind_sizes
 
     bind_sizes(graph, None)

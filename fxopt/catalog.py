@@ -151,8 +151,12 @@ def all_passes() -> dict[str, type[Pass]]:
 
 def find_target(name: str) -> Target:
     """The target of this name."""
+    from fxopt.ir.target import Target
+
     found = find("target", name)
-    target: Target = found() if callable(found) else found
+    target = found() if callable(found) else found  # the host is detected
+    if not isinstance(target, Target):
+        raise InvalidOption(f"target {name!r}: {target!r} is not a fxopt.ir.target.Target")
     return target
 
 

@@ -1,9 +1,13 @@
-"""Wrong input: one clear message, exit code 2, no traceback, nothing written, the input untouched."""
+"""Wrong input: one clear message, exit code 2, no traceback, nothing written, the input untouched.
+
+The last part is about calibration data that are right.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +16,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
+from torch import fx
 
-from conftest import digest, mlp  # type: ignore[import-not-found]
+from fxopt.calibration import load
+from fxopt.errors import InvalidInput, InvalidOption
+from fxopt.ir.graph import Graph, ValueSpec
+from tests.conftest import digest, mlp
 
 Cli = Callable[..., Any]
 QUICK = ("--guard-seconds", "0.2")
@@ -26,8 +35,6 @@ def assert_refused(ran: Any, message: str) -> None:
     lines = [line for line in ran.err.splitlines() if line and not line.startswith("warning: ")]
     assert lines[0].startswith("error: ") and len(lines) <= 2, ran.err
     assert len(lines) == 1 or lines[1].startswith("Try 'fxopt"), ran.err
-    import re
-
     assert re.search(message, lines[0]), ran.err
 
 
@@ -106,7 +113,9 @@ def test_a_folder_is_no_model(cli: Cli, model_file: Path) -> None:
 
 
 def test_a_missing_model_suggests_its_neighbours(cli: Cli, model_file: Path) -> None:
-    assert_refused(cli(model_file.with_name("modle.onnx")), r"no such file; there is model\.onnx")
+    assert_refused(
+        cli(model_file.with_name("modle.onnx")), r"no such file; expected an ONNX model; there is model\.onnx"
+    )
 
 
 # ---- names and options
@@ -129,7 +138,7 @@ def test_a_missing_model_suggests_its_neighbours(cli: Cli, model_file: Path) -> 
         (("--budget", "-1"), "--budget -1: expected a number"),
         (("--budget", "some"), "--budget some: expected a number"),
         (("--objective", "speed"), "(?i)objective.*speed.*latency"),
-        (("--threads", "0"), "(?i)threads.*0"),
+        (("--threads", "0"), "--threads 0: expected 1 or more"),
         (("--input-shape", "x=1"), "--input-shape x=1: expected NAME:SIZES"),
         (("--input-shape", "z:1,16", "--calibration", "random"), "unknown model input 'z'"),
         (("--exclude", "nothing_like_this"), "--exclude nothing_like_this matches no node: unknown node"),
@@ -190,7 +199,7 @@ X = np.zeros((4, 16), np.float32)
         ({"x": X, "mask": X}, "unknown model input 'mask'"),
         ({}, r"model input x: float32\[batch, 16\] is missing"),
         ({"x": X[:, :8]}, r"input 'x' has shape \[1, 8\], expected \[batch, 16\]"),
-        ({"x": X[:, :, None]}, r"input 'x' has shape \[1, 16, 1\], expected \[batch, 16\]"),
+        ({"x": X[:, :, None]}, r"input 'x' has shape \[16, 1\], expected \[batch, 16\]"),
         ({"x": X.astype(np.int64)}, "input 'x' has element type int64, expected float32"),
         ({"x": X[:0]}, r"'x' has shape \[0, 16\]; expected samples"),
         ({"x": np.full((4, 16), np.nan, np.float32)}, "input 'x' holds NaN"),
@@ -220,7 +229,9 @@ def test_calibration_files(cli: Cli, model_file: Path, work: Path) -> None:
 @pytest.mark.parametrize("option", ["--output", "--report", "--json"])
 def test_outputs(cli: Cli, model_file: Path, work: Path, option: str) -> None:
     (work / "folder").mkdir()
-    assert_refused(cli("optimize", model_file, option, work / "folder"), f"{option} .*folder is a folder; give the name")
+    assert_refused(
+        cli("optimize", model_file, option, work / "folder"), f"{option} .*folder is a folder; give the name"
+    )
     assert_refused(cli("optimize", model_file, option, work / "no" / "x.out"), "the folder .*no does not exist")
     assert not everything(work)
 
@@ -308,3 +319,118 @@ def test_strings_cannot_be_calibrated(cli: Cli, model_file: Path, work: Path) ->
     body = helper.make_graph([node], "s", [value("x", TensorProto.STRING, [2])], [value("y", TensorProto.STRING, [2])])
     onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), model_file)
     assert_refused(cli(model_file, "--calibration", "random"), "input 'x' is not a tensor of numbers")
+
+
+# ---- calibration data that are accepted
+
+
+def spec(name: str, dtype: torch.dtype | None, *shape: int | str | None) -> ValueSpec:
+    return ValueSpec(name, dtype, shape)
+
+
+def graph_of(*inputs: ValueSpec) -> Graph:
+    """A graph that returns its inputs."""
+    nodes = fx.Graph()
+    nodes.output(tuple(nodes.placeholder(value.name) for value in inputs))
+    return Graph(nodes, torch.nn.Module(), "torch", inputs, inputs)
+
+
+IMAGE = graph_of(spec("x", torch.float32, "batch", 3))
+PAIR = graph_of(spec("ids", torch.int64, "batch", "seq"), spec("mask", torch.bool, "batch", "seq"))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_an_npz_is_cut_into_batches(work: Path) -> None:
+    data = _npz(work / "d.npz", x=np.arange(15, dtype=np.float32).reshape(5, 3))
+    batches = load(data, IMAGE, batch_size=2)
+    assert [batch["x"].tolist() for batch in batches] == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
+    assert len(load(str(data), IMAGE)) == 5 and len(load(data, IMAGE, samples=3)) == 3
+
+
+def test_a_fixed_batch_is_filled_and_rows_without_one_are_whole_inputs(work: Path) -> None:
+    data = _npz(work / "d.npz", x=np.zeros((6, 3)))
+    assert [tuple(b["x"].shape) for b in load(data, graph_of(spec("x", torch.float32, 2, 3)))] == [(2, 3)] * 3
+    assert [tuple(b["x"].shape) for b in load(data, graph_of(spec("x", torch.float32, 3)))] == [(3,)] * 6
+    with pytest.raises(InvalidInput, match="6 samples do not fill one batch of 8"):
+        load(data, graph_of(spec("x", torch.float32, 8, 3)))
+
+
+def test_folders_of_files(work: Path) -> None:
+    for name in ("a", "b"):
+        np.save(work / f"{name}.npy", np.zeros((2, 3), np.float32))
+    assert len(load(work, IMAGE)) == 4
+    for file in work.iterdir():
+        file.unlink()
+    np.save(work / "ids.npy", np.zeros((2, 4), np.int64))
+    np.save(work / "mask.npy", np.ones((2, 4), bool))
+    assert [sorted(batch) for batch in load(work, PAIR)] == [["ids", "mask"]] * 2
+
+
+@pytest.mark.parametrize(
+    "item", [{"ids": [[1, 2]], "mask": [[True, False]]}, (torch.tensor([[1, 2]]), np.array([[True, False]]))]
+)
+def test_iterables_of_batches(item: object) -> None:
+    (batch,) = load(iter([item]), PAIR)
+    assert batch["ids"].tolist() == [[1, 2]] and batch["mask"].dtype == torch.bool
+
+
+def test_safe_conversions_are_made() -> None:
+    (batch,) = load([np.zeros((1, 3))], IMAGE)
+    assert batch["x"].dtype == torch.float32
+    (batch,) = load([(np.zeros((1, 2), np.uint8), np.zeros((1, 2), bool))], PAIR)
+    assert batch["ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("source", "graph", "message"),
+    [
+        ([], IMAGE, "gave no batches"),
+        (torch.zeros(1, 3), IMAGE, "put a single batch into a list"),
+        (3, IMAGE, "expected a path, 'random', 'weights' or an iterable of batches, got a int"),
+        ([(torch.zeros(1, 3), torch.zeros(1))], IMAGE, "batch 0 has 2 values, the model takes 1: .*leave labels out"),
+        ([{"x": torch.zeros(1, 3)}, {"y": torch.zeros(1, 3)}], IMAGE, "batch 1: unknown model input 'y'"),
+        ([{"ids": [[1]], "mask": [[True, True]]}], PAIR, "'mask' has seq=2, but input 'ids' has seq=1"),
+        ([{"ids": [[1]]}], PAIR, r"the model input mask: bool\[batch, seq\] is missing; given: ids"),
+        ([np.full((1, 2), 300)], graph_of(spec("b", torch.uint8, "n", 2)), "element type int64, expected uint8; some"),
+        ([{"x": [[1, 2], [3]]}], IMAGE, "input 'x' is not an array"),
+    ],
+)
+def test_iterables_that_do_not_fit(source: Any, graph: Graph, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        load(source, graph)
+
+
+def test_random_data_are_seeded_and_stay_below_what_is_looked_up() -> None:
+    graph = graph_of(spec("ids", torch.int64, "batch", "seq"), spec("x", torch.float16, "batch", "seq", 4))
+    table = graph.add_constant(torch.zeros(5, 2), "table")
+    graph.call(torch.ops.aten.embedding.default, (table, graph.placeholders[0]), before=graph.output, made_by="test")
+    said: list[str] = []
+    first = load("random", graph, samples=4, batch_size=3, warn=said.append)
+    again = load("random", graph, samples=4, batch_size=3, warn=quiet)
+    assert all(
+        torch.equal(a["ids"], b["ids"]) and torch.equal(a["x"], b["x"]) for a, b in zip(first, again, strict=True)
+    )
+    assert (
+        first[0]["ids"].shape == (3, 16) and first[0]["x"].shape == (3, 16, 4) and first[0]["x"].dtype == torch.float16
+    )
+    assert set(torch.cat([batch["ids"].flatten() for batch in first]).tolist()) == {0, 1, 2, 3, 4}
+    assert "input 'ids': random integers from 0 to 4 (rows of the table that it indexes)" in said
+    assert not torch.equal(load("random", graph, seed=1, warn=quiet)[0]["ids"], first[0]["ids"])
+    (batch, *_) = load("random", graph, input_shapes={"ids": (2, 7)}, warn=quiet)
+    assert batch["x"].shape == (2, 7, 4)
+
+
+def test_random_shapes_must_fit() -> None:
+    with pytest.raises(InvalidOption, match="unknown model input 'z'"):
+        load("random", IMAGE, input_shapes={"z": (1, 3)}, warn=quiet)
+    with pytest.raises(InvalidOption, match=r"input shape of 'x' has shape \[1, 4\], expected \[batch, 3\]"):
+        load("random", IMAGE, input_shapes={"x": (1, 4)}, warn=quiet)
+    with pytest.raises(InvalidInput, match="has no shape; give --input-shape x:1"):
+        load("random", graph_of(ValueSpec("x", torch.float32, None)), warn=quiet)
+
+
+def test_weights_need_no_batches() -> None:
+    assert load("weights", IMAGE) == []

@@ -147,13 +147,13 @@ def test_a_requirement_that_is_not_met_is_exit_code_1_and_writes_nothing(
 ) -> None:
     ran = cli(model_file, "-o", work / "out.onnx", "--require-speedup", "1000", *QUICK)
     assert ran.code == 1, ran.err
-    assert "--require-speedup 1000" in ran.text and not list(work.iterdir())
+    assert "a speed-up of 1000 was required; measured" in ran.text and not list(work.iterdir())
 
 
 def test_a_required_pass_that_changed_nothing_is_exit_code_1(cli: Cli, model_file: Path, work: Path) -> None:
     ran = cli(model_file, "-o", work / "out.onnx", "--require-pass", "quantize_linear", *QUICK)
     assert ran.code == 1, ran.err
-    assert "--require-pass quantize-linear" in ran.text and not list(work.iterdir())
+    assert "failed: pass quantize-linear was required and changed nothing" in ran.text and not list(work.iterdir())
 
 
 def test_evaluate_uses_the_metric(cli: Cli, model_file: Path, work: Path, calibration: Path) -> None:
@@ -243,7 +243,7 @@ def test_progress_is_silent_for_two_seconds_and_then_prints_lines(
     clock = [0.0]
     monkeypatch.setattr("fxopt.cli.progress.time.monotonic", lambda: clock[0])
     with ProgressReporter() as progress:
-        for second in range(0, 30):
+        for second in range(30):
             clock[0] = float(second)
             progress("calibrating", second, 30)
         progress("measuring", 1, 0)

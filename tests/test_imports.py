@@ -77,7 +77,7 @@ def test_import_is_light() -> None:
 
 
 def test_import_is_fast() -> None:
-    """At most 0.3 s after importing torch, median of five processes; not their difference, which is the disk's noise."""
+    """At most 0.3 s once torch is imported (the difference of two imports would be the disk's noise)."""
     code = "import torch; start = time.perf_counter(); import fxopt; print(json.dumps(time.perf_counter() - start))"
     seconds = [_fresh(code) for _ in range(5)]
     assert statistics.median(seconds) <= MOST_SECONDS

@@ -85,8 +85,8 @@ def test_text_shows_a_metric() -> None:
 
 
 def test_text_says_when_nothing_was_measured() -> None:
-    text = report_text(example(measured=None, target="a100"))
-    assert "not measured: this process runs the result on host, not on a100" in text
+    text = report_text(example(measured=None, target="a100", executed_on="eager (reference)"))
+    assert "not measured: this machine is not a100; here the result runs in eager (reference)" in text
 
 
 def test_reasons_are_grouped_over_numbers_and_names() -> None:

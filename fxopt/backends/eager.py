@@ -54,4 +54,8 @@ class Eager(Backend):
 
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """An interpreter over a copy of the graph."""
-        return EagerExecutable(graph.copy())
+        if graph.origin != "onnx":
+            return EagerExecutable(graph.copy())
+        from fxopt.backends.onnxruntime.evaluator import OnnxEvaluator
+
+        return EagerExecutable(graph.copy(), OnnxEvaluator())

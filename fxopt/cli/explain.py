@@ -10,7 +10,6 @@ from fxopt.cli import options
 from fxopt.cli.optimize import require_model
 from fxopt.cli.output import Output
 from fxopt.cli.progress import ProgressReporter
-from fxopt.config import Config
 from fxopt.errors import unknown
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def explain(
             budget=limit,
             input_shapes=shapes,
             backend=backend,
-            threads=threads if threads is not None else Config.from_environment().threads,
+            threads=options.threads_from(threads),
             progress=progress,
         )
     rows = verdicts(graph, ledger, node, pass_name)

@@ -10,7 +10,6 @@ import typer
 from fxopt.cli import options
 from fxopt.cli.output import Output, check_destination, write_text
 from fxopt.cli.progress import ProgressReporter
-from fxopt.config import Config
 from fxopt.errors import InvalidModel, InvalidOption
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def optimize(
     passes: options.Passes = None,
     calibration: options.Calibration = None,
     budget: options.Budget = "0.02",
-    objective: Annotated[Literal["latency", "size", "energy"], typer.Option(help="What must improve.")] = "latency",
+    objective: Annotated[Literal["latency", "size"], typer.Option(help="What must improve.")] = "latency",
     evaluate: options.Evaluate = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -74,7 +73,7 @@ def optimize(
         "include": include,
         "exclude": exclude,
         "input_shapes": options.shapes_from(input_shape),
-        "threads": threads if threads is not None else Config.from_environment().threads,
+        "threads": options.threads_from(threads),
         "seed": seed,
     }
     require_pass = _known_passes(require_pass or [], planning["passes"])
@@ -99,7 +98,7 @@ def optimize(
             dump=dump,
             progress=progress,
         )
-    failure = unmet(result.report, result.ledger, require_speedup, require_pass)
+    failure = result.unmet
     if output is not None and not failure:
         result.save(output)
     _show(out, result.report, result.ledger, model, output, report, failure)
@@ -151,29 +150,6 @@ def _known_passes(names: list[str], given: list[Any] | None) -> list[str]:
         if name not in known:
             raise unknown("pass", name, known)
     return dashed
-
-
-def unmet(report: Report, ledger: Ledger, speedup: float | None, passes: list[str]) -> str:
-    """What the user required and did not get; empty when all is met."""
-    if speedup is not None:
-        measured = report.measured
-        if measured is None:
-            return f"--require-speedup {speedup:g}: nothing was measured ({report.why or report.outcome})"
-        if measured.ratio < speedup:
-            return f"--require-speedup {speedup:g}: measured {measured.ratio:.2f}"
-    changed = {run.name for run in report.pass_runs if run.changes}
-    changed |= {verdict.pass_name for verdict in ledger.verdicts if verdict.outcome == "applied"}
-    for name in passes:
-        if name not in changed:
-            return f"--require-pass {name}: it changed nothing{_why(ledger, name)}"
-    return ""
-
-
-def _why(ledger: Ledger, name: str) -> str:
-    from fxopt.report.reasons import group_by_reason
-
-    groups = group_by_reason(ledger.select(pass_name=name))
-    return f"; most often because: {groups[0].reason} ({groups[0].count} nodes)" if groups else ""
 
 
 def _show_plan(out: Output, ledger: Ledger) -> None:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fxopt.config import Config
 from fxopt.errors import InvalidOption, UnknownName, unknown
 
 if TYPE_CHECKING:
     from fxopt.ir.graph import Graph
     from fxopt.passes.base import Pass
 
-Model = Annotated[
-    Path, typer.Argument(help="The model: an ONNX file or an ExportedProgram (.pt2).", show_default=False)
-]
+Model = Annotated[Path, typer.Argument(help="The model: an ONNX file.", show_default=False)]
 Target = Annotated[
     str, typer.Option("--target", "-t", help="Where it will run; `fxopt targets` lists them.", metavar="NAME")
 ]
@@ -63,11 +62,27 @@ InputShape = Annotated[
         help="Sizes for a model with dynamic dimensions, as in x:1,3,224,224; repeatable.", metavar="NAME:SIZES"
     ),
 ]
-Backend = Annotated[str | None, typer.Option(help="Instead of the target's own; `fxopt backends` lists them.", metavar="NAME")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads to run and measure with.", metavar="COUNT")]
+Backend = Annotated[
+    str | None, typer.Option(help="Instead of the target's own; `fxopt backends` lists them.", metavar="NAME")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads to run and measure with.", metavar="COUNT")]
 Seed = Annotated[int, typer.Option(help="Of everything random.", metavar="NUMBER")]
 Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON, `-` to stdout.", metavar="FILE|-")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Inputs: an .npz, an .npy, a folder of them; default: random.", metavar="DATA", show_default=False
+    ),
+]
+Seconds = Annotated[float, typer.Option(min=0.0, help="Time for measuring.", metavar="NUMBER")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def threads_from(threads: int | None) -> int | None:
+    """The option, else FXOPT_THREADS."""
+    if threads is not None and threads < 1:
+        raise InvalidOption(f"--threads {threads}: expected 1 or more")
+    return threads if threads is not None else Config.from_environment().threads
 
 
 def budget_from(text: str) -> float | None:

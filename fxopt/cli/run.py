@@ -77,7 +77,7 @@ def with_command(arguments: list[str]) -> list[str]:
 def _is_model(text: str) -> bool:
     if text.startswith("-"):
         return False
-    return Path(text).suffix in (".onnx", ".pt2") or "/" in text or os.sep in text or Path(text).is_file()
+    return Path(text).suffix == ".onnx" or "/" in text or os.sep in text or Path(text).is_file()
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,17 @@ _DATA_FIELDS = {
 }  # fmt: skip
 
 
-def load(source: str | os.PathLike[str] | ModelProto, *, check: bool = True) -> Graph:
+def load(
+    source: str | os.PathLike[str] | ModelProto,
+    *,
+    check: bool = True,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Graph:
     """Import a model from a file or a message; the source is never changed.
+
+    Args:
+        check: let the ONNX checker see the model first.
+        weights: the values of initializers whose bytes the message does not hold; they are shared, not copied.
 
     Raises:
         InvalidModel: the file is missing or unreadable, is not an ONNX model, or the checker rejects it.
@@ -37,23 +47,30 @@ def load(source: str | os.PathLike[str] | ModelProto, *, check: bool = True) -> 
     folder: Path | None = None
     if isinstance(source, ModelProto):
         proto = source
+        if check:
+            _check(proto, None, proto)
     else:
         folder = Path(source).resolve().parent
-        proto = _read(Path(source))
-    if check:
-        _check(proto, None if isinstance(source, ModelProto) else Path(source))
-    return _Importer(proto, folder).model()
+        content = _read(Path(source))
+        proto = _parse(content, Path(source))
+        if check:
+            _check(proto, Path(source), content)
+        del content
+    return _Importer(proto, folder, weights or {}).model()
 
 
-def _read(path: Path) -> ModelProto:
+def _read(path: Path) -> bytes:
     if not path.exists():
         raise InvalidModel(f"{path}: no such file; expected an ONNX model")
     if path.is_dir():
         raise InvalidModel(f"{path} is a folder; expected an ONNX model file")
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InvalidModel(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _parse(content: bytes, path: Path) -> ModelProto:
     proto = ModelProto()
     try:
         proto.ParseFromString(content)
@@ -66,10 +83,10 @@ def _read(path: Path) -> ModelProto:
     return proto
 
 
-def _check(proto: ModelProto, path: Path | None) -> None:
+def _check(proto: ModelProto, path: Path | None, content: ModelProto | bytes) -> None:
     external = path is not None and any(_is_external(tensor) for tensor in proto.graph.initializer)
     try:
-        onnx.checker.check_model(str(path) if external else proto)
+        onnx.checker.check_model(str(path) if external else content)
     except (onnx.checker.ValidationError, EncodeError, ValueError, RuntimeError) as error:
         where = "the model" if path is None else str(path)
         reason = " ".join(str(error).split())
@@ -81,8 +98,9 @@ def _is_external(tensor: TensorProto) -> bool:
 
 
 class _Importer:
-    def __init__(self, proto: ModelProto, folder: Path | None) -> None:
+    def __init__(self, proto: ModelProto, folder: Path | None, weights: Mapping[str, torch.Tensor]) -> None:
         self.proto = proto
+        self.weights = weights
         self.folder = folder
         self.record = ModelRecord(_without_graph_body(proto), folder)
         self.opsets = self.record.opsets
@@ -137,6 +155,9 @@ class _Importer:
         return node
 
     def initializer(self, tensor: TensorProto) -> fx.Node:
+        if tensor.name in self.weights:
+            record = ConstantRecord(tensor.name, "initializer", _without_data(tensor), None, True)
+            return self.constant(tensor.name, self.weights[tensor.name], record)
         value, kept, stripped = self.tensor(tensor)
         if _is_external(tensor):
             self.record.external = True

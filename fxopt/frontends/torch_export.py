@@ -14,18 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
 
 from fxopt.errors import CaptureError
-from fxopt.frontends.capture.failures import explain
-from fxopt.frontends.capture.program import Examples, Program, export, quiet
+from fxopt.frontends.capture.program import Examples, Program, export
 from fxopt.ir.graph import Graph, ValueSpec
 
-_MUTATIONS = {
-    OutputKind.BUFFER_MUTATION: "the buffer",
-    OutputKind.PARAMETER_MUTATION: "the parameter",
-    OutputKind.USER_INPUT_MUTATION: "its input",
-}
 _CHECKS = (  # have no value; the shapes that they check were checked by the capture
     "_assert_tensor_metadata",
     "_assert_async",
@@ -60,42 +53,15 @@ def load(
 
 def graph_of(program: Program, name: str = "main") -> Graph:
     """The graph of a captured program."""
-    try:
-        with quiet():
-            exported = program.exported.run_decompositions({})
-            refuse_mutations(exported, name)
-            module = exported.module(check_guards=False)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise explain(error, name) from error
+    module = program.exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    return _Builder(program, exported, module).graph(name)
-
-
-def refuse_mutations(exported: ExportedProgram, name: str) -> None:
-    """Raise when the program writes to a buffer or an input: a graph is a function."""
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind in _MUTATIONS:
-            target = str(spec.target).removeprefix(program_prefix(exported))
-            raise CaptureError(
-                f"{name}.forward changes {_MUTATIONS[spec.kind]} {target!r} in place; a graph is a function of its inputs.\n"
-                f"  To fix it: return the new value as an output and take the old one as an input, or do not update it in "
-                f"evaluation mode."
-            )
-
-
-def program_prefix(exported: ExportedProgram) -> str:
-    """"model." for a program that `export` made, else ""."""
-    names = [*exported.graph_signature.parameters, *exported.graph_signature.buffers]
-    return "model." if names and all(name.startswith("model.") for name in names) else ""
+    return _Builder(program, module).graph(name)
 
 
 class _Builder:
-    def __init__(self, program: Program, exported: ExportedProgram, module: fx.GraphModule) -> None:
+    def __init__(self, program: Program, module: fx.GraphModule) -> None:
         self.program = program
         self.source = module
-        self.signature = exported.graph_signature
         self.fx = fx.Graph()
         self.root = torch.nn.Module()
         self.nodes: dict[fx.Node, Any] = {}
@@ -237,4 +203,4 @@ def _set_sizes(graph: Graph, sizes: Mapping[str, int]) -> None:
                 setattr(size.node.shape_env, _SIZES, bound)
 
 
-__all__ = ["graph_of", "load", "origin", "refuse_mutations"]
+__all__ = ["graph_of", "load", "origin"]

@@ -69,6 +69,7 @@ class Graph:
     name: str = "main"
     model: ModelRecord | None = None  # what an ONNX file holds beside its nodes
     call_spec: Any = None  # pytree specs (in, out) of a torch-born model's forward
+    sizes: dict[str, int] = field(default_factory=dict)  # of named dimensions, for which costs are computed
     _constant_count: int = field(default=0, repr=False)
 
     @property
@@ -123,7 +124,8 @@ class Graph:
         """The node of this fx name or ONNX node name."""
         for node in self.fx.nodes:
             if node.name == name or label(node) == name:
-                return node
+                found: Node = node
+                return found
         return None
 
     def size_bytes(self) -> int:
@@ -145,7 +147,7 @@ class Graph:
         else:
             setattr(self.root, target, value)
         with self.fx.inserting_before(self._first_call()):
-            node = self.fx.create_node("get_attr", target, name=target)
+            node: Node = self.fx.create_node("get_attr", target, name=target)
         node.meta["provenance"] = provenance
         return node
 
@@ -217,7 +219,8 @@ class Graph:
                 _set_attribute(root, str(node.target), self.attribute(str(node.target)))
         model = copy.copy(self.model) if self.model is not None else None
         return Graph(
-            fresh, root, self.origin, self.inputs, self.outputs, self.name, model, self.call_spec, self._constant_count
+            fresh, root, self.origin, self.inputs, self.outputs, self.name, model, self.call_spec,
+            dict(self.sizes), self._constant_count,
         )
 
     # ---- running

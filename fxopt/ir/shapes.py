@@ -1,59 +1,51 @@
-"""Shapes and element types of every value, by running the graph on fake tensors; dynamic dimensions stay symbolic.
+"""Shapes and element types of every value, by running the graph on fake tensors.
 
-`infer` fills `node.meta["val"]`. A value that depends on data, or whose operator has no torch reference, takes its
-declared type from the ONNX file where there is one, and stays unknown otherwise.
+`infer` fills `node.meta["val"]`. In graphs of ONNX origin named dimensions take the sizes for which costs are computed;
+a second run with other sizes, `node.meta["probe"]`, tells fixed dimensions from dynamic ones, so that a rewrite that
+fixes a dynamic dimension is found. (Symbolic sizes would say the same a hundred times more slowly.) Graphs of torch
+origin keep the symbolic sizes of `torch.export`. A value that depends on data, or whose operator has no torch
+reference, takes its declared type from the ONNX file where there is one, and stays unknown otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import sympy
+import numpy as np
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxopt.ir.graph import Dim, Graph, ValueSpec
 from fxopt.ir.interpreter import constant_value, evaluate
 
 UNKNOWN = object()
-_SIZES = "fxopt_sizes"  # attribute of a ShapeEnv: the size of each symbol for which costs are computed
+Runs = list[tuple[str, FakeTensorMode, dict[str, int]]]  # meta key, mode, sizes of named dimensions
 
 
 def infer(graph: Graph, sizes: Mapping[str, int] | None = None) -> None:
-    """Derive `meta["val"]` of all nodes anew.
+    """Derive the types of all nodes (of torch origin: of those that have none yet).
 
     Args:
-        sizes: the size of each named dimension for which costs are computed (`fxopt.ir.graph.hint`); 1 if not given.
+        sizes: the size of each named dimension for which costs are computed; 1 if not given.
     """
     if graph.origin == "onnx":
-        _fake_inputs(graph, dict(sizes or {}))
-    mode = fake_mode(graph)
-    for node in graph.fx.nodes:
-        if node.op in ("get_attr", "call_function"):
-            _set(node, value_of(graph, node, mode))
-
-
-def fake_mode(graph: Graph) -> FakeTensorMode:
-    """The fake mode that the graph's values belong to."""
-    for node in graph.placeholders:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    for node in graph.fx.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        graph.sizes = dict(sizes or {})
+        _fake_inputs(graph)
+    runs = _runs(graph)
+    with _quiet():
+        for node in graph.fx.nodes:
+            if node.op in ("get_attr", "call_function"):
+                if graph.origin == "torch" and "val" in node.meta:
+                    continue  # torch.export knows
+                for run in runs:
+                    _set(node, run[0], _value_of(graph, node, run))
 
 
 def update(graph: Graph, changed: Iterable[fx.Node]) -> list[tuple[fx.Node, Any, Any]]:
@@ -62,61 +54,131 @@ def update(graph: Graph, changed: Iterable[fx.Node]) -> list[tuple[fx.Node, Any,
     Returns:
         (node, value before, value now) of every node whose known type changed.
     """
-    mode = fake_mode(graph)
+    runs = _runs(graph)
     queue = list(dict.fromkeys(changed))
     pending = set(queue)
     heapq.heapify(queue)
     differences = []
-    while queue:
-        node = heapq.heappop(queue)
-        pending.discard(node)
-        if node.op not in ("get_attr", "call_function"):
-            continue
-        before = node.meta.get("val", UNKNOWN)
-        now = value_of(graph, node, mode)
-        if same_type(before, now):
-            continue
-        _set(node, now)
-        if before is not UNKNOWN:
-            differences.append((node, before, now))
-        for user in node.users:
-            if user not in pending:
-                pending.add(user)
-                heapq.heappush(queue, user)
+    with _quiet():
+        while queue:
+            node = heapq.heappop(queue)
+            pending.discard(node)
+            if node.op not in ("get_attr", "call_function"):
+                continue
+            differs = False
+            for run in runs:
+                key = run[0]
+                before, now = node.meta.get(key, UNKNOWN), _value_of(graph, node, run)
+                if same_type(before, now):
+                    continue
+                _set(node, key, now)
+                differs = True
+                if before is not UNKNOWN:
+                    differences.append((node, before, now))
+            if not differs:
+                continue
+            for user in node.users:
+                if user not in pending:
+                    pending.add(user)
+                    heapq.heappush(queue, user)
     return differences
 
 
-def value_of(graph: Graph, node: fx.Node, mode: FakeTensorMode) -> Any:
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The fake mode that the values in `meta["val"]` belong to."""
+    return _runs(graph)[0][1]
+
+
+def dims_of(graph: Graph, node: fx.Node) -> tuple[Dim, ...] | None:
+    """The node's shape as in a signature: fixed sizes as numbers, dynamic ones by name where it is clear, else None."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    probe = node.meta.get("probe", value)
+    named = _pairs(graph)
+    found: list[Dim] = []
+    for size, other in zip(value.shape, probe.shape, strict=True):
+        if isinstance(size, int) and isinstance(other, int):
+            found.append(size if size == other else named.get((size, other)))
+        else:
+            found.append(str(size))
+    return tuple(found)
+
+
+def _runs(graph: Graph) -> Runs:
+    found: Runs = []
+    for key in ("val", "probe"):
+        mode = _mode_of(graph, key)
+        if mode is not None:
+            found.append((key, mode, graph.sizes if key == "val" else _probe_sizes(graph)))
+    if found:
+        return found
+    return [("val", FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), graph.sizes)]
+
+
+def _mode_of(graph: Graph, key: str) -> FakeTensorMode | None:
+    for nodes in (graph.placeholders, graph.fx.nodes):
+        for node in nodes:
+            value = node.meta.get(key)
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+    return None
+
+
+def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[str, int]]) -> Any:
     """The fake value of one node from those of its arguments, or UNKNOWN."""
+    key, mode, _ = run
     if node.op == "get_attr":
         value = constant_value(graph, node)
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
-        return value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True)
+        return mode.from_tensor(value, static_shapes=True)
     known: dict[fx.Node, Any] = {}
     for used in node.all_input_nodes:
-        value = used.meta.get("val", UNKNOWN)
+        value = used.meta.get(key, UNKNOWN)
         if value is UNKNOWN:
-            return _declared(graph, node, mode)
+            return _declared(graph, node, run)
         known[used] = value
     args = fx.map_arg(node.args, known.__getitem__)
     kwargs = fx.map_arg(node.kwargs, known.__getitem__)
     if node.target is operator.getitem:
         source: Any = args[0]
         return source[args[1]]
+    signature = _signature((node.target, args, kwargs))
+    cache: dict[Any, Any] = mode.__dict__.setdefault("_fxopt_results", {})
+    if signature is not None and signature in cache:
+        return cache[signature]
     try:
-        with mode, torch.no_grad(), _quiet():
-            return evaluate(graph, node, args, kwargs)
+        with mode, torch.no_grad():
+            value = evaluate(graph, node, args, kwargs)
+            if signature is not None:
+                cache[signature] = value
+            return value
     except Exception as error:  # data-dependent, no reference, or a shape the operator does not take under fake tensors
         node.meta["unknown"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return _declared(graph, node, mode)
+        return _declared(graph, node, run)
+
+
+def _signature(value: Any) -> Any:
+    """What a result's type depends on, hashable; None when it cannot be told (symbolic sizes, opaque constants)."""
+    if isinstance(value, torch.Tensor):
+        sizes = (*value.shape, *value.stride())
+        return (value.dtype, sizes) if all(type(size) is int for size in sizes) else None
+    if isinstance(value, (tuple, list)):
+        parts = tuple(map(_signature, value))
+        return None if None in parts else (type(value), parts)
+    if isinstance(value, dict):
+        return _signature(tuple(value.items()))
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, value.tobytes()) if value.dtype != object else None
+    if value is None or isinstance(value, (int, float, str, torch.dtype, torch.device)):
+        return (type(value), value)
+    return ("callable", value) if callable(value) and not isinstance(value, torch.SymInt) else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the log of torch's symbolic shapes: a data-dependent value is an answer here, not an error."""
-    import logging
-
     loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -128,11 +190,11 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _set(node: fx.Node, value: Any) -> None:
+def _set(node: fx.Node, key: str, value: Any) -> None:
     if value is UNKNOWN:
-        node.meta.pop("val", None)
+        node.meta.pop(key, None)
     else:
-        node.meta["val"] = value
+        node.meta[key] = value
 
 
 def same_type(a: Any, b: Any) -> bool:
@@ -157,46 +219,44 @@ def _same_dim(a: Any, b: Any) -> bool:
 # ---- inputs of ONNX graphs
 
 
-def _fake_inputs(graph: Graph, sizes: dict[str, int]) -> None:
-    environment = ShapeEnv()
-    mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
-    symbols = _symbols(mode, graph.inputs, sizes)
-    with mode:
+def _fake_inputs(graph: Graph) -> None:
+    names = _dimension_names(graph)
+    for key, sizes in (("val", graph.sizes), ("probe", _probe_sizes(graph))):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         for node, spec in zip(graph.placeholders, graph.inputs, strict=True):
-            _set(node, _fake_value(spec, symbols))
-    graph_symbols = {name: symbol for name, symbol in symbols.items() if isinstance(symbol, torch.SymInt)}
-    bound = {symbol.node.expr: sizes.get(name, 1) for name, symbol in graph_symbols.items()}
-    setattr(environment, _SIZES, bound)
-    for node in graph.placeholders:
-        node.meta["symbols"] = graph_symbols
+            with mode:
+                _set(node, key, _fake_value(spec, sizes) if key == "val" or names else UNKNOWN)
 
 
-def _fake_value(spec: ValueSpec, symbols: Mapping[str, Any]) -> Any:
+def _dimension_names(graph: Graph) -> list[str]:
+    return list(dict.fromkeys(dim for spec in graph.inputs for dim in spec.shape or () if isinstance(dim, str)))
+
+
+def _probe_sizes(graph: Graph) -> dict[str, int]:
+    """Another size for every named dimension: half where it is even and large (limits and strides still fit), else more."""
+    sizes: dict[str, int] = {}
+    for index, name in enumerate(_dimension_names(graph)):
+        size = graph.sizes.get(name, 1)
+        sizes[name] = size // 2 if size >= 4 and size % 2 == 0 else 2 * size + 1 + index
+    return sizes
+
+
+def _pairs(graph: Graph) -> dict[tuple[int, int], str]:
+    """The name of each dimension by its two sizes, where only one has them."""
+    probe = _probe_sizes(graph)
+    pairs: dict[tuple[int, int], list[str]] = {}
+    for name, other in probe.items():
+        pairs.setdefault((graph.sizes.get(name, 1), other), []).append(name)
+    return {pair: names[0] for pair, names in pairs.items() if len(names) == 1}
+
+
+def _fake_value(spec: ValueSpec, sizes: Mapping[str, int]) -> Any:
     if spec.dtype is None or spec.shape is None or any(dim is None for dim in spec.shape):
         return UNKNOWN
-    return torch.empty([_dim(dim, symbols) for dim in spec.shape], dtype=spec.dtype)
+    return torch.empty([sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape], dtype=spec.dtype)
 
 
-def _dim(dim: Dim, symbols: Mapping[str, Any]) -> Any:
-    return symbols[dim] if isinstance(dim, str) else dim
-
-
-def _symbols(mode: FakeTensorMode, specs: Iterable[ValueSpec], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """One symbolic integer per dimension name; traced with distinct sizes of at least 2, so that none is specialised."""
-    names = dict.fromkeys(dim for spec in specs for dim in spec.shape or () if isinstance(dim, str))
-    taken = {dim for spec in specs for dim in spec.shape or () if isinstance(dim, int)} | {1}
-    symbols: dict[str, Any] = {}
-    for name in names:
-        size = sizes.get(name, 2)
-        while size in taken:
-            size += 1
-        taken.add(size)
-        dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        symbols[name] = mode.from_tensor(torch.empty(size), symbolic_context=dynamic).shape[0]
-    return symbols
-
-
-def _declared(graph: Graph, node: fx.Node, mode: FakeTensorMode) -> Any:
+def _declared(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[str, int]]) -> Any:
     """The value that the ONNX file declares for the node (`value_info` or output), or UNKNOWN."""
     record = node.meta.get("onnx")
     if graph.model is None or record is None:
@@ -205,13 +265,11 @@ def _declared(graph: Graph, node: fx.Node, mode: FakeTensorMode) -> Any:
     if len(outputs) != 1:
         return UNKNOWN
     spec = _declarations(graph).get(outputs[0])
-    if spec is None:
+    names = _dimension_names(graph)
+    if spec is None or any(isinstance(dim, str) and dim not in names for dim in spec.shape or ()):
         return UNKNOWN
-    symbols: dict[str, Any] = next((found.meta["symbols"] for found in graph.placeholders if "symbols" in found.meta), {})
-    if any(isinstance(dim, str) and dim not in symbols for dim in spec.shape or ()):
-        return UNKNOWN
-    with mode:
-        return _fake_value(spec, symbols)
+    with run[1]:
+        return _fake_value(spec, run[2])
 
 
 def _declarations(graph: Graph) -> dict[str, ValueSpec]:
@@ -229,11 +287,6 @@ def size_of(dim: Any) -> int | None:
     """A dimension as the number for which costs are computed; None for one that depends on data."""
     if isinstance(dim, int):
         return dim
-    if not isinstance(dim, torch.SymInt):
-        return None
-    expression = sympy.sympify(dim.node.expr)
-    bound = getattr(dim.node.shape_env, _SIZES, {})
-    value = expression.xreplace({symbol: sympy.Integer(size) for symbol, size in bound.items()})
-    if value.is_number:
-        return int(value)
-    return int(dim.node.hint) if dim.node.has_hint() else None
+    if isinstance(dim, torch.SymInt) and dim.node.has_hint():
+        return int(dim.node.hint)
+    return None

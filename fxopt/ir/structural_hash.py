@@ -59,8 +59,10 @@ def expression(value: Any, names: Mapping[fx.Node, str]) -> str:
     kind = type(value)
     if kind is str:
         return quoted(value)
-    if value is None or value is ... or kind is bool or kind is int:
+    if value is None or kind is bool or kind is int:
         return repr(value)
+    if value is ...:
+        return "..."
     if kind is float:
         return repr(value) if math.isfinite(value) else f'float("{value}")'
     if kind is complex:

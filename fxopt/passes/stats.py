@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,6 +66,7 @@ class Stats:
 
     values: dict[str, ValueStats] = field(default_factory=dict)
     samples: int = 0
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what several candidates of one view share
 
     def __getitem__(self, node: fx.Node) -> ValueStats:
         return self.values[node.name]

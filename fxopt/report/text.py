@@ -23,7 +23,7 @@ _COLOURS = {"applied": "green", "refused": "yellow", "rolled-back": "magenta", "
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Table:
     """A plain table; `right` are the columns that hold figures."""
-    made = Table(box=box.SIMPLE, pad_edge=False)
+    made = Table(box=box.SIMPLE, pad_edge=False, show_header=any(headers))
     for index, header in enumerate(headers):
         made.add_column(header, overflow="fold", justify="right" if index in right else "left")
     for row in rows:
@@ -109,13 +109,13 @@ def render_report(report: Report, ledger: Ledger | None = None) -> RenderableTyp
     parts: list[RenderableType] = [table(("", "before", "after", "change"), summary_rows(report), right=(1, 2))]
     if report.measured is not None:
         parts.append(Text(f"measured against {report.measured.baseline}, {report.measured.bursts} interleaved bursts"))
-    elif report.executed_on != report.target:
-        parts.append(
-            Text(f"not measured: this process runs the result on {report.executed_on}, not on {report.target}")
-        )
+    elif report.target != "host":
+        where = f"here the result runs in {report.executed_on}"
+        parts.append(Text(f"not measured: this machine is not {report.target}; {where}"))
+    notes = ledger.notes if ledger is not None else []
     if ledger is not None:
         parts += render_reasons(ledger)
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
+    parts += [Text(f"warning: {text}", style="yellow") for text in dict.fromkeys(report.warnings) if text not in notes]
     parts.append(Text(f"{report.outcome}: {report.why}" if report.why else report.outcome, style="bold"))
     return Group(*parts)
 

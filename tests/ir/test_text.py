@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import operator
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def round_trip(graph: Graph) -> Graph:
     assert [node.name for node in graph.nodes] == [node.name for node in again.nodes]
     assert (graph.inputs, graph.outputs, graph.name, graph.origin) == (
         again.inputs, again.outputs, again.name, again.origin)  # fmt: skip
-    assert to_text(again).splitlines()[3:] == [line for line in to_text(again).splitlines()[3:]]
+    assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(to_text(again)))
     return again
 
 
@@ -270,17 +271,13 @@ def test_round_trip(graph: Graph) -> None:
 
 
 def test_models_of_onnx() -> None:
-    """Every third light model of the ONNX suite, control flow and strings included, comes back equal."""
-    from onnx.backend.test.loader import load_model_tests
-
+    """Models of the ONNX backend suite, sequences, control flow and strings included, come back equal."""
     from fxopt.frontends.onnx import load
 
-    count = 0
-    for case in load_model_tests(kind="node")[::12]:
-        graph = load(Path(case.model_dir) / "model.onnx", check=False)
-        round_trip(graph)
-        count += 1
-    assert count > 50
+    files = sorted((Path(onnx.__file__).parent / "backend" / "test" / "data").rglob("*.onnx"))
+    assert len(files) > 100
+    for file in files[::4]:
+        round_trip(load(file, check=False))
 
 
 # ---- signature, constants, pytrees
@@ -382,13 +379,13 @@ def main(x):
         ("    y = z = torch.ops.aten.relu.default(x)\n    return (y,)", 6, "expected"),
         ("    return x", 6, "must return a tuple"),
         ("    return (x, x)", 6, "2 values are returned, outputs declares 1"),
-        ("    y = torch.ops.aten.relu.default(x)", 6, "the last statement must be a return"),
+        ("    y = torch.ops.aten.relu.default(x)", 6, "the last statement must return"),
         ("    if x:\n        return (x,)\n    return (x,)", 6, "expected"),
         ("    return (x,)\nimport os", 7, "import of os"),
         ("    return (x,)\nfrom fxopt.ir.text import save_text", 7, "save_text"),
         ("    return (x,)\nmain(1)", 7, "not part of the form"),
         ("    return (x,)\nif True:\n    main(1)", 7, "not part of the form"),
-        ("    return (x,)\ndef main(x):\n    return (x,)", 7, "a second function"),
+        ("    return (x,)\ndef main(x):\n    return (x,)", 7, "a text holds one function"),
         ("    return (x,", 6, "never closed|invalid syntax"),
         ("    return (\0,)", None, "null byte"),
         ("    y = torch.ops.aten.relu.default(" + "[" * 150 + "]" * 150 + ")\n    return (y,)", None, ""),
@@ -497,7 +494,9 @@ def test_dumps_share_constants(tmp_path: Path) -> None:
     changed = graph.copy()
     changed.root.w = torch.zeros(4, 4)
     save_text(changed, tmp_path, "02-changed", share=True)
-    assert (tmp_path / "02-changed.safetensors").stat().st_size < (tmp_path / "constants.safetensors").stat().st_size + 200
+    from safetensors.torch import load_file
+
+    assert list(load_file(tmp_path / "02-changed.safetensors")) == ["w"]
     for stem, expected in (("00-import", graph), ("01-nothing", graph), ("02-changed", changed)):
         assert structural_hash(load_text(tmp_path, stem)) == structural_hash(expected)
     save_text(graph, tmp_path, "02-changed", share=True)
@@ -539,12 +538,12 @@ def program(path: Path, *arguments: str) -> str:
 def test_a_dump_runs(tmp_path: Path) -> None:
     graph = mlp()
     path = save_text(graph, tmp_path)
-    shown = program(path)
-    assert "in.0" in shown and "float32[3, 4]" in shown and "out.0" in shown
     sample = torch.randn(3, 4)
     np.savez(tmp_path / "inputs.npz", **{"in.0": sample.numpy()})
     (expected,) = graph.run([sample])
-    assert f"{expected.mean().item():.6g}" in program(path, str(tmp_path / "inputs.npz"))
+    shown = program(path, str(tmp_path / "inputs.npz"))
+    assert "input in.0: float32[3, 4]" in shown and "output out.0: float32[3, 4]" in shown
+    assert f"mean {expected.mean().item():.6g}" in shown
 
 
 def test_an_edited_dump_runs_as_python(tmp_path: Path) -> None:
@@ -568,7 +567,7 @@ def test_inputs_of_a_dump(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="wrong.npz holds y.*'x'"):
         run_file(function["main"], path, [str(tmp_path / "wrong.npz")])
     graph.inputs = (ValueSpec("x", None, None),)
-    save_text(graph, tmp_path)
+    exec(compile(to_text(graph), str(path), "exec"), function)
     with pytest.raises(InvalidInput, match="input x: .*npz"):
         run_file(function["main"], path, [])
 
@@ -583,10 +582,10 @@ def test_time_is_linear() -> None:
         for index in range(count):
             node = graph.fx.call_function(aten.add.Tensor, (node, x), {"alpha": index})
         finish(graph, node)
-        start = time.perf_counter()
+        start = time.process_time()
         again = from_text(to_text(graph), {})
         assert structural_hash(again) == structural_hash(graph)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(1000)
-    assert seconds(20_000) < 12 * max(seconds(5_000), 0.1)
+    assert seconds(20_000) < 10 * max(seconds(5_000), 0.1)

@@ -12,15 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import AttributeProto, NodeProto, TensorProto, defs, helper, numpy_helper
 from onnx.backend.test.case.test_case import TestCase
 from onnx.backend.test.loader import load_model_tests
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.errors import MissingReference
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
@@ -73,6 +72,17 @@ def cases() -> dict[str, TestCase]:
             if is_runnable(case):
                 found[f"{case.name}#2" if case.name in found else case.name] = case
     return found
+
+
+def depends_on_data(case: TestCase) -> bool:
+    inputs, outputs = case.data_sets[0]
+    return (
+        any(isinstance(data, list) for data in (*inputs, *outputs))
+        or case.model.graph.node[0].op_type in DATA_DEPENDENT
+    )
+
+
+RUN = [name for name in cases() if name not in MISSING]
 
 
 def value_of(data: Any, host: bool = False) -> Any:
@@ -146,28 +156,47 @@ def check(case: TestCase, host: bool) -> None:
             assert_equal(named[name], expected, case)
 
 
-@pytest.mark.parametrize("host", [False, True], ids=["tensor", "host"])
+def has_host_data(case: TestCase) -> bool:
+    return any(isinstance(value, np.ndarray) for inputs, _ in case.data_sets for value in operands(case, inputs, True))
+
+
+def by_operator(names: list[str], most: int | None = None) -> list[Any]:
+    """Parameters (names of one operator's cases), evenly spaced when there are more than `most`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(cases()[name].model.graph.node[0].op_type, []).append(name)
+    step = {op_type: -(-len(group) // (most or len(group))) for op_type, group in groups.items()}
+    return [pytest.param(group[:: step[op_type]], id=op_type) for op_type, group in groups.items()]
+
+
 @pytest.mark.parametrize("name", list(cases()))
-def test_node_suite(name: str, host: bool) -> None:
+def test_node_suite(name: str) -> None:
     if name not in MISSING:
-        check(cases()[name], host)
+        check(cases()[name], host=False)
         return
     with pytest.raises((MissingReference, AssertionError)):
-        check(cases()[name], host)
+        check(cases()[name], host=False)
 
 
 def test_missing_list_is_current() -> None:
     assert not set(MISSING) - set(cases())
 
 
-@pytest.mark.parametrize("name", [name for name in cases() if name not in MISSING])
-def test_fake_tensors(name: str) -> None:
+@pytest.mark.parametrize("names", by_operator([name for name in RUN if has_host_data(cases()[name])]))
+def test_host_arrays(names: list[str]) -> None:
+    for name in names:
+        check(cases()[name], host=True)
+
+
+@pytest.mark.parametrize("names", by_operator([name for name in RUN if not depends_on_data(cases()[name])], 4))
+def test_fake_tensors(names: list[str]) -> None:
     """Shapes and types are the same without data."""
-    case = cases()[name]
-    node = case.model.graph.node[0]
-    if node.op_type in DATA_DEPENDENT or any(isinstance(data, list) for data in case.data_sets[0][0]):
-        pytest.skip("depends on data")
-    values, attributes = operands(case, case.data_sets[0][0], True), attributes_of(node)
+    for name in names:
+        check_fake(cases()[name])
+
+
+def check_fake(case: TestCase) -> None:
+    values, attributes = operands(case, case.data_sets[0][0], True), attributes_of(case.model.graph.node[0])
     real = as_tuple(operator_of(case)(*values, **attributes))
     mode = FakeTensorMode()
 
@@ -179,35 +208,47 @@ def test_fake_tensors(name: str) -> None:
             operator_of(case)(*map(fake, values), **{key: fake(value) for key, value in attributes.items()})
         )
     for result, expected in zip(results, real, strict=True):
-        assert (tuple(result.shape), result.dtype) == (tuple(expected.shape), expected.dtype)
+        assert (tuple(result.shape), result.dtype) == (tuple(expected.shape), expected.dtype), case.name
+
+
+class NoNarrowFloats(TorchDispatchMode):
+    """Fails where a float tensor of less than 64 bits is made."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() > 1:
+                assert value.dtype == torch.float64, f"{func} makes {value.dtype}"
+        return result
 
 
 def float64_cases() -> Iterator[str]:
-    for name, case in cases().items():
+    for name in RUN:
+        case = cases()[name]
         arrays = [np.asarray(data) for data in case.data_sets[0][0] if isinstance(data, np.ndarray)]
         single = any(array.dtype == np.float32 for array in arrays)
-        if single and name not in MISSING and case.model.graph.node[0].op_type not in FIXED_TYPE:
+        if single and case.model.graph.node[0].op_type not in FIXED_TYPE:
             yield name
 
 
-@pytest.mark.parametrize("name", list(float64_cases()))
-def test_float64_stays_float64(name: str) -> None:
+@pytest.mark.parametrize("names", by_operator(list(float64_cases()), 10))
+def test_float64_stays_float64(names: list[str]) -> None:
     """The verifier repeats graphs in float64: no reference may round to less on the way."""
-    case = cases()[name]
-    node = case.model.graph.node[0]
+    for name in names:
+        check_float64(cases()[name])
+
+
+def check_float64(case: TestCase) -> None:
+    attributes = attributes_of(case.model.graph.node[0])
     values = operands(case, case.data_sets[0][0])
     wide = [
         value.to(torch.float64) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
         for value in values
     ]
-    single = as_tuple(operator_of(case)(*values, **attributes_of(node)))
-    double = as_tuple(operator_of(case)(*wide, **attributes_of(node)))
+    single = as_tuple(operator_of(case)(*values, **attributes))
+    with NoNarrowFloats():
+        double = as_tuple(operator_of(case)(*wide, **attributes))
     for result, expected in zip(double, single, strict=True):
-        if not isinstance(expected, torch.Tensor) or expected.dtype != torch.float32:
-            continue
-        assert result.dtype == torch.float64
-        torch.testing.assert_close(result.to(torch.float32), expected, rtol=1e-3, atol=1e-4, equal_nan=True)
-
-
-def test_onnx_sees_all_of_torchs_types() -> None:
-    assert onnx.__version__ and ml_dtypes.__version__
+        if isinstance(expected, torch.Tensor) and expected.dtype == torch.float32:
+            assert result.dtype == torch.float64, case.name
+            torch.testing.assert_close(result.to(torch.float32), expected, rtol=1e-3, atol=1e-4, equal_nan=True)

@@ -8,8 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.cost_model.work.aten import aten_cost
-from fxopt.cost_model.work.call import Call, nbytes
-from fxopt.cost_model.work.fusion import absorbed
+from fxopt.cost_model.work.call import Call
 from fxopt.cost_model.work.onnx import onnx_cost
 from fxopt.ir.graph import Graph, tensor_value
 from fxopt.ir.onnx.op import OnnxOp
@@ -23,7 +22,7 @@ def node_cost(graph: Graph, node: fx.Node) -> Cost:
     """Operations and bytes of one call, as the default backend of the graph's origin executes it.
 
     A multiply-add is two operations. Bytes are those of all operands (constants too) and results; what the backend
-    fuses into a neighbour moves nothing and launches nothing. Where shapes are unknown only the launch is counted.
+    fuses into a neighbour moves and launches nothing. Where shapes are unknown only the launch is counted.
     Sizes of symbolic dimensions are those for which `fxopt.ir.shapes.infer` was asked.
     """
     if node.op != "call_function" or node.target is operator.getitem:
@@ -32,12 +31,7 @@ def node_cost(graph: Graph, node: fx.Node) -> Cost:
     if declared is not None:
         return _declared_cost(node, declared)
     call = Call(graph, node)
-    if not isinstance(node.target, OnnxOp):
-        return aten_cost(call)
-    fused = absorbed(node)
-    if fused is not None:
-        return onnx_cost(call, absorbed_reads=sum(nbytes(used.meta.get("val")) for used in fused))
-    return onnx_cost(call)
+    return onnx_cost(call) if isinstance(node.target, OnnxOp) else aten_cost(call)
 
 
 def _declared_cost(node: fx.Node, declared: Any) -> Cost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError
 from fxopt.frontends.capture.call_spec import CallSpec, leaf_names
 from fxopt.frontends.capture.dimensions import Dimensions, read
-from fxopt.frontends.capture.program import Program, unique, user_inputs
+from fxopt.frontends.capture.program import Program, functional, unique, user_inputs
 
 
 def adopt(exported: ExportedProgram, dynamic_shapes: Any = None) -> Program:
@@ -24,6 +25,7 @@ def adopt(exported: ExportedProgram, dynamic_shapes: Any = None) -> Program:
     """
     if exported.call_spec.in_spec is None or exported.call_spec.out_spec is None:
         raise CaptureError("the ExportedProgram has no call specification; export it again with torch.export.export")
+    exported = functional(exported, "the exported program")
     positional, keywords = exported.call_spec.in_spec.children()
     signature = _signature(exported, positional.num_children, list(keywords.context))
     children = dict(zip(signature.parameters, (*positional.children(), *keywords.children()), strict=True))
@@ -42,9 +44,19 @@ def adopt(exported: ExportedProgram, dynamic_shapes: Any = None) -> Program:
         filled = [constants[index] if index in constants else next(leaves) for index in range(structure.num_leaves)]
         dimensions = read(dynamic_shapes, pytree.tree_unflatten(filled, structure), signature, names)
     dimensions.learn(values)
-    return Program(
-        exported, call, tuple(names), unique(call.output_names(), names), dimensions, _examples(exported), prefix=""
-    )
+    module = exported.module(check_guards=False)
+
+    def run(tensors: Sequence[torch.Tensor]) -> list[Any]:
+        given = iter(tensors)
+        filled = [constants[index] if index in constants else next(given) for index in range(structure.num_leaves)]
+        arguments = list(pytree.tree_unflatten(filled, structure).values())
+        named = dict(zip(keywords.context, arguments[positional.num_children :], strict=True))
+        with torch.no_grad():
+            results = pytree.tree_leaves(module(*arguments[: positional.num_children], **named))
+        return [value for index, value in enumerate(results) if index not in fixed]
+
+    outs = unique(call.output_names(), names)
+    return Program(exported, call, tuple(names), outs, dimensions, _examples(exported), run, prefix="")
 
 
 def _examples(exported: ExportedProgram) -> tuple[torch.Tensor, ...]:

@@ -8,13 +8,14 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError, InvalidInput
@@ -23,12 +24,17 @@ from fxopt.frontends.capture.dimensions import Dimensions, enlarge, read
 from fxopt.frontends.capture.failures import explain
 
 Examples = Sequence[Any] | Mapping[str, Any] | torch.Tensor | None
+_MUTATIONS = {
+    OutputKind.BUFFER_MUTATION: "the buffer",
+    OutputKind.PARAMETER_MUTATION: "the parameter",
+    OutputKind.USER_INPUT_MUTATION: "its input",
+}
 PREFIX = "model."  # of module paths in the exported program: the flat wrapper's attribute
 
 
 @dataclass
 class Program:
-    """A captured module. Inputs and outputs of `exported` are the flat tensors that `call` speaks of."""
+    """A captured module, free of in-place operators. Inputs and outputs of `exported` are the flat tensors that `call` speaks of."""
 
     exported: ExportedProgram
     call: CallSpec
@@ -36,6 +42,7 @@ class Program:
     outputs: tuple[str, ...]
     dimensions: Dimensions
     examples: tuple[torch.Tensor, ...]  # what it was traced with: named dynamic dimensions are at least 2
+    run: Callable[[Sequence[torch.Tensor]], list[Any]]  # the module itself on flat inputs, in evaluation mode
     prefix: str = PREFIX
     sizes: dict[str, int] = field(default_factory=dict)  # symbolic size as text -> size in the user's example
 
@@ -72,8 +79,9 @@ def export(
     names = [name for index, name in enumerate(flat.names) if index not in flat.constants]
     dimensions = read(dynamic_shapes, bound(signature, args, named), signature, names)
     examples = enlarge(flat.tensors, dimensions)
+    title = type(model).__name__
     with evaluation(model), quiet():
-        exported = _export(flat, examples, dimensions)
+        exported = functional(_export(flat, examples, dimensions), title, PREFIX)
     values = [node.meta.get("val") for node in user_inputs(exported)]
     dimensions.learn(values)
     call = flat.call()
@@ -84,8 +92,29 @@ def export(
         unique(call.output_names(), names),
         dimensions,
         tuple(examples),
+        run=flat.run,
         sizes=_sizes(values, flat.tensors),
     )
+
+
+def functional(exported: ExportedProgram, title: str, prefix: str = "") -> ExportedProgram:
+    """The program without in-place operators and grad-mode regions; operators that a pass thinks in stay whole.
+
+    Raises:
+        CaptureError: `forward` writes to a buffer or an input.
+    """
+    try:
+        exported = exported.run_decompositions({})
+    except Exception as error:
+        raise explain(error, title) from error
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind in _MUTATIONS:
+            raise CaptureError(
+                f"{title}.forward changes {_MUTATIONS[spec.kind]} {str(spec.target).removeprefix(prefix)!r} in place; a graph "
+                "is a function of its inputs.\n  To fix it: return the new value as an output and take the old one as an "
+                "input, or do not update it in evaluation mode."
+            )
+    return exported
 
 
 def arguments(example_inputs: Examples, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -157,6 +186,11 @@ class _Flat(torch.nn.Module):
                 raise TypeError(f"forward returned a {type(value).__name__}, which is not a known type")
         self.recorded.structure, self.recorded.constants = structure, constants
         return tuple(values)
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        with evaluation(self.model), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return list(self(*tensors))
 
     def call(self) -> CallSpec:
         recorded = self.recorded

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.ir.onnx.lane import to_ints, to_scalar, to_tensor
-from fxopt.ir.onnx.references.common import as_bits, axes_of, in_int64, pad_list, require
+from fxopt.ir.onnx.references.common import as_bits, axes_of, in_int64, pad_list, pad_with, require
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -77,7 +76,7 @@ def center_crop_pad(call: Call, x: Any, shape: Any, axes: list[int] | None = Non
         missing = size - tensor.shape[dim]
         before[dim] = missing // 2 if missing >= 0 else -(-missing // 2)
         after[dim] = missing - before[dim]
-    return F.pad(tensor, pad_list(before, after))
+    return pad_with(tensor, pad_list(before, after))
 
 
 @operators.reference("Col2Im", raw=True)
@@ -96,4 +95,4 @@ def col2im(
     low, high = (pads or [0] * 4)[:2], (pads or [0] * 4)[2:]
     padded = [length + before + after for length, before, after in zip(size, low, high)]
     image = torch.ops.aten.col2im(to_tensor(x), padded, block, dilations or [1, 1], [0, 0], strides or [1, 1])
-    return F.pad(image, pad_list([-pad for pad in low], [-pad for pad in high]))
+    return pad_with(image, pad_list([-pad for pad in low], [-pad for pad in high]))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.ir.onnx.dtypes import TO_TORCH
-from fxopt.ir.onnx.references.common import along, first
+from fxopt.ir.onnx.references.common import along, first, pad_with
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -30,7 +30,7 @@ def _to_length(mask: Tensor, length: Any) -> Tensor:
     """The mask with 4 axes; a shorter last axis is padded with "not attended"."""
     missing = length - mask.shape[-1]
     if missing > 0:
-        mask = F.pad(mask, [0, missing], value=False if mask.dtype == torch.bool else -math.inf)
+        mask = pad_with(mask, [0, missing], value=False if mask.dtype == torch.bool else -math.inf)
     return mask.reshape([1] * (4 - mask.dim()) + list(mask.shape)) if mask.dim() < 4 else mask
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxopt.errors import MissingReference
 from fxopt.ir.onnx.dtypes import TO_TORCH
 from fxopt.ir.onnx.lane import HostArray, has_symbol
-from fxopt.ir.onnx.references.common import FLOAT8, require
+from fxopt.ir.onnx.references.common import FLOAT8, at_least_float32, require
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -39,7 +39,7 @@ def small_to_tensor(x: Any) -> Any:
 
 def to_float8(x: Tensor, dtype: torch.dtype, saturate: int) -> Tensor:
     """x rounded to a float8 type; what is too large becomes the largest number, or NaN / infinity unless `saturate`."""
-    wide = x.to(torch.float32)
+    wide = at_least_float32(x) if x.is_floating_point() else x.to(torch.float32)
     largest = torch.finfo(dtype).max
     if saturate:  # clamp keeps NaN
         return torch.clamp(wide, -largest, largest).to(dtype)

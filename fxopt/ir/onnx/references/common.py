@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 
 from fxopt.errors import MissingReference
 from fxopt.ir.onnx.lane import to_ints
@@ -112,3 +115,17 @@ def normal_index(index: Tensor, size: Any) -> Tensor:
 def pad_list(before: Ints, after: Ints) -> list[Any]:
     """Pads per spatial axis in the order of `torch.nn.functional.pad`: last axis first."""
     return [pad for low, high in zip(reversed(before), reversed(after), strict=True) for pad in (low, high)]
+
+
+def keep_symbols(*sizes: Any) -> AbstractContextManager[Any]:
+    """The context in which the few torch functions that turn symbolic sizes into constants do not.
+
+    Under fake tensors these are `pad` and the Fourier transforms; the Python dispatcher has other rules for them.
+    """
+    return enable_python_dispatcher() if any(isinstance(size, torch.SymInt) for size in sizes) else nullcontext()
+
+
+def pad_with(x: Tensor, pads: list[Any], value: float | bool | None = None) -> Tensor:
+    """`torch.nn.functional.pad` that keeps symbolic sizes."""
+    with keep_symbols(*x.shape, *pads):
+        return F.pad(x, pads, value=value)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.ir.onnx.references.common import Ints, along, larger, pad_list, require
+from fxopt.ir.onnx.references.common import Ints, along, larger, pad_list, pad_with, require
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -59,7 +59,7 @@ def convolve(
     conv = _CONVOLUTIONS[rank]
     if before == after and all(isinstance(pad, int) and pad >= 0 for pad in before):
         return conv(x, w, bias, stride, before, dilation, group)
-    return conv(F.pad(x, pad_list(before, after)), w, bias, stride, 0, dilation, group)
+    return conv(pad_with(x, pad_list(before, after)), w, bias, stride, 0, dilation, group)
 
 
 @operators.reference("Conv")
@@ -106,5 +106,5 @@ def conv_transpose(
         result: Tensor = _TRANSPOSED[rank](x, w, bias, stride, before, extra, group, dilation)
         return result
     whole = _TRANSPOSED[rank](x, w, None, stride, 0, 0, group, dilation)
-    cut = F.pad(whole, pad_list([-pad for pad in before], [more - pad for more, pad in zip(extra, after)]))
+    cut = pad_with(whole, pad_list([-pad for pad in before], [more - pad for more, pad in zip(extra, after)]))
     return cut if bias is None else cut + along(bias, cut.dim(), 1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.errors import MissingReference
 from fxopt.ir.onnx.lane import to_ints, to_tensor
-from fxopt.ir.onnx.references.common import axes_of, larger, pad_list, require
+from fxopt.ir.onnx.references.common import axes_of, larger, pad_list, pad_with, require
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -20,11 +19,11 @@ def _pad_constant(x: Tensor, before: list[Any], after: list[Any], value: Any) ->
     """x with a constant around it; the value may be a tensor, also one without data."""
     pads = pad_list(before, after)
     if value is None:
-        return F.pad(x, pads)
+        return pad_with(x, pads)
     if not isinstance(value, Tensor):
-        return F.pad(x, pads, value=value)
-    inside = F.pad(torch.ones_like(x, dtype=torch.bool), pads)
-    return torch.where(inside, F.pad(x, pads), value.reshape(()).to(x.dtype))
+        return pad_with(x, pads, value=value)
+    inside = pad_with(torch.ones_like(x, dtype=torch.bool), pads)
+    return torch.where(inside, pad_with(x, pads), value.reshape(()).to(x.dtype))
 
 
 def _source(mode: str, size: Any, before: Any, after: Any, device: torch.device) -> Tensor:

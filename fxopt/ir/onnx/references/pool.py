@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.ir.onnx.references.common import pad_list, require
+from fxopt.ir.onnx.references.common import pad_list, pad_with, require
 from fxopt.ir.onnx.references.conv import spatial_pads
 from fxopt.ir.onnx.registry import Call, Operators
 
@@ -108,7 +108,7 @@ def max_pool(
     if window.symmetric() and call.outputs == 1:
         y = _MAX_POOL[rank](wide, window.kernel, window.strides, window.before, window.dilations)
         return y.to(x.dtype)
-    padded = F.pad(wide, window.pads_list, value=-math.inf)
+    padded = pad_with(wide, window.pads_list, value=-math.inf)
     if call.outputs == 1:
         return _MAX_POOL[rank](padded, window.kernel, window.strides, 0, window.dilations).to(x.dtype)
     y, index = _MAX_POOL[rank](padded, window.kernel, window.strides, 0, window.dilations, return_indices=True)
@@ -163,11 +163,11 @@ def average_pool(
         return y
     ones = torch.ones([1, 1, *x.shape[2:]], dtype=x.dtype, device=x.device)
     if count_include_pad:
-        ones = F.pad(ones, pad_list(window.before, window.after), value=1.0)
-        ones = F.pad(ones, pad_list([0] * len(window.tail), window.tail))
+        ones = pad_with(ones, pad_list(window.before, window.after), value=1.0)
+        ones = pad_with(ones, pad_list([0] * len(window.tail), window.tail))
     else:
-        ones = F.pad(ones, window.pads_list)
-    return window_sum(F.pad(x, window.pads_list), window) / window_sum(ones, window)
+        ones = pad_with(ones, window.pads_list)
+    return window_sum(pad_with(x, window.pads_list), window) / window_sum(ones, window)
 
 
 @operators.reference("LpPool")
@@ -184,7 +184,7 @@ def lp_pool(
 ) -> Tensor:
     """(sum of |x| ** p over a moving window) ** (1 / p)."""
     window = window_of(x, kernel_shape, strides, dilations, auto_pad, pads, ceil_mode)
-    powers = F.pad(x.abs().pow(p), window.pads_list)
+    powers = pad_with(x.abs().pow(p), window.pads_list)
     return window_sum(powers, window).pow(1.0 / p)
 
 

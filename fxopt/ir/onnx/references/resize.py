@@ -118,7 +118,7 @@ def _floats(values: Any) -> list[float] | None:
     """The numbers of an operand or attribute; None when it is omitted or empty."""
     if values is None:
         return None
-    listed = to_tensor(values).reshape(-1).tolist() if not isinstance(values, (list, tuple)) else list(values)
+    listed = list(values) if isinstance(values, (list, tuple)) else values.reshape(-1).tolist()
     return listed or None
 
 

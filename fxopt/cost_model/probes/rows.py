@@ -1,0 +1,201 @@
+"""The probes: operators over several shapes, every second one held out of a fit, and whole models, all held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from fxopt.cost_model.probes.build import FLOAT, INT8, UINT8, Build
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One model to measure; its inputs have fixed shapes."""
+
+    name: str
+    group: str
+    held_out: bool
+    model: ModelProto
+
+
+
+def chain(step: Callable[[Build, str], str], times: int, *shape: int, dtype: int = FLOAT) -> ModelProto:
+    """The same layer several times, with weights of its own each time."""
+    build = Build()
+    x = build.input(*shape, dtype=dtype)
+    for _ in range(times):
+        x = step(build, x)
+    return build.model(x)
+
+
+_LINEARS = [(384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072)]
+_TINY = [(16, 64, 10), (1, 64, 32), (64, 64, 64), (8, 128, 128), (16, 512, 64), (128, 1024, 64)]
+_CONVS = [  # out, in / groups, kernel, size, stride, groups
+    *((32, 3, 3, 112, 2, 1), (64, 64, 3, 56, 1, 1), (256, 64, 1, 56, 1, 1), (64, 256, 1, 56, 1, 1)),
+    *((128, 128, 3, 28, 1, 1), (256, 256, 3, 14, 1, 1), (512, 128, 1, 28, 1, 1), (512, 512, 3, 7, 1, 1)),
+    *((96, 1, 3, 56, 1, 96), (240, 1, 5, 14, 1, 240), (16, 1, 3, 28, 1, 1), (32, 16, 3, 14, 1, 1)),
+]
+_ACTIVATIONS = [(128, 384), (128, 1536), (512, 768), (16, 384), (64, 3072), (12, 128, 128)]
+
+
+def probes() -> Iterator[Probe]:
+    """All probes; deterministic."""
+    for group, models in _groups().items():
+        for index, (name, model) in enumerate(models):
+            yield Probe(f"{group}: {name}", group, index % 2 == 1 and group != "launch", model)
+    for name, model in _models():
+        yield Probe(f"model: {name}", "model", True, model)
+
+
+def _groups() -> dict[str, list[tuple[str, ModelProto]]]:
+    shapes = [(m, k, n) for m in (1, 16, 128, 512) for k, n in _LINEARS] + _TINY
+    unary = [(op, shape) for op in ("Gelu", "Erf", "Relu", "Tanh", "Sigmoid", "Exp") for shape in _ACTIVATIONS[:3]]
+    return {
+        "launch": [
+            ("Add", chain(lambda b, x: b.op("Add", x, b.weight(16)), 64, 1, 16)),
+            ("Softmax", chain(lambda b, x: b.op("Softmax", x), 64, 1, 16)),
+            ("LayerNormalization", chain(lambda b, x: b.norm(x, 16), 64, 1, 16)),
+            ("MatMul", chain(lambda b, x: b.op("MatMul", x, b.weight(16, 16, scale=0.2)), 64, 1, 16)),
+        ],
+        "linear float32": [(_text(s), _linear(s, Build.linear)) for s in shapes],
+        "linear int8": [(_text(s), _linear(s, Build.linear_int8)) for s in shapes],
+        **{
+            f"linear {name}": [(_text(s), _signs(s, *signs)) for s in shapes[5:15:2]]
+            for name, signs in (("uint8", (UINT8, np.uint8)), ("s8s8", (INT8, np.int8)))
+        },
+        "conv float32": [(_text(s), _conv_row(s)) for s in _CONVS],
+        "conv int8": [(_text(s), _conv_int8_row(s)) for s in _CONVS],
+        "attention": [(f"{how} {s}x{d}", _attention(how, s, d)) for how in ("fused", "parts") for s, d in _SEQUENCES],
+        "norm": [(f"LayerNormalization {_text(s)}", chain(lambda b, x, s=s: b.norm(x, s[-1]), 4, *s)) for s in _ACTIVATIONS]
+        + [(f"Softmax {_text(s)}", chain(lambda b, x: b.op("Softmax", x), 4, *s)) for s in _ACTIVATIONS],
+        "norm.skip": [(_text(s), _skip(*s)) for s in [(1, 128, 384), (1, 512, 768), (1, 128, 768), (1, 64, 1024)]],
+        "elementwise": [(f"{op} {_text(s)}", chain(lambda b, x, op=op: b.op(op, x), 1, *s)) for op, s in unary],
+        "quantize": [(f"{op} {_text(s)}", _quantize(op, s)) for op in _QUANTIZE for s in _ACTIVATIONS[:3]],
+        "pool": [
+            ("MaxPool 64x56", chain(lambda b, x: b.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2]), 1, 1, 64, 56, 56)),
+            ("GlobalAveragePool 512x7", chain(lambda b, x: b.op("GlobalAveragePool", x), 1, 1, 512, 7, 7)),
+            ("MaxPool 16x28", chain(lambda b, x: b.op("MaxPool", x, kernel_shape=[3, 3]), 1, 1, 16, 28, 28)),
+            ("GlobalAveragePool 96x28", chain(lambda b, x: b.op("GlobalAveragePool", x), 1, 1, 96, 28, 28)),
+        ],
+        "memory": [(f"{op} {_text(s)}", _move(op, s)) for op in ("Add", "Concat", "Transpose") for s in _ACTIVATIONS]
+        + [(f"Add {n}x1024", _move("Add", (n, 1024))) for n in (1024, 2048, 4096, 8192)],
+    }
+
+
+_SEQUENCES = [(128, 384), (128, 768), (64, 384), (256, 768)]
+_QUANTIZE = ("DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear")
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _linear(shape: Shape, layer: Callable[[Build, str, int, int], str]) -> ModelProto:
+    """One linear, or several beside each other where one is too short for a clock."""
+    m, k, n = shape
+    build = Build()
+    copies = 16 if m * k * n < 200_000 else 1
+    return build.model(*[layer(build, build.input(m, k), k, n) for _ in range(copies)])
+
+
+def _signs(shape: Shape, activations: int, weights: Any) -> ModelProto:
+    m, k, n = shape
+    build = Build()
+    x = build.input(m, k, dtype=activations)
+    zero = build.const(np.zeros((), np.uint8 if activations == UINT8 else np.int8))
+    return build.model(build.op("MatMulInteger", x, build.codes(k, n, dtype=weights), zero))
+
+
+def _conv_row(s: Shape) -> ModelProto:
+    out, inner, kernel, size, stride, group = s
+    return chain(lambda b, x: b.conv(x, (out, inner, kernel, kernel), stride, group), 1, 1, inner * group, size, size)
+
+
+def _conv_int8_row(s: Shape) -> ModelProto:
+    out, inner, kernel, size, stride, group = s
+    build = Build()
+    x = build.input(1, inner * group, size, size, dtype=UINT8)
+    return build.model(build.conv_int8(x, (out, inner, kernel, kernel), stride, group))
+
+
+def _attention(how: str, length: int, width: int) -> ModelProto:
+    build, heads = Build(), 12
+    if how == "fused":
+        qkv = [build.input(1, length, width) for _ in range(3)]
+        return build.model(build.op("Attention", *qkv, q_num_heads=heads, kv_num_heads=heads))
+    q, v = (build.input(1, heads, length, width // heads) for _ in range(2))
+    k = build.input(1, heads, width // heads, length)
+    scores = build.op("Mul", build.op("MatMul", q, k), build.const(np.float32(0.1)))
+    return build.model(build.op("MatMul", build.op("Softmax", scores), v))
+
+
+def _skip(*shape: int) -> ModelProto:
+    build = Build()
+    return build.model(build.norm(build.op("Add", build.input(*shape), build.input(*shape)), shape[-1]))
+
+
+def _quantize(op: str, shape: Shape) -> ModelProto:
+    build = Build()
+    x = build.input(*shape, dtype=UINT8 if op == "DequantizeLinear" else FLOAT)
+    if op == "DynamicQuantizeLinear":
+        return build.model(build.op(op, x, outputs=3)[0])
+    return build.model(build.op(op, x, build.const(np.float32(0.03)), build.const(np.uint8(128))))
+
+
+def _move(op: str, shape: Shape) -> ModelProto:
+    build = Build()
+    if op == "Transpose":  # of heads; every second one moves the last axis too
+        x = build.input(1, shape[-2], 12, shape[-1] // 12)
+        return build.model(build.op(op, x, perm=[0, 2, 1, 3] if shape[-1] == 768 or shape[-2] == 16 else [0, 2, 3, 1]))
+    x = build.input(*shape)
+    y = build.input(*shape)
+    return build.model(build.op(op, x, y, **({"axis": 0} if op == "Concat" else {})))
+
+
+def _models() -> Iterator[tuple[str, ModelProto]]:
+    for int8 in (False, True):
+        kind = "int8" if int8 else "float32"
+        for length, width in ((128, 384), (32, 768)):
+            yield f"encoder layer {length}x{width} {kind}", _encoder(length, width, int8)
+        yield f"perceptron 16x64 {kind}", _perceptron(int8)
+        yield f"residual network {kind}", _network(int8)
+
+
+def _encoder(length: int, width: int, int8: bool) -> ModelProto:
+    build = Build()
+    linear = build.linear_int8 if int8 else build.linear
+    x = build.input(1, length, width)
+    for _ in range(2):
+        q, k, v = (linear(x, width, width) for _ in range(3))
+        attended = build.op("Attention", q, k, v, q_num_heads=12, kv_num_heads=12)
+        x = build.norm(build.op("Sum", x, linear(attended, width, width)), width)
+        hidden = build.op("Gelu", linear(x, width, 4 * width))
+        x = build.norm(build.op("Sum", x, linear(str(hidden), 4 * width, width)), width)
+    return build.model(x)
+
+
+def _perceptron(int8: bool) -> ModelProto:
+    build = Build()
+    linear = build.linear_int8 if int8 else build.linear
+    x = build.op("Relu", linear(build.input(16, 64), 64, 64))
+    return build.model(linear(str(x), 64, 10))
+
+
+def _network(int8: bool) -> ModelProto:
+    build = Build()
+    convolve: Callable[..., str] = build.conv_int8 if int8 else build.conv
+    x = build.input(1, 3, 64, 64)
+    x = convolve(build.quantized(x, 128) if int8 else x, (32, 3, 3, 3), 2)
+    for width in (32, 64, 128):
+        x = convolve(x, (width, width if width == 32 else width // 2, 3, 3), 1 if width == 32 else 2)
+        x = convolve(x, (width, width, 3, 3))
+        x = convolve(x, (width, 1, 3, 3), 1, width)
+        x = convolve(x, (width, width, 1, 1))
+    x = build.op("Flatten", build.op("GlobalAveragePool", build.dequantized(x) if int8 else x))
+    return build.model(build.linear(x, 128, 10))

@@ -1,0 +1,32 @@
+"""Hardware as data: one file per target, its name the file's stem with `-` for `_`.
+
+Figures of a file are of the vendor's data sheet or measured, and `source` says which; `error` says how far off
+predictions were on operators that were not used for the fit, or "never measured".
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from fxopt.errors import unknown
+from fxopt.ir.target import Target
+
+
+def target_names() -> list[str]:
+    """The names of all targets of this package, sorted."""
+    return sorted(info.name.replace("_", "-") for info in pkgutil.iter_modules(__path__))
+
+
+def get_target(name: str) -> Target:
+    """The target of this name; dashes and underscores are the same; `host` is detected.
+
+    Raises:
+        UnknownName: there is none; near names are suggested.
+    """
+    kebab = name.replace("_", "-")
+    if kebab not in target_names():
+        raise unknown("target", name, target_names())
+    found = importlib.import_module(f"{__name__}.{kebab.replace('-', '_')}").TARGET
+    target: Target = found() if callable(found) else found
+    return target

@@ -1,0 +1,271 @@
+"""Where the patterns of rules are found in a graph, and why they are not.
+
+Matching starts at a root and follows operands, so its cost does not depend on the size of the graph. Operators that
+commute are tried in both orders where both are possible; what is possible is remembered per operand, so that nested
+ones do not multiply, and the number of steps is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.ir.graph import Graph, label, tensor_value
+from fxopt.ir.ledger import Refusal
+from fxopt.ir.neutral import AXES, COMMUTATIVE, normal_axes, parameters, read
+from fxopt.ir.pattern import Match, Mismatch, Operation, P, Parameter, Pattern, Rule, compiled
+
+Types = Mapping[fx.Node, Any]
+_MOST_STEPS = 2_000  # of one pattern at one node
+
+
+def matches(
+    graph: Graph, pattern: Pattern, root: fx.Node, types: Types | None = None, trace: Trace | None = None
+) -> Iterator[Match]:
+    """Every way in which the pattern's structure is found at `root`; users and `check` are not looked at."""
+    search = _Search(graph, trace)
+    stack = [_State(((pattern.root, root), None), {}, {})]
+    while stack:
+        state = stack.pop()
+        search.steps += 1
+        if search.steps > _MOST_STEPS:
+            search.failed(state, Refusal("the operands match in more than {} ways", _MOST_STEPS))
+            return
+        if state.pending is None:
+            inner = tuple(dict.fromkeys(node for node in state.assigned.values() if node is not root))
+            yield Match(graph, root, state.bound, inner, types or {})
+        else:
+            stack.extend(search.step(state))
+
+
+@dataclass
+class Trace:
+    """The failure that came furthest: most operators matched, the first one found."""
+
+    depth: int = -1
+    reason: Refusal | None = None
+
+    def note(self, depth: int, reason: Refusal) -> None:
+        """Keep the reason when it came further than the one kept."""
+        if depth > self.depth:
+            self.depth, self.reason = depth, reason
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is still to be matched, as a linked list, and what is matched so far."""
+
+    pending: Any  # ((wanted, value), rest) or None
+    bound: dict[str, Any]
+    assigned: dict[Operation, fx.Node]
+
+
+@dataclass
+class _Search:
+    """One pattern at one root."""
+
+    graph: Graph
+    trace: Trace | None
+    steps: int = 0
+    readings: dict[tuple[fx.Node, str], Any] = field(default_factory=dict)
+    known: dict[tuple[Any, Any], bool] = field(default_factory=dict)
+
+    def failed(self, state: _State, reason: Refusal) -> list[_State]:
+        """No way on from here."""
+        if self.trace is not None:
+            self.trace.note(len(state.assigned), reason)
+        return []
+
+    def step(self, state: _State) -> list[_State]:
+        """The states after the first pending pair, the one to be tried first last."""
+        (wanted, value), rest = state.pending
+        if isinstance(wanted, Parameter):
+            return self.bind(state, wanted, value, rest)
+        if isinstance(wanted, Operation):
+            return self.operation(state, wanted, value, rest)
+        if _holds_patterns(wanted):
+            if isinstance(value, (list, tuple)) and len(value) == len(wanted):
+                return [_State(_pushed(wanted, value, rest), state.bound, state.assigned)]
+            return self.failed(state, Refusal("expected {} values, found {}", len(wanted), value))
+        if same(self.graph, wanted, value):
+            return [_State(rest, state.bound, state.assigned)]
+        return self.failed(state, _other(wanted, value))
+
+    def bind(self, state: _State, wanted: Parameter, value: Any, rest: Any) -> list[_State]:
+        """A parameter binds what it meets first."""
+        if wanted.name not in state.bound:
+            return [_State(rest, {**state.bound, wanted.name: value}, state.assigned)]
+        bound = state.bound[wanted.name]
+        if same(self.graph, bound, value):
+            return [_State(rest, state.bound, state.assigned)]
+        return self.failed(state, Refusal("{} is {} in one place and {} in another", wanted.name, bound, value))
+
+    def operation(self, state: _State, wanted: Operation, value: Any, rest: Any) -> list[_State]:
+        """An operator: its arguments are to be matched next, in each order that is possible."""
+        if wanted in state.assigned:
+            if state.assigned[wanted] is value:
+                return [_State(rest, state.bound, state.assigned)]
+            return self.failed(
+                state, Refusal("{} is {} in one place and {} in another", wanted.name, state.assigned[wanted], value)
+            )
+        arguments = self.reading(value, wanted.name)
+        if arguments is None:
+            return self.failed(state, _other(wanted.name, value))
+        orders = _orders(wanted, arguments)
+        if self.trace is None:  # else the failure itself is of interest
+            orders = [order for order in orders if self.all_possible(order, arguments)]
+        assigned = {**state.assigned, wanted: value}
+        return [_State(_pushed(order, arguments, rest), state.bound, assigned) for order in reversed(orders)]
+
+    def reading(self, value: Any, name: str) -> tuple[Any, ...] | None:
+        """`read`, once per node and operator."""
+        if not isinstance(value, fx.Node):
+            return None
+        key = (value, name)
+        if key not in self.readings:
+            self.readings[key] = read(self.graph, value, name)
+        found: tuple[Any, ...] | None = self.readings[key]
+        return found
+
+    def all_possible(self, wanted: Any, values: Any) -> bool:
+        """Whether each value can be what is wanted, parameters aside."""
+        return all(self.possible(item, value) for item, value in zip(wanted, values, strict=True))
+
+    def possible(self, wanted: Any, value: Any) -> bool:
+        """Whether the operators and constants of `wanted` are there; remembered, so linear in the pattern."""
+        if isinstance(wanted, Parameter):
+            return True
+        if isinstance(wanted, Operation):
+            key = (wanted, value if isinstance(value, fx.Node) else None)
+            if key not in self.known:
+                arguments = self.reading(value, wanted.name)
+                self.known[key] = arguments is not None and any(
+                    self.all_possible(order, arguments) for order in _orders(wanted, arguments)
+                )
+            return self.known[key]
+        if _holds_patterns(wanted):
+            fits = isinstance(value, (list, tuple)) and len(value) == len(wanted)
+            return fits and self.all_possible(wanted, value)
+        return same(self.graph, wanted, value)
+
+
+def _holds_patterns(wanted: Any) -> bool:
+    return isinstance(wanted, (list, tuple)) and any(isinstance(item, P) for item in wanted)
+
+
+def _pushed(wanted: Any, values: Any, rest: Any) -> Any:
+    for pair in reversed(list(zip(wanted, values, strict=True))):
+        rest = (pair, rest)
+    return rest
+
+
+def _orders(wanted: Operation, arguments: tuple[Any, ...]) -> list[list[Any]]:
+    names = parameters(wanted.name).parameters
+    items = [_axes(name, item, arguments[0]) for name, item in zip(names, wanted.arguments, strict=True)]
+    return [items, items[::-1]] if wanted.name in COMMUTATIVE else [items]
+
+
+def _axes(name: str, item: Any, first: Any) -> Any:
+    """Axes that the pattern counts from the end, counted from 0 where the rank is known."""
+    if name not in AXES or isinstance(item, P):
+        return item
+    value = tensor_value(first[0] if isinstance(first, (list, tuple)) else first)
+    normal = normal_axes(item, None if value is None else value.dim())
+    return tuple(sorted(normal)) if isinstance(normal, (list, tuple)) else normal
+
+
+def _other(wanted: Any, value: Any) -> Refusal:
+    if not isinstance(value, fx.Node):
+        return Refusal("expected {}, found {}", wanted, value)
+    what = value.op if value.op != "call_function" else getattr(value.target, "__name__", value.target)
+    return Refusal("expected {}, found {} ({})", wanted, label(value), what)
+
+
+# ---- equality
+
+
+def same(graph: Graph, a: Any, b: Any) -> bool:
+    """Whether two arguments are the same node or equal constants; a constant that repeats a number equals it."""
+    if a is b:
+        return True
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(graph, mine, other) for mine, other in zip(a, b, strict=True))
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        return _equal_constants(graph.constant(a), graph.constant(b))
+    if isinstance(b, fx.Node):
+        a, b = b, a
+    if isinstance(a, fx.Node):
+        return _is_number(b) and _is_all(graph.constant(a), b)
+    if _is_number(a) and _is_number(b):
+        return _same_number(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _same_number(a: float, b: float) -> bool:
+    """Equal, with the same sign where one is a floating-point zero."""
+    return a == b and (a != 0 or math.copysign(1, a) == math.copysign(1, b))
+
+
+def _equal_constants(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)
+
+
+def _is_all(constant: torch.Tensor | None, number: float) -> bool:
+    if constant is None or constant.numel() == 0 or constant.dtype == torch.bool or constant.is_complex():
+        return False
+    flat = constant.reshape(-1)
+    if not _same_number(flat[0].item(), number) or not bool((flat == flat[0]).all()):
+        return False
+    return number != 0 or not flat.is_floating_point() or not bool((flat.signbit() != flat[0].signbit()).any())
+
+
+# ---- verdicts
+
+
+def accepted(graph: Graph, pattern: Pattern, root: fx.Node, types: Types | None = None) -> Match | Refusal | None:
+    """The first match that the rule accepts, else why the first one was refused, else None."""
+    refused: Refusal | None = None
+    for match in matches(graph, pattern, root, types):
+        reason = None if pattern.rule.shares_inner else _outside_user(match)
+        reason = reason or pattern.rule.check(match, **match.bound)
+        if reason is None:
+            return match
+        if refused is None or isinstance(refused, Mismatch):
+            refused = reason
+    return refused
+
+
+def _outside_user(match: Match) -> Refusal | None:
+    """The refusal of a match whose inner values are needed elsewhere too."""
+    own = {match.root, *match.inner}
+    for node in match.inner:
+        for user in node.users:
+            if user not in own:
+                return Refusal("the value of {} is also used by {}", label(node), label(user))
+    return None
+
+
+def why_not(graph: Graph, rule: Rule, node: fx.Node) -> Refusal | None:
+    """Why the rule does not fire at a node: what failed in the match that came furthest; None: it fires."""
+    trace = Trace()
+    for pattern in compiled(rule, graph.origin):
+        verdict = accepted(graph, pattern, node)
+        if isinstance(verdict, Match):
+            return None
+        if verdict is not None:
+            trace.note(_MOST_STEPS, verdict)
+            continue
+        for _ in matches(graph, pattern, node, trace=trace):
+            pass
+    return trace.reason

@@ -1,0 +1,153 @@
+"""Compute equal values once.
+
+Two operators are equal when they call the same target with equal arguments; constants are equal when type, shape and
+bytes are. Random and effectful operators, and operators with sub-graphs, are never equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.ir.graph import Graph, Opaque
+from fxopt.ir.structural_hash import constant_digest
+from fxopt.passes.base import Context, ExactPass
+from fxopt.passes.rules.apply import drop_unused
+from fxopt.passes.rules.safety import base, is_pure, is_returned, is_view
+
+_SAMPLED = 64  # elements by which large constants are told apart before all their bytes are read
+
+
+@dataclass(frozen=True)
+class MergeCommonSubexpressions(ExactPass):
+    """Compute equal values once."""
+
+    constant_bytes: int = 1024  # equal constants of at least this size are stored once, also without a common operator
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        """One walk in execution order: the first of equal nodes serves the users of all."""
+        run = _Run(graph, _contents(graph), self.constant_bytes)
+        merged = sum(run.visit(node) for node in list(graph.nodes))
+        if merged:
+            graph.release_constants()
+        return merged
+
+
+@dataclass
+class _Run:
+    graph: Graph
+    contents: dict[fx.Node, Hashable]
+    constant_bytes: int
+    first: dict[Hashable, fx.Node] = field(default_factory=dict)
+    gone: set[fx.Node] = field(default_factory=set)
+
+    def visit(self, node: fx.Node) -> int:
+        """Merge the node into an equal one before it; returns how many nodes went."""
+        if node.op == "get_attr":
+            return self.constant(node)
+        key = self.key(node)
+        if key is None:
+            return 0
+        kept = self.earlier(key, node)
+        if kept is None:
+            return 0
+        constants = [used for used in node.all_input_nodes if used.op == "get_attr"]
+        self.graph.replace(node, kept)
+        self.gone |= drop_unused(self.graph, constants)
+        return 1
+
+    def constant(self, node: fx.Node) -> int:
+        """Merge a large constant into an equal one."""
+        value = self.graph.constant(node)
+        if value is None or not node.users or value.nbytes < max(1, self.constant_bytes) or _is_attribute(node):
+            return 0
+        kept = self.earlier(("constant", self.contents.get(node, node)), node)
+        if kept is None:
+            return 0
+        self.graph.replace(node, kept)
+        return 1
+
+    def earlier(self, key: Hashable, node: fx.Node) -> fx.Node | None:
+        """The equal node before this one, unless two results would become one tensor; None when this is the first."""
+        kept = self.first.get(key)
+        if kept is None or kept in self.gone:
+            self.first[key] = node
+            return None
+        if self.graph.origin != "onnx" and not is_view(node) and is_returned(node) and is_returned(base(kept)):
+            return None
+        return kept
+
+    def key(self, node: fx.Node) -> Hashable:
+        """What equal nodes have in common; None when nothing equals the node."""
+        if not is_pure(node):
+            return None
+        record = node.meta.get("onnx")
+        named = tuple(bool(name) for name in getattr(record, "outputs", ())) if "_outputs" in node.kwargs else ()
+        try:
+            return node.target, self.frozen(node.args), self.frozen(dict(node.kwargs)), named
+        except _NoKey:
+            return None
+
+    def frozen(self, value: Any) -> Hashable:
+        """An argument as something hashable that tells 1 from 1.0 and True."""
+        if isinstance(value, fx.Node):
+            if value.op != "get_attr":
+                return value
+            found = self.contents.get(value)
+            if found is None:
+                raise _NoKey
+            return "constant", found
+        if isinstance(value, (list, tuple)):
+            return "list", *map(self.frozen, value)
+        if isinstance(value, dict):
+            return "dict", *((name, self.frozen(item)) for name, item in sorted(value.items()))
+        if isinstance(value, slice):
+            return "slice", self.frozen(value.start), self.frozen(value.stop), self.frozen(value.step)
+        if isinstance(value, float):
+            return float, value.hex()
+        if isinstance(value, torch.SymInt) or getattr(value, "__hash__", None) is None:
+            raise _NoKey
+        return type(value), value
+
+
+class _NoKey(Exception):
+    """An argument cannot be compared."""
+
+
+def _is_attribute(node: fx.Node) -> bool:
+    """Whether an ONNX file holds the constant in an attribute of its operator."""
+    return getattr(node.meta.get("onnx"), "kind", "") == "attribute"
+
+
+def _contents(graph: Graph) -> dict[fx.Node, Hashable]:
+    """A key per constant that is equal exactly for equal constants; bytes are read only where a sample is equal."""
+    groups: dict[Hashable, list[tuple[fx.Node, Any]]] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = graph.attribute(str(node.target))
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+            groups.setdefault(_sample(value), []).append((node, value))
+        elif isinstance(value, Opaque) and _is_tensor(value):
+            groups.setdefault(("opaque", id(value)), []).append((node, value))
+    contents: dict[fx.Node, Hashable] = {}
+    for sample, members in groups.items():
+        single = len({id(value) for _, value in members}) == 1
+        for node, value in members:
+            contents[node] = (sample, "" if single else constant_digest(value))
+    return contents
+
+
+def _is_tensor(value: Opaque) -> bool:
+    return type(value.proto).__name__ == "TensorProto"
+
+
+def _sample(value: torch.Tensor) -> Hashable:
+    flat = value.detach().reshape(-1) if value.is_contiguous() else value.detach().flatten()
+    step = max(1, flat.numel() // _SAMPLED)
+    picked = flat[::step][:_SAMPLED].contiguous().cpu()
+    return value.dtype, tuple(value.shape), str(value.device), bytes(picked.view(torch.uint8).numpy().tobytes())

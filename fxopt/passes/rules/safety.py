@@ -1,0 +1,107 @@
+"""What may not be merged, moved or passed through: random and effectful operators, shared memory, changed strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxopt.ir.graph import Graph, has_effect, label
+from fxopt.ir.ledger import Refusal
+from fxopt.ir.onnx.op import OnnxOp
+
+_ONNX_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+_UNINITIALISED = ("aten::empty", "aten::new_empty", "aten::resize")
+_KNOWN_DOMAINS = ("", "ai.onnx.ml")
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True when the node's value depends on its arguments alone, and nothing else happens."""
+    target = node.target
+    if node.op != "call_function" or has_effect(node):
+        return False
+    if isinstance(target, OnnxOp):
+        if target.op_type == "Dropout":
+            return len(node.args) < 3 or node.args[2] is None
+        known = target.domain in _KNOWN_DOMAINS or target.has_reference
+        return known and target.op_type not in _ONNX_RANDOM
+    if isinstance(target, OpOverload):
+        seeded = torch.Tag.nondeterministic_seeded in target.tags
+        return not seeded and not target._schema.name.startswith(_UNINITIALISED)
+    return not isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def is_view(node: fx.Node) -> bool:
+    """True for a torch operator whose value may share memory with its first argument."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    arguments = node.target._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None
+
+
+def base(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def is_returned(node: fx.Node) -> bool:
+    """Whether the value, or a view of it, is a result of the graph."""
+    seen = {node}
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and (is_view(user) or not isinstance(user.target, OpOverload)):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def returned(graph: Graph) -> set[fx.Node]:
+    """All nodes for which `is_returned` holds, in one walk."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.fx.nodes):
+        for user in node.users:
+            passes = is_view(user) or not isinstance(user.target, OpOverload)
+            if user.op == "output" or (user in found and passes):
+                found.add(node)
+                break
+    return found
+
+
+def pass_through(graph: Graph, old: fx.Node, kept: fx.Node, value: Callable[[object], Any]) -> Refusal | None:
+    """Why the users of `old` may not get the existing value `kept` instead; `value` gives fake tensors.
+
+    In torch graphs a result must not share memory with an input, a constant or another result when it did not before,
+    and operators that follow may need the strides.
+    """
+    if graph.origin == "onnx":
+        return None
+    before, after = value(old), value(kept)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return Refusal("the strides of {} are unknown", label(kept))
+    if _strides(before) != _strides(after):
+        return Refusal(
+            "it changes the strides from {} to {}, which a view after it may need", after.stride(), before.stride()
+        )
+    if is_view(old) or not is_returned(old):
+        return None
+    source = base(kept)
+    if source.op in ("placeholder", "get_attr"):
+        return Refusal("the result would share the memory of {}", label(source))
+    if is_returned(source):
+        return Refusal("two results would share the memory of {}", label(source))
+    return None
+
+
+def _strides(tensor: torch.Tensor) -> list[str]:
+    """The strides that matter."""
+    return [str(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if str(size) != "1"]
