@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import time
@@ -37,12 +38,6 @@ from fxopt.ir.target import Target
 
 DEFAULT = Path(__file__).parent / "results" / "host_rates.json"
 CALLS, DROPPED = 8, 3
-FREE = (
-    *("linear", "linear.int8", "linear.uint8", "linear.s8s8", "attention"),
-    *("conv", "conv.int8", "conv.narrow", "conv.narrow.int8"),
-    *("norm", "norm.skip", "elementwise", "quantize", "other"),
-)
-CACHE_SIZES = [2**power for power in range(20, 26)]
 _DTYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int8)": np.int8, "tensor(int32)": np.int32}
 
 
@@ -63,8 +58,7 @@ def main() -> None:
     times = {row["name"]: row["seconds"] for row in record["rows"]}
     measured = [(probe, _measured(probe, times[probe.name])) for probe in found if probe.name in times]
     start = dataclasses.replace(get_target(name), cores=1)
-    free = [factor for factor in FREE if factor in start.efficiency]
-    target = rounded(fit(start, [row for probe, row in measured if not probe.held_out], free, CACHE_SIZES))
+    target = rounded(fit(start, [row for probe, row in measured if not probe.held_out]))
     record.update(summary(target, measured))
     report(target, record)
     written[name] = record
@@ -84,6 +78,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cores": available_cores(),
         "threads": 1,
+        "load": round(os.getloadavg()[1], 1) if hasattr(os, "getloadavg") else None,
         "clock": "processor time of the thread",
         "system": platform.platform(),
         "versions": {name: version(name) for name in ("onnxruntime", "onnx", "torch", "numpy")},
@@ -152,7 +147,7 @@ def _burst(call: Callable[[], None]) -> float:
 def _measured(probe: Probe, seconds: float) -> Measured:
     graph = load(probe.model)
     infer(graph)
-    return Measured.of(probe.name, graph, seconds)
+    return Measured.of(probe.name, probe.group, graph, seconds)
 
 
 def rounded(target: Target) -> Target:

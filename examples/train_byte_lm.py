@@ -20,6 +20,7 @@ from examples.models import ByteLM
 
 SEED = 0
 BATCH = 16
+THREADS = 2
 LEARNING_RATE = 3e-3
 NAME = "byte-lm"
 
@@ -49,12 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(THREADS)
 
     torch.manual_seed(SEED)
     model = ByteLM()
-    started = time.perf_counter()
+    started = time.process_time()
     train(model, options.steps)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     tokens = torch.from_numpy(byte_windows(python_documentation(), model.context, 4, SEED))
     export_onnx(
         model,
@@ -69,11 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bits_per_byte": round(-byte_lm_bits(model), 4),
         "seed": SEED,
         "steps": options.steps,
-        "training_seconds": round(seconds),
+        "training_cpu_seconds": round(seconds),
         "command": f"python examples/train_byte_lm.py --steps {options.steps}",
     }
     write_record(options.out / f"{NAME}.json", record, model)
-    print(f"{NAME}: {record['bits_per_byte']} bits per byte, trained in {seconds:.0f} s")
+    print(f"{NAME}: {record['bits_per_byte']} bits per byte, trained in {seconds:.0f} s of CPU time")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from examples.models import DigitsCNN, DigitsViT
 
 SEED = 0
 BATCH = 64
+THREADS = 1  # the models are too small to gain from more
 MODELS: dict[str, type[nn.Module]] = {"digits-vit": DigitsViT, "digits-cnn": DigitsCNN}
 
 
@@ -48,14 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(THREADS)
 
     images = torch.from_numpy(digits()[2])
     for name in options.models:
         torch.manual_seed(SEED)
         model = MODELS[name]()
-        started = time.perf_counter()
+        started = time.process_time()
         train(model, options.epochs)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         export_onnx(
             model,
             "image",
@@ -70,11 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "test_accuracy_percent": round(digits_accuracy(model), 2),
             "seed": SEED,
             "epochs": options.epochs,
-            "training_seconds": round(seconds),
+            "training_cpu_seconds": round(seconds),
             "command": f"python examples/train_digits.py --models {name} --epochs {options.epochs}",
         }
         write_record(options.out / f"{name}.json", record, model)
-        print(f"{name}: {record['test_accuracy_percent']} % correct, trained in {seconds:.0f} s")
+        print(f"{name}: {record['test_accuracy_percent']} % correct, trained in {seconds:.0f} s of CPU time")
 
 
 if __name__ == "__main__":

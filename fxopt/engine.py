@@ -139,6 +139,8 @@ class Optimizer:
                 manager = PassManager(steps, dump=self.request.dump)
                 manager.run(graph, self.context, check)
                 self.pass_runs += [PassRun(run.name, run.changes, run.seconds) for run in manager.runs]
+        for node in graph.nodes:
+            node.meta.pop("stands_for", None)  # statistics are collected on this graph
         return graph
 
     def _numeric_check(self) -> NumericCheck | None:

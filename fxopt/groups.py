@@ -46,7 +46,7 @@ def cut_out(graph: Graph, node_name: str, stats: Stats) -> tuple[Graph, list[tor
         return None
     inner = [node]
     entry = _entries(inner)
-    while len(entry) == 1 and entry[0].name not in stats.values and entry[0].op == "call_function":
+    while len(entry) == 1 and entry[0] not in stats and entry[0].op == "call_function":
         inner.insert(0, entry[0])
         entry = _entries(inner)
     if len(entry) != 1:

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 _DROPPED = 3  # first calls of a burst
 _REST = 0.02  # seconds between bursts
 _MAX_CALLS = 20
+_MAX_SHORT_CALLS = 500  # of a model whose calls take microseconds
+_SHORT_BURST = 0.01  # seconds
 _MIN_BURSTS = 5
+_CLEAR_BURSTS = 10  # from here on a clear ratio ends the measurement
+_CLEAR = 0.03
 _MAX_BURSTS = 40
 
 
@@ -31,8 +35,9 @@ class Timing:
 
 
 def measure(baseline: Callable[[], object], result: Callable[[], object], seconds: float = 10.0) -> Timing:
-    """Time both in alternating bursts for about `seconds`.
+    """Time both in alternating bursts, for at most about `seconds`, or until the ratio is clear.
 
+    A burst counts as its lower quartile: other processes only ever make calls slower.
     `low` and `high` are order statistics of the per-pair ratios that bound their median with at least 90 % confidence
     (sign test); with fewer than five pairs they are the extremes.
     """
@@ -41,15 +46,26 @@ def measure(baseline: Callable[[], object], result: Callable[[], object], second
     first: list[float] = []
     second: list[float] = []
     while len(first) < _MAX_BURSTS and (len(first) < _MIN_BURSTS or time.perf_counter() < deadline):
+        if len(first) >= _CLEAR_BURSTS and _is_clear(first, second):
+            break
         if len(first) % 2:  # alternate which one goes first: a drift of the machine hits both
             second.append(_burst(result, calls))
             first.append(_burst(baseline, calls))
         else:
             first.append(_burst(baseline, calls))
             second.append(_burst(result, calls))
-    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    ratios = _ratios(first, second)
     low, high = _interval(ratios)
     return Timing(statistics.median(first), statistics.median(second), statistics.median(ratios), low, high, len(ratios))
+
+
+def _ratios(first: list[float], second: list[float]) -> list[float]:
+    return sorted(a / b for a, b in zip(first, second, strict=True))
+
+
+def _is_clear(first: list[float], second: list[float]) -> bool:
+    low, high = _interval(_ratios(first, second))
+    return low > 1.0 + _CLEAR or high < 1.0 - _CLEAR
 
 
 def _burst(call: Callable[[], object], calls: int) -> float:
@@ -59,7 +75,7 @@ def _burst(call: Callable[[], object], calls: int) -> float:
         call()
         times.append(time.perf_counter() - begin)
     time.sleep(_REST)
-    return statistics.median(times[_DROPPED:])
+    return sorted(times[_DROPPED:])[calls // 4]
 
 
 def _burst_size(baseline: Callable[[], object], result: Callable[[], object], seconds: float) -> int:
@@ -70,7 +86,9 @@ def _burst_size(baseline: Callable[[], object], result: Callable[[], object], se
     baseline()
     result()
     per_pair = time.perf_counter() - begin
-    return max(3, min(_MAX_CALLS, int(seconds / (8 * max(per_pair, 1e-6))) - _DROPPED))
+    per_pair = max(per_pair, 1e-6)
+    most = max(_MAX_CALLS, min(_MAX_SHORT_CALLS, int(_SHORT_BURST / per_pair)))
+    return max(3, min(most, int(seconds / (8 * per_pair)) - _DROPPED))
 
 
 def _interval(ratios: list[float]) -> tuple[float, float]:
@@ -89,7 +107,7 @@ def _interval(ratios: list[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call of one competitor: median of the burst medians, and the fastest burst."""
+    """Seconds per call of one competitor: median over the bursts (each its lower quartile), and the fastest burst."""
 
     median: float
     minimum: float

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 
 import fxopt
 from fxopt.ir.graph import Graph
@@ -25,19 +24,22 @@ from fxopt.testing import assert_neutral, assert_no_worse, assert_refuses, rewri
 from tests.conftest import ROOT, mlp
 
 PACKAGE = ROOT / "tests" / "plugin_package"
-NAME = "drop-neutral-multiplications"
+NAME = "drop-repeated-activations"
 Cli = Callable[..., Any]
 
 
-def with_neutral_multiplication(path: Path) -> Path:
-    """The perceptron with its hidden values multiplied by a vector of ones."""
+def with_two_activations(path: Path) -> Path:
+    """The perceptron with its hidden activation twice."""
     model = mlp()
-    model.graph.initializer.append(numpy_helper.from_array(np.ones(32, np.float32), "ones"))
-    model.graph.node.insert(1, helper.make_node("Mul", ["h", "ones"], ["scaled"], name="neutral"))
-    model.graph.node[2].input[0] = "scaled"
+    model.graph.node.insert(2, helper.make_node("Relu", ["a"], ["again"], name="act2"))
+    model.graph.node[3].input[0] = "again"
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
     return path
+
+
+def activations(path: Path) -> int:
+    return [node.op_type for node in onnx.load(path).graph.node].count("Relu")
 
 
 @pytest.fixture(scope="session")
@@ -55,33 +57,31 @@ def test_an_installed_pass_is_listed(spawn: Cli, installed: Path) -> None:
     ran = spawn("passes", "--json", "-", path=installed)
     assert ran.code == 0, ran.err
     (row,) = [row for row in json.loads(ran.out) if row["name"] == NAME]
-    assert row["package"] == "fxopt-trim" and row["options"] == {"largest": 1_000_000} and row["kind"] == "exact"
+    assert row["package"] == "fxopt-trim" and row["kind"] == "exact"
+    assert row["options"] == {"operators": "Relu,Abs,Ceil,Floor,Round,Sign"}
 
 
 def test_an_installed_pass_is_used(spawn: Cli, installed: Path, work: Path) -> None:
-    model = with_neutral_multiplication(work / "model.onnx")
-    arguments = ("--force", "-o", "out.onnx", "--json", "out.json")
-    ran = spawn(model, "-p", f"{NAME}{{largest=32}}", *arguments, path=installed, cwd=work)
+    model = with_two_activations(work / "model.onnx")
+    ran = spawn(model, "-p", NAME, "--force", "-o", "out.onnx", "--json", "out.json", path=installed, cwd=work)
     assert ran.code == 0, ran.err
-    assert "Mul" not in {node.op_type for node in onnx.load(work / "out.onnx").graph.node}
-    runs = json.loads((work / "out.json").read_text())["report"]["pass_runs"]
-    assert {"name": NAME, "changes": 1} in [{"name": run["name"], "changes": run["changes"]} for run in runs]
-    ran = spawn(model, "-p", f"{NAME}{{largest=31}}", *arguments, path=installed, cwd=work)
-    assert ran.code == 0 and "Mul" in {node.op_type for node in onnx.load(work / "out.onnx").graph.node}
+    assert activations(work / "out.onnx") == 1
+    report = json.loads((work / "out.json").read_text())["report"]
+    assert (NAME, 1) in [(run["name"], run["changes"]) for run in report["pass_runs"]]
 
 
-def test_without_the_package_the_name_is_unknown(spawn: Cli, model_file: Path) -> None:
-    ran = spawn(model_file, "-p", NAME)
+def test_without_the_package_the_name_is_unknown(cli: Cli, model_file: Path) -> None:
+    ran = cli(model_file, "-p", NAME)
     assert ran.code == 2 and f"unknown pass '{NAME}'" in ran.err
 
 
-def test_a_pass_in_a_file_is_used(cli: Cli, work: Path) -> None:
-    model = with_neutral_multiplication(work / "model.onnx")
+@pytest.mark.parametrize(("options", "left"), [("", 1), ("{operators=Relu}", 1), ("{operators=Abs}", 2)])
+def test_a_pass_in_a_file_is_used(cli: Cli, work: Path, options: str, left: int) -> None:
+    model = with_two_activations(work / "model.onnx")
     file = PACKAGE / "fxopt_trim" / "passes.py"
-    text = f"{file}:DropNeutralMultiplications{{largest=32}}"
-    ran = cli(model, "-p", text, "--force", "-o", work / "out.onnx", "--require-pass", NAME)
+    ran = cli(model, "-p", f"{file}:DropRepeatedActivations{options}", "--force", "-o", work / "out.onnx")
     assert ran.code == 0, ran.err
-    assert "Mul" not in {node.op_type for node in onnx.load(work / "out.onnx").graph.node}
+    assert activations(work / "out.onnx") == left
 
 
 # ---- the helpers for authors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import shlex
 import shutil
@@ -62,3 +64,14 @@ def test_links_and_files_exist(document: str) -> None:
         assert (ROOT / link).exists(), link
     for name in re.findall(r"`((?:[\w-]+/)+(?:[\w.-]+)?|[\w-]+\.py)`", text):
         assert (ROOT / name).exists() or (ROOT / "fxopt" / name).exists() or "/" not in name, name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "fxopt").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_docstring_examples(path: Path) -> None:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed

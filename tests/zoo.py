@@ -108,7 +108,14 @@ def bert() -> Case:
 
 
 def distilbert() -> Case:
-    options = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 128, "max_position_embeddings": 64}
+    options = {
+        "dim": 64,
+        "hidden_dim": 128,
+        "n_layers": 2,
+        "n_heads": 4,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
+    }
     return _text(_transformer("DistilBertForSequenceClassification", "DistilBertConfig", **options))
 
 

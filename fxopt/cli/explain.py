@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,7 @@ from fxopt.cli import options
 from fxopt.cli.optimize import require_model
 from fxopt.cli.output import Output
 from fxopt.cli.progress import ProgressReporter
-from fxopt.errors import unknown
+from fxopt.errors import UnknownName, unknown
 
 if TYPE_CHECKING:
     from fxopt.ir.graph import Graph
@@ -39,13 +40,13 @@ def explain(
         pass_name = pass_name.replace("_", "-")
         if pass_name not in (known := entries("pass")):
             raise unknown("pass", pass_name, known)
-    options.pattern_from("--node", node)
+    pattern = options.pattern_from("--node", node)
     shapes, limit = options.shapes_from(input_shape), options.budget_from(budget)
     import fxopt
     from fxopt.report.text import render_verdicts
 
     graph = fxopt.capture(str(model))
-    options.check_matches(graph, {"--node": node})
+    _check_matches(graph, pattern)
     with ProgressReporter() as progress:
         ledger = fxopt.explain(
             str(model),
@@ -57,31 +58,36 @@ def explain(
             threads=options.threads_from(threads),
             progress=progress,
         )
-    rows = verdicts(graph, ledger, node, pass_name)
+    rows = verdicts(graph, ledger, pattern, pass_name)
     out.json({"notes": ledger.notes, "verdicts": [vars(row) for row in rows]})
     out.print(render_verdicts(rows))
     for note in ledger.notes:
         out.print(f"note: {note}")
     if not rows:
-        out.print(
-            f"pass {pass_name} says nothing about this model: it has none of the operators that the pass works on"
-        )
+        who = f"pass {pass_name} has no" if pass_name else "no pass has a"
+        out.print(f"{who} verdict on this model: it holds none of the operators that passes work on")
 
 
-def verdicts(graph: Graph, ledger: Ledger, node: str | None, pass_name: str | None) -> list[Verdict]:
+def _check_matches(graph: Graph, pattern: re.Pattern[str] | None) -> None:
+    from fxopt.ir.graph import label
+
+    names = [label(node) for node in graph.calls()]
+    if pattern is not None and not any(map(pattern.search, names)):
+        raise UnknownName(f"--node {pattern.pattern} matches no node: {unknown('node', pattern.pattern, names)}")
+
+
+def verdicts(graph: Graph, ledger: Ledger, node: re.Pattern[str] | None, pass_name: str | None) -> list[Verdict]:
     """The ledger's rows; asked for certain nodes, also a row for each of those that no pass said anything about."""
-    import re
-
     from fxopt.ir.graph import label
     from fxopt.ir.ledger import Verdict
 
-    rows = list(ledger.select(node=node, pass_name=pass_name))
+    rows = list(ledger.select(node=node.pattern if node else None, pass_name=pass_name))
     if node is None:
         return rows
     named = {row.node for row in rows}
     for call in graph.calls():
         name = label(call)
-        if re.search(node, name) and name not in named:
+        if node.search(name) and name not in named:
             kind = getattr(call.target, "op_type", None) or str(call.target)
             reason = f"no verdict for this {kind} node: it is not one of the operators that the pass works on"
             rows.append(Verdict(pass_name or "every pass", name, "no-match", reason))

@@ -49,10 +49,10 @@ def inspect(
     if len(shown) < len(ranked):
         out.print(f"... and {len(ranked) - len(shown)} cheaper nodes; --top 0 shows all")
     total = found.total
+    interval = f"{units.seconds(total.low)} to {units.seconds(total.high)}"
     out.print(
         f"{len(ranked)} operators, {units.count(found.macs)} multiply-adds, weights {units.size(found.weight_bytes)}; "
-        f"predicted {units.seconds(total.seconds)} on {target} ({units.seconds(total.low)} to {units.seconds(total.high)}), "
-        f"mostly {total.bound}-bound"
+        f"predicted {units.seconds(total.seconds)} on {target} ({interval}), mostly {total.bound}-bound"
     )
 
 

@@ -79,8 +79,6 @@ def optimize(
     require_pass = _known_passes(require_pass or [], planning["passes"])
     import fxopt
 
-    if include or exclude:
-        options.check_matches(fxopt.capture(str(model)), {"--include": include, "--exclude": exclude})
     if dry_run:
         with ProgressReporter() as progress:
             ledger = fxopt.explain(str(model), target, **planning, progress=progress)

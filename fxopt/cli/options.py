@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fxopt.config import Config
-from fxopt.errors import InvalidOption, UnknownName, unknown
+from fxopt.errors import InvalidOption
 
 if TYPE_CHECKING:
-    from fxopt.ir.graph import Graph
     from fxopt.passes.base import Pass
 
 Model = Annotated[Path, typer.Argument(help="The model: an ONNX file.", show_default=False)]
@@ -129,17 +128,3 @@ def pattern_from(option: str, text: str | None) -> re.Pattern[str] | None:
         return re.compile(text)
     except re.error as error:
         raise InvalidOption(f"{option} {text}: not a regular expression: {error}") from error
-
-
-def check_matches(graph: Graph, patterns: dict[str, str | None]) -> None:
-    """Raise unless each given regular expression, by its option, matches a node of the graph."""
-    from fxopt.ir.graph import label
-
-    names: list[str] = []
-    for option, text in patterns.items():
-        pattern = pattern_from(option, text)
-        if pattern is None:
-            continue
-        names = names or [label(node) for node in graph.calls()]
-        if not any(pattern.search(name) for name in names):
-            raise UnknownName(f"{option} {text} matches no node: {unknown('node', str(text), names)}")

@@ -74,4 +74,4 @@ class ProgressReporter:
         if now - self._started < _PATIENCE or (stage == known and now - when < _LINE_EVERY):
             return
         self._printed = (stage, now)
-        print(f"{stage} {done}/{total}" if total else stage, file=sys.stderr, flush=True)
+        print(f"{stage} {done}/{total}" if total > 1 else stage, file=sys.stderr, flush=True)

@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxopt.cost_model.roofline import NodeWork, predict_work, work
 from fxopt.ir.graph import Graph
 from fxopt.ir.target import Target
 
+# Each figure is fitted on the groups of probes that show it.
+PLAN: Mapping[str, tuple[str, ...]] = {
+    "launch_seconds": ("launch",),
+    "cache_bandwidth": ("memory", "gemv"),
+    "bandwidth": ("stream",),
+    "cache_bytes": ("stream", "linear float32", "linear int8"),
+    "linear": ("linear float32",),
+    "linear.int8": ("linear int8",),
+    "linear.uint8": ("linear uint8",),
+    "linear.s8s8": ("linear s8s8",),
+    "attention": ("attention",),
+    "conv": ("conv float32",),
+    "conv.narrow": ("conv float32",),
+    "conv.int8": ("conv int8",),
+    "conv.narrow.int8": ("conv int8",),
+    "norm": ("norm",),
+    "norm.skip": ("norm.skip",),
+    "elementwise": ("elementwise",),
+    "quantize": ("quantize",),
+    "other": ("pool",),
+}
 _SCALARS = ("launch_seconds", "cache_bandwidth", "bandwidth")
+_CACHE_SIZES = tuple(2**power for power in range(20, 27))
 _STEPS = (0.2, 0.04, 0.01)  # of the natural logarithm, coarse to fine
 _REACH = 8  # steps to either side
+_SWEEPS = 6
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The work of a model's nodes, and how long one run took (seconds)."""
+    """The work of a model's nodes, and how long one run took (seconds); `group` is that of the probe."""
 
     name: str
+    group: str
     nodes: tuple[NodeWork, ...]
     seconds: float
 
     @classmethod
-    def of(cls, name: str, graph: Graph, seconds: float) -> Measured:
+    def of(cls, name: str, group: str, graph: Graph, seconds: float) -> Measured:
         """From a graph whose shapes are known."""
-        return cls(name, tuple(work(graph)), seconds)
+        return cls(name, group, tuple(work(graph)), seconds)
 
     def predicted(self, target: Target) -> float:
         """Seconds on the target."""
@@ -38,26 +62,22 @@ class Measured:
         return self.predicted(target) / self.seconds - 1
 
 
-def fit(start: Target, rows: Sequence[Measured], efficiencies: Sequence[str], cache_sizes: Sequence[int]) -> Target:
-    """The target with those figures that make the mean |log(predicted / measured)| smallest.
+def fit(start: Target, rows: Sequence[Measured], plan: Mapping[str, tuple[str, ...]] = PLAN) -> Target:
+    """The target whose figures make the mean |log(predicted / measured)| of their rows smallest.
 
-    Every figure in turn is searched on a grid around its value, coarse to fine, until none improves. Peaks are kept.
-
-    Args:
-        efficiencies: which factors of `Target.efficiency` are free.
-        cache_sizes: the sizes of the cache (bytes) to choose from.
+    Figure by figure, each on a grid around its value, coarse to fine, in sweeps until none changes. Figures that the
+    target lacks or that no row shows, and all peaks, are kept.
     """
-    best, loss = start, mean_log_error(start, rows)
-    figures = (*_SCALARS, "cache_bytes", *efficiencies)
+    best = start
     for step in _STEPS:
-        improved = True
-        while improved:
-            improved = False
-            for figure in figures:
-                for candidate in _around(best, figure, step, cache_sizes):
-                    found = mean_log_error(candidate, rows)
-                    if found < loss - 1e-6:
-                        best, loss, improved = candidate, found, True
+        for _ in range(_SWEEPS):
+            before = best
+            for figure, groups in plan.items():
+                shown = [row for row in rows if row.group in groups]
+                if shown and (figure == "cache_bytes" or figure in _SCALARS or figure in best.efficiency):
+                    best = min(_around(best, figure, step), key=lambda target: mean_log_error(target, shown))
+            if best == before:
+                break
     return best
 
 
@@ -66,15 +86,21 @@ def mean_log_error(target: Target, rows: Sequence[Measured]) -> float:
     return sum(abs(math.log(row.predicted(target) / row.seconds)) for row in rows) / len(rows)
 
 
-def _around(target: Target, figure: str, step: float, cache_sizes: Sequence[int]) -> Iterator[Target]:
+def _around(target: Target, figure: str, step: float) -> Iterator[Target]:
+    """The target itself, then those that differ in one figure."""
+    yield target
     if figure == "cache_bytes":
-        for size in cache_sizes:
+        for size in _CACHE_SIZES:
             yield dataclasses.replace(target, cache_bytes=size)
         return
     for index in range(-_REACH, _REACH + 1):
         factor = math.exp(index * step)
-        if figure in _SCALARS:
-            yield dataclasses.replace(target, **{figure: getattr(target, figure) * factor})
+        if figure == "launch_seconds":
+            yield dataclasses.replace(target, launch_seconds=target.launch_seconds * factor)
+        elif figure == "bandwidth":
+            yield dataclasses.replace(target, bandwidth=min(target.bandwidth * factor, target.cache_bandwidth))
+        elif figure == "cache_bandwidth":
+            yield dataclasses.replace(target, cache_bandwidth=max(target.cache_bandwidth * factor, target.bandwidth))
         else:
             changed = {**target.efficiency, figure: target.efficiency[figure] * factor}
             yield dataclasses.replace(target, efficiency=changed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from fxopt.cost_model.targets import get_target
 from fxopt.ir.target import Target
 
+_ARM = ("aarch64", "arm64")
 # Instruction sets as Linux names them in /proc/cpuinfo -> our names.
 _FLAGS = {
     "avx2": "avx2",
@@ -44,12 +45,16 @@ def detect_host(threads: int | None = None) -> Target:
     arch = platform.machine().lower()
     known = get_target(host_class(arch, features))
     cores = available_cores()
+    peak = dict(known.peak)
+    if arch in _ARM and "dotprod" not in features:
+        peak.pop("int8", None)  # 8-bit products at the rate of floats
     return dataclasses.replace(
         known,
         name="host",
         is_host=True,
         cores=cores if threads is None else max(1, min(threads, cores)),
         features=features or known.features,
+        peak=peak,
         source=f"class {known.name}: {known.source}",
         error=f"class {known.name}: {known.error}",
     )
@@ -57,8 +62,8 @@ def detect_host(threads: int | None = None) -> Target:
 
 def host_class(arch: str, features: frozenset[str]) -> str:
     """The name of the data file for a CPU with these instruction sets; the plainest of its family when none fits."""
-    if arch in ("aarch64", "arm64"):
-        return "aarch64-dotprod" if "dotprod" in features else "aarch64"
+    if arch in _ARM:
+        return "aarch64"
     if "avx512_vnni" in features:
         return "x86-avx512-vnni"
     if "avx_vnni" in features:
@@ -78,7 +83,7 @@ def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     flags = _linux_flags(cpuinfo)
     if flags:
         return frozenset(ours for theirs, ours in _FLAGS.items() if theirs in flags)
-    if platform.machine().lower() in ("arm64", "aarch64") and platform.system() == "Darwin":
+    if platform.machine().lower() in _ARM and platform.system() == "Darwin":
         return frozenset({"neon", "dotprod"})  # every Apple processor for Macs has them
     import torch
 

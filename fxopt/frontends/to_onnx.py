@@ -178,17 +178,12 @@ def _weight_name(value: onnx_ir.Value, prefix: str) -> str:
 
 
 def _name_dimensions(graph: onnx_ir.Graph, program: Program) -> None:
-    names = program.dimensions.text_to_name
-
-    def renamed(text: str) -> str:
-        return names.get(text) or re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), text)
-
     for value in _values(graph):
         if value.shape is None:
             continue
         for axis, dim in enumerate(value.shape):
             if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None:
-                value.shape[axis] = onnx_ir.SymbolicDim(renamed(str(dim.value)))
+                value.shape[axis] = onnx_ir.SymbolicDim(program.dimensions.named(str(dim.value)))
 
 
 def _name_nodes(graph: onnx_ir.Graph, prefix: str) -> None:
@@ -230,7 +225,7 @@ def _take_weights(graph: onnx_ir.Graph) -> dict[str, torch.Tensor]:
         else:
             continue
         value.const_value = onnx_ir.ExternalTensor(
-            "-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=""
+            "-", 0, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=name, base_dir=""
         )
     return weights
 
@@ -253,8 +248,8 @@ def run_onnxruntime(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.
         path = Path(folder) / "model.onnx"
         save(graph, path)
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    results = session.run(None, {spec.name: to_numpy(tensor) for spec, tensor in zip(graph.inputs, inputs, strict=True)})
-    return [from_numpy(np.asarray(result)) for result in results]
+    feed = {spec.name: to_numpy(tensor) for spec, tensor in zip(graph.inputs, inputs, strict=True)}
+    return [from_numpy(np.asarray(result)) for result in session.run(None, feed)]
 
 
 def _difference(expected: Sequence[Any], given: Sequence[torch.Tensor], names: Sequence[str]) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.frontends.capture.failures import source_line
 from fxopt.frontends.capture.program import Examples, Program, export
 from fxopt.ir.graph import Graph, ValueSpec
 
@@ -28,7 +30,6 @@ _CHECKS = (  # have no value; the shapes that they check were checked by the cap
     "_functional_assert_async",
     "_functional_sym_constrain_range",
 )
-_SIZES = "fxopt_sizes"  # see fxopt.ir.shapes: the sizes for which costs are computed
 
 
 def load(
@@ -45,7 +46,7 @@ def load(
         kwargs: named arguments beside positional ones.
 
     Raises:
-        CaptureError: torch cannot trace the model, or it changes buffers or inputs; the message says where and what to do.
+        CaptureError: torch cannot trace the model, or it changes buffers or inputs.
         InvalidInput: the examples or `dynamic_shapes` do not fit the model's `forward`.
     """
     return graph_of(export(model, example_inputs, dynamic_shapes, kwargs), type(model).__name__)
@@ -70,6 +71,7 @@ class _Builder:
     def graph(self, name: str) -> Graph:
         _drop_checks(self.source.graph)
         inputs: list[ValueSpec] = []
+        results: tuple[Any, ...] = ()
         for node in self.source.graph.nodes:
             if node.op == "placeholder":
                 self.placeholder(node, inputs)
@@ -81,9 +83,8 @@ class _Builder:
                 self.nodes[node] = self.call(node)
         self.fx.output(results)
         outputs = tuple(map(self.spec, self.program.outputs, results))
-        graph = Graph(self.fx, self.root, "torch", tuple(inputs), outputs, name, call_spec=self.program.call)
-        _set_sizes(graph, self.program.sizes)
-        return graph
+        call, sizes = self.program.call, dict(self.program.sizes)
+        return Graph(self.fx, self.root, "torch", tuple(inputs), outputs, name, call_spec=call, sizes=sizes)
 
     def placeholder(self, node: fx.Node, inputs: list[ValueSpec]) -> None:
         if not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt)):
@@ -114,7 +115,8 @@ class _Builder:
         if node.op != "call_function":
             raise CaptureError(f"the exported program calls {node.op} {node.target}; export it without unflattening")
         if _is_same_value(node):
-            return self.nodes[node.args[0]]  # type: ignore[index, return-value]
+            source: fx.Node = self.nodes[node.args[0]]  # type: ignore[index]
+            return source
         made = self.fx.node_copy(node, self.nodes.__getitem__)
         made.meta = {key: value for key, value in node.meta.items() if key in ("val", "stack_trace")}
         stack = {
@@ -128,7 +130,7 @@ class _Builder:
         return made
 
     def results(self, node: fx.Node) -> tuple[Any, ...]:
-        leaves = torch.utils._pytree.tree_leaves(node.args[0])
+        leaves = pytree.tree_leaves(node.args[0])
         return tuple(self.nodes[leaf] for leaf in leaves if isinstance(leaf, fx.Node))
 
     def spec(self, name: str, node: Any) -> ValueSpec:
@@ -144,10 +146,8 @@ def origin(node: fx.Node) -> str:
     path = next((path for path, _ in reversed(list(stack.values()))), "")
     if path and not path.startswith("_empty_nn_module_stack"):
         return re.sub(r"@\d+$", "", path)
-    lines = re.findall(r'File "(.*?)", line (\d+)', node.meta.get("stack_trace") or "")
-    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    own = [(file, line) for file, line in lines if Path(file).is_absolute() and not file.startswith(foreign)]
-    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else node.name
+    line = source_line(node.meta.get("stack_trace"))
+    return Path(line).name if line else node.name
 
 
 def _drop_checks(graph: fx.Graph) -> None:
@@ -166,7 +166,9 @@ def _is_same_value(node: fx.Node) -> bool:
     if node.target not in copies or node.kwargs:
         return False
     source = node.args[0]
-    if not isinstance(source, fx.Node) or (source.op != "call_function" and any(user.op == "output" for user in node.users)):
+    if not isinstance(source, fx.Node):
+        return False
+    if source.op != "call_function" and any(user.op == "output" for user in node.users):
         return False  # a result must not share its memory with an input or a weight
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
@@ -190,17 +192,6 @@ def _set_attribute(root: torch.nn.Module, name: str, value: Any) -> None:
         root.register_buffer(last, value)
     else:
         setattr(root, last, value)
-
-
-def _set_sizes(graph: Graph, sizes: Mapping[str, int]) -> None:
-    """Price symbolic dimensions at the sizes of the user's examples, also where tracing used larger ones."""
-    for node in graph.placeholders:
-        value = node.meta["val"]
-        for size in value.shape if isinstance(value, torch.Tensor) else ():
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and str(size.node.expr) in sizes:
-                bound = getattr(size.node.shape_env, _SIZES, {})
-                bound[size.node.expr] = sizes[str(size.node.expr)]
-                setattr(size.node.shape_env, _SIZES, bound)
 
 
 __all__ = ["graph_of", "load", "origin"]

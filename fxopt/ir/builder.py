@@ -285,6 +285,12 @@ class Builder:
         product = self.matmul(x, self.const(weight.t().contiguous(), f"{hint}_weight"))
         return product if added is None else self.add(product, added)
 
+    def with_weight(self, node: fx.Node, weight: torch.Tensor, bias: torch.Tensor, hint: str) -> fx.Node:
+        """The convolution `node` again, with constants as its second and third argument"""
+        assert callable(node.target)
+        constants = self.const(weight, f"{hint}_weight"), self.const(bias, f"{hint}_bias")
+        return self.call(node.target, node.args[0], *constants, *node.args[3:], **self._without(node, "bias"))
+
     def softmax(self, x: fx.Node, axis: int) -> fx.Node:
         """exp(x) / sum(exp(x)) along an axis"""
         if not self.is_onnx:
@@ -313,6 +319,10 @@ class Builder:
         return self.call(aten.amax.default, x, list(axes), keepdims)
 
     # ---- helpers
+
+    @staticmethod
+    def _without(node: fx.Node, name: str) -> dict[str, Any]:
+        return {key: value for key, value in node.kwargs.items() if key != name}
 
     def _unary(self, target: Any, op_type: str, x: fx.Node) -> fx.Node:
         return self.onnx(op_type, x) if self.is_onnx else self.call(target, x)

@@ -8,6 +8,7 @@ changed in place, so copies of a graph share them.
 
 - `val`: what the node gives under fake tensors (FakeTensor, host array, tuple), or absent when unknown;
 - `onnx`: the record of the ONNX node, constant or input it came from (`fxopt.ir.onnx.records`);
+- `stands_for`: the name of the node that it replaced, by which calibration statistics are found;
 - `provenance`: a tuple of strings, oldest first: where the node came from and which passes made it.
 """
 
@@ -180,6 +181,8 @@ class Graph:
 
     def replace(self, old: Node, new: Node) -> None:
         """Give every use of `old` to `new` and erase `old`; a new node takes over the name of the value in the file."""
+        if "val" not in new.meta:  # made just now: statistics of the old value are those of the new one
+            new.meta["stands_for"] = old.meta.get("stands_for", old.name)
         old.replace_all_uses_with(new)
         if "onnx" in old.meta and "onnx" not in new.meta and new.op == "call_function":
             new.meta["onnx"] = old.meta["onnx"].handed_over()

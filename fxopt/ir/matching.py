@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from torch import fx
 
 from fxopt.ir.graph import Graph, label, tensor_value
 from fxopt.ir.ledger import Refusal
-from fxopt.ir.neutral import AXES, COMMUTATIVE, normal_axes, parameters, read
+from fxopt.ir.neutral import normal_axes, read
 from fxopt.ir.pattern import Match, Mismatch, Operation, P, Parameter, Pattern, Rule, compiled
 
 Types = Mapping[fx.Node, Any]
 _MOST_STEPS = 2_000  # of one pattern at one node
+
+
+_State = tuple[Any, dict[str, Any], dict[Operation, fx.Node]]  # pending pairs as a linked list, bound, assigned
 
 
 def matches(
@@ -29,16 +32,19 @@ def matches(
 ) -> Iterator[Match]:
     """Every way in which the pattern's structure is found at `root`; users and `check` are not looked at."""
     search = _Search(graph, trace)
-    stack = [_State(((pattern.root, root), None), {}, {})]
+    if trace is None and not search.possible(pattern.root, root):
+        return
+    stack: list[_State] = [(((pattern.root, root), None), {}, {})]
     while stack:
         state = stack.pop()
         search.steps += 1
         if search.steps > _MOST_STEPS:
             search.failed(state, Refusal("the operands match in more than {} ways", _MOST_STEPS))
             return
-        if state.pending is None:
-            inner = tuple(dict.fromkeys(node for node in state.assigned.values() if node is not root))
-            yield Match(graph, root, state.bound, inner, types or {})
+        pending, bound, assigned = state
+        if pending is None:
+            inner = tuple(dict.fromkeys(node for node in assigned.values() if node is not root))
+            yield Match(graph, root, bound, inner, types or {})
         else:
             stack.extend(search.step(state))
 
@@ -56,71 +62,56 @@ class Trace:
             self.depth, self.reason = depth, reason
 
 
-@dataclass(frozen=True)
-class _State:
-    """What is still to be matched, as a linked list, and what is matched so far."""
-
-    pending: Any  # ((wanted, value), rest) or None
-    bound: dict[str, Any]
-    assigned: dict[Operation, fx.Node]
-
-
-@dataclass
 class _Search:
     """One pattern at one root."""
 
-    graph: Graph
-    trace: Trace | None
-    steps: int = 0
-    readings: dict[tuple[fx.Node, str], Any] = field(default_factory=dict)
-    known: dict[tuple[Any, Any], bool] = field(default_factory=dict)
+    def __init__(self, graph: Graph, trace: Trace | None) -> None:
+        self.graph = graph
+        self.trace = trace
+        self.steps = 0
+        self.readings: dict[tuple[fx.Node, str], Any] = {}
+        self.known: dict[tuple[Operation, Any], bool] = {}
 
     def failed(self, state: _State, reason: Refusal) -> list[_State]:
         """No way on from here."""
         if self.trace is not None:
-            self.trace.note(len(state.assigned), reason)
+            self.trace.note(len(state[2]), reason)
         return []
 
     def step(self, state: _State) -> list[_State]:
         """The states after the first pending pair, the one to be tried first last."""
-        (wanted, value), rest = state.pending
+        ((wanted, value), rest), bound, assigned = state
         if isinstance(wanted, Parameter):
-            return self.bind(state, wanted, value, rest)
+            if wanted.name not in bound:
+                return [(rest, {**bound, wanted.name: value}, assigned)]
+            if same(self.graph, bound[wanted.name], value):
+                return [(rest, bound, assigned)]
+            return self.failed(state, _twice(wanted.name, bound[wanted.name], value))
         if isinstance(wanted, Operation):
             return self.operation(state, wanted, value, rest)
         if _holds_patterns(wanted):
             if isinstance(value, (list, tuple)) and len(value) == len(wanted):
-                return [_State(_pushed(wanted, value, rest), state.bound, state.assigned)]
+                return [(_pushed(wanted, value, rest), bound, assigned)]
             return self.failed(state, Refusal("expected {} values, found {}", len(wanted), value))
         if same(self.graph, wanted, value):
-            return [_State(rest, state.bound, state.assigned)]
+            return [(rest, bound, assigned)]
         return self.failed(state, _other(wanted, value))
-
-    def bind(self, state: _State, wanted: Parameter, value: Any, rest: Any) -> list[_State]:
-        """A parameter binds what it meets first."""
-        if wanted.name not in state.bound:
-            return [_State(rest, {**state.bound, wanted.name: value}, state.assigned)]
-        bound = state.bound[wanted.name]
-        if same(self.graph, bound, value):
-            return [_State(rest, state.bound, state.assigned)]
-        return self.failed(state, Refusal("{} is {} in one place and {} in another", wanted.name, bound, value))
 
     def operation(self, state: _State, wanted: Operation, value: Any, rest: Any) -> list[_State]:
         """An operator: its arguments are to be matched next, in each order that is possible."""
-        if wanted in state.assigned:
-            if state.assigned[wanted] is value:
-                return [_State(rest, state.bound, state.assigned)]
-            return self.failed(
-                state, Refusal("{} is {} in one place and {} in another", wanted.name, state.assigned[wanted], value)
-            )
+        _, bound, assigned = state
+        if wanted in assigned:
+            if assigned[wanted] is value:
+                return [(rest, bound, assigned)]
+            return self.failed(state, _twice(wanted.name, assigned[wanted], value))
         arguments = self.reading(value, wanted.name)
         if arguments is None:
             return self.failed(state, _other(wanted.name, value))
         orders = _orders(wanted, arguments)
-        if self.trace is None:  # else the failure itself is of interest
+        if self.trace is None and len(orders) > 1:  # with a trace the failure itself is of interest
             orders = [order for order in orders if self.all_possible(order, arguments)]
-        assigned = {**state.assigned, wanted: value}
-        return [_State(_pushed(order, arguments, rest), state.bound, assigned) for order in reversed(orders)]
+        assigned = {**assigned, wanted: value}
+        return [(_pushed(order, arguments, rest), bound, assigned) for order in reversed(orders)]
 
     def reading(self, value: Any, name: str) -> tuple[Any, ...] | None:
         """`read`, once per node and operator."""
@@ -134,12 +125,13 @@ class _Search:
 
     def all_possible(self, wanted: Any, values: Any) -> bool:
         """Whether each value can be what is wanted, parameters aside."""
-        return all(self.possible(item, value) for item, value in zip(wanted, values, strict=True))
+        for item, value in zip(wanted, values, strict=True):
+            if not isinstance(item, Parameter) and not self.possible(item, value):
+                return False
+        return True
 
     def possible(self, wanted: Any, value: Any) -> bool:
         """Whether the operators and constants of `wanted` are there; remembered, so linear in the pattern."""
-        if isinstance(wanted, Parameter):
-            return True
         if isinstance(wanted, Operation):
             key = (wanted, value if isinstance(value, fx.Node) else None)
             if key not in self.known:
@@ -164,19 +156,24 @@ def _pushed(wanted: Any, values: Any, rest: Any) -> Any:
     return rest
 
 
-def _orders(wanted: Operation, arguments: tuple[Any, ...]) -> list[list[Any]]:
-    names = parameters(wanted.name).parameters
-    items = [_axes(name, item, arguments[0]) for name, item in zip(names, wanted.arguments, strict=True)]
-    return [items, items[::-1]] if wanted.name in COMMUTATIVE else [items]
+def _orders(wanted: Operation, arguments: tuple[Any, ...]) -> list[Any]:
+    """The wanted arguments in each order; axes counted from the end count from 0 if the rank is known."""
+    items = wanted.arguments
+    if wanted.axes:
+        first = arguments[0]
+        value = tensor_value(first[0] if isinstance(first, (list, tuple)) else first)
+        rank = None if value is None else value.dim()
+        items = tuple(_axes(item, rank) if index in wanted.axes else item for index, item in enumerate(items))
+    return [items, items[::-1]] if wanted.commutes else [items]
 
 
-def _axes(name: str, item: Any, first: Any) -> Any:
-    """Axes that the pattern counts from the end, counted from 0 where the rank is known."""
-    if name not in AXES or isinstance(item, P):
-        return item
-    value = tensor_value(first[0] if isinstance(first, (list, tuple)) else first)
-    normal = normal_axes(item, None if value is None else value.dim())
+def _axes(item: Any, rank: int | None) -> Any:
+    normal = normal_axes(item, rank)
     return tuple(sorted(normal)) if isinstance(normal, (list, tuple)) else normal
+
+
+def _twice(name: str, one: Any, two: Any) -> Refusal:
+    return Refusal("{} is {} in one place and {} in another", name, one, two)
 
 
 def _other(wanted: Any, value: Any) -> Refusal:

@@ -20,7 +20,7 @@ from fxopt.ir.graph import Graph, ValueSpec, _set_attribute, label
 from fxopt.ir.interpreter import constant_value
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.onnx.lane import to_tensor
-from fxopt.ir.text import dim_names
+from fxopt.ir.text import DimNames
 
 Runner = Callable[[Sequence[Any]], Sequence[Any]]  # the values of a region's inputs -> those of its outputs
 
@@ -51,7 +51,8 @@ class Region:
 
     def __str__(self) -> str:
         refused = "; ".join(f"{label(node)}: {reason}" for node, reason in self.reasons.items())
-        return f"region {self.index}: {len(self.nodes)} operators, {'accepted' if self.accepted else 'refused'} {refused}".rstrip()
+        kind = "accepted" if self.accepted else f"refused ({refused})"
+        return f"region {self.index}: {len(self.nodes)} operators, {kind}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def partition(graph: Graph, refuses: Callable[[fx.Node], str]) -> Partition:
     No region depends on itself through another one, and no two accepted regions can be made one without that.
 
     Args:
-        refuses: "" when the backend runs the operator, else the reason why not; `getitem` follows the operator it reads.
+        refuses: "" when the backend runs the operator, else the reason; `getitem` follows the operator it reads.
     """
     reasons: dict[fx.Node, str] = {}
     levels: dict[fx.Node, int] = {}  # even: accepted, odd: refused; a change of side is one level more
@@ -148,16 +149,16 @@ def run_partitioned(graph: Graph, parts: Partition, runners: Sequence[Runner], i
 def extract(graph: Graph, region: Region) -> Graph:
     """The region as a graph of its own: inputs and outputs named after their values, constants shared.
 
-    Its signature comes from `meta["val"]`; an unknown type has dtype and shape None. The extract of an ONNX graph can be
-    written as a model. Sizes (int or SymInt) that cross the border are inputs with dtype None.
+    Its signature comes from `meta["val"]`; an unknown type has dtype and shape None. The extract of an ONNX graph can
+    be written as a model. A size (int or SymInt) that crosses the border is declared as int64[].
     """
     body, root = fx.Graph(), torch.nn.Module()
-    dims = dim_names(graph)
+    dims = DimNames(graph)
     names = _value_names(region)
     mapping: dict[fx.Node, fx.Node] = {}
     for node in region.inputs:
         mapping[node] = body.create_node("placeholder", node.name, name=node.name)
-        mapping[node].meta = {key: node.meta[key] for key in ("val", "provenance") if key in node.meta}
+        mapping[node].meta = {key: node.meta[key] for key in ("val", "probe", "provenance") if key in node.meta}
         if graph.origin == "onnx":
             from fxopt.ir.onnx.records import InputRecord
 
@@ -169,16 +170,14 @@ def extract(graph: Graph, region: Region) -> Graph:
             _set_attribute(root, str(node.target), graph.attribute(str(node.target)))
     body.output(tuple(mapping[node] for node in region.outputs))
     inputs, outputs = (
-        tuple(_value_spec(graph, node, names[node], dims) for node in nodes) for nodes in (region.inputs, region.outputs)
+        tuple(_value_spec(graph, node, names[node], dims) for node in nodes)
+        for nodes in (region.inputs, region.outputs)
     )
-    piece = Graph(body, root, graph.origin, inputs, outputs, f"{graph.name}.{region.index}")
+    piece = Graph(body, root, graph.origin, inputs, outputs, f"{graph.name}.{region.index}", sizes=dict(graph.sizes))
     if graph.model is not None:
         from fxopt.ir.onnx.records import ModelRecord
 
         piece.model = ModelRecord(_model_message(graph, piece), graph.model.folder, graph.model.external)
-        symbols = next((node.meta["symbols"] for node in graph.placeholders if "symbols" in node.meta), {})
-        for node in piece.placeholders:
-            node.meta["symbols"] = symbols
     return piece
 
 
@@ -210,15 +209,16 @@ def _file_name(node: fx.Node) -> str:
     return outputs[index] if isinstance(index, int) and index < len(outputs) else ""
 
 
-def _value_spec(graph: Graph, node: fx.Node, name: str, dims: dict[str, str]) -> ValueSpec:
+def _value_spec(graph: Graph, node: fx.Node, name: str, dims: DimNames) -> ValueSpec:
     value = node.meta.get("val")
     if isinstance(value, np.ndarray):
         return ValueSpec(name, torch.int64 if value.dtype == object else to_tensor(value).dtype, tuple(value.shape))
-    if not isinstance(value, torch.Tensor):
-        known = dict(zip(graph.placeholders, graph.inputs, strict=True)).get(node) if node.op == "placeholder" else None
-        return ValueSpec(name, known.dtype if known else None, known.shape if known else None)
-    shape = tuple(int(dim) if isinstance(dim, int) else dims.get(str(dim), str(dim)) for dim in value.shape)
-    return ValueSpec(name, value.dtype, shape)
+    if isinstance(value, torch.Tensor):
+        return ValueSpec(name, value.dtype, dims.of(node))
+    if isinstance(value, (int, torch.SymInt)):
+        return ValueSpec(name, torch.int64, ())
+    known = dict(zip(graph.placeholders, graph.inputs, strict=True)).get(node) if node.op == "placeholder" else None
+    return ValueSpec(name, known.dtype if known else None, known.shape if known else None)
 
 
 def _model_message(graph: Graph, piece: Graph) -> Any:

@@ -33,7 +33,7 @@ from fxopt.errors import InvalidOption, unknown
 from fxopt.ir.builder import Builder
 from fxopt.ir.graph import Graph, Origin
 from fxopt.ir.ledger import Refusal
-from fxopt.ir.neutral import COMPOSED, operators, parameters
+from fxopt.ir.neutral import AXES, COMMUTATIVE, COMPOSED, operators, parameters
 
 __all__ = [
     "Builder", "Match", "Mismatch", "OpNames", "Operation", "P", "Parameter", "Pattern", "Refusal", "Rule", "compiled"
@@ -88,12 +88,19 @@ class Parameter(P):
     name: str
 
 
-@dataclass(frozen=True, eq=False)
 class Operation(P):
     """A neutral operator; arguments are `P`, lists of them, or Python values."""
 
-    name: str
-    arguments: tuple[Any, ...]
+    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.commutes = name in COMMUTATIVE
+        names = parameters(name).parameters
+        self.axes = tuple(  # positions of axes that the pattern writes as numbers
+            index
+            for index, (key, value) in enumerate(zip(names, arguments, strict=True))
+            if key in AXES and not isinstance(value, P)
+        )
 
 
 class OpNames:

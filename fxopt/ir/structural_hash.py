@@ -1,8 +1,8 @@
 """What a graph computes, as text that does not depend on names: hash, equality, and the first difference.
 
 Operators are numbered in the order in which the outputs need them (arguments first), so the order of independent nodes
-in the list does not matter. A constant is written as its dtype, shape and the SHA-256 of its bytes, wherever it is kept.
-Operators that nobody uses count, constants that nobody uses do not.
+in the list does not matter. A constant is written as its dtype, shape and the SHA-256 of its bytes, wherever it is
+kept. Operators that nobody uses count, constants that nobody uses do not.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from fxopt.ir.graph import Graph, Opaque, ValueSpec
 from fxopt.ir.onnx.dtypes import from_numpy
 from fxopt.ir.onnx.op import OnnxOp
 
-_OPERATOR = "abs add and_ eq floordiv ge getitem gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub truediv xor"
+_OPERATOR = (
+    "abs add and_ eq floordiv ge getitem gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub truediv xor"
+)
 _MATH = "acos asin atan ceil cos cosh exp floor log log2 sin sinh sqrt tan tanh trunc"
 _SYM = "sym_float sym_int sym_ite sym_max sym_min sym_not sym_sqrt sym_sum"
-FUNCTIONS: dict[str, Callable[..., Any]] = {  # the functions that a graph may call beside operators: arithmetic on sizes
+FUNCTIONS: dict[str, Callable[..., Any]] = {  # what a graph may call beside operators: arithmetic on sizes
     f"{prefix}.{name}": getattr(module, name)
     for prefix, module, names in (("operator", operator, _OPERATOR), ("math", math, _MATH), ("torch", torch, _SYM))
     for name in names.split()
@@ -110,7 +112,7 @@ def target_text(target: Any) -> str:
 
 # ---- constants
 
-_DIGESTS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor or Opaque -> (version, digest)
+_DIGESTS: Any = WeakIdKeyDictionary()  # tensor or Opaque -> (version, digest)
 
 
 def constant_digest(value: Any) -> str:
@@ -134,27 +136,33 @@ def constant_digest(value: Any) -> str:
     return str(found[1])
 
 
-def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes in row-major order, as uint8 of one dimension; shares memory where it can.
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes in row-major order; shares memory where it can.
 
     Raises:
         Unsupported: the tensor is sparse, quantized, or has no data (meta or fake).
     """
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        raise Unsupported(f"a constant of type {type(tensor).__name__} ({tensor.layout}, {tensor.device}) has no plain bytes")
+    kind = type(tensor)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or kind not in _PLAIN:
+        raise Unsupported(f"a {kind.__name__} ({tensor.layout}, {tensor.device}) has no plain bytes")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8) if plain.numel() else torch.empty(0, dtype=torch.uint8)
+    content: memoryview = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
+    return content
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
-    content = hashlib.sha256(tensor_bytes(tensor).numpy()).hexdigest()
+    content = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
     return f"{_dtype(tensor.dtype)}{list(tensor.shape)}#{content}"
 
 
 def _opaque_digest(value: Opaque) -> str:
     """The message without the names that it was stored under."""
     proto = type(value.proto).FromString(value.proto.SerializeToString())
-    for part in (proto, getattr(proto, "t", None), getattr(proto, "values", None), getattr(proto, "indices", None)):
+    parts: list[Any] = [proto, *[getattr(proto, name, None) for name in ("t", "values", "indices")]]
+    for part in parts:
         for field in ("name", "doc_string", "output"):
             if hasattr(part, "ClearField") and field in part.DESCRIPTOR.fields_by_name:
                 part.ClearField(field)
@@ -219,7 +227,7 @@ def _operator_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return f"{node.op} {node.target}"
     if isinstance(node.target, HigherOrderOperator):
-        return f"torch.ops.higher_order.{node.target.name()}"
+        return f"torch.ops.higher_order.{node.target}"
     return target_text(node.target)
 
 

@@ -12,6 +12,8 @@
 
 `python graph.py [inputs.npz] [batch=4]` runs it. A variable's annotation is the node's name where Python or one of the
 helpers of this module has that name. Constants lie in `constants.safetensors` beside the text.
+
+(Longer than most files here: it holds the writer, the two files, and the helpers that a text imports by name.)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import keyword
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,19 +34,18 @@ import numpy as np
 import onnx as onnx_package
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import GraphSyntaxError, InvalidInput, InvalidModel, InvalidOption, NotReady, OutputError, Unsupported
-from fxopt.ir.graph import Graph, Opaque, ValueSpec, label
+from fxopt.ir.graph import Dim, Graph, Opaque, ValueSpec, label
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 from fxopt.ir.onnx.lane import HOST_LIMIT, to_tensor
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.structural_hash import constant_digest, expression, quoted, target_text, tensor_bytes
-from fxopt.ir.text_parser import HELPERS, from_text
+from fxopt.ir.text_parser import HELPERS, from_text, header_text, read_spec
 
 __all__ = [
-    "const", "constants_of", "from_text", "graph", "load_text", "onnx", "opaque", "ops", "overload", "run_file", "save_text",
-    "to_text",
+    "const", "constants_of", "from_text", "graph", "load_text", "onnx", "opaque", "ops", "overload", "run_file",
+    "save_text", "to_text",
 ]  # fmt: skip
 
 SHARED = "constants.safetensors"
@@ -60,8 +61,8 @@ def to_text(graph: Graph, *, title: str = "") -> str:
         Unsupported: an operator, argument or constant has no text form; the message names the node.
     """
     names = _variables(graph)
-    annotated = {node: f'{name}: {quoted(node.name)}' if name != node.name else name for node, name in names.items()}
-    dims = dim_names(graph)
+    annotated = {node: f"{name}: {quoted(node.name)}" if name != node.name else name for node, name in names.items()}
+    dims = DimNames(graph)
     body = []
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -72,10 +73,6 @@ def to_text(graph: Graph, *, title: str = "") -> str:
             raise Unsupported(f"node {node.name!r}: {error}") from error
         comment = _comment(graph, node, dims)
         body.append(f"{line:<70}  # {comment}" if comment else line)
-    options = [f'origin="{graph.origin}"', f"inputs={_specs(graph.inputs)}", f"outputs={_specs(graph.outputs)}"]
-    if graph.name != "main":
-        options.append(f"name={quoted(graph.name)}")
-    options += _call_spec(graph.call_spec)
     about = ", ".join(filter(None, [f"fxopt graph {graph.name!r}", f"origin {graph.origin}", title]))
     return "\n".join([
         f'"""{_printable(about).translate(_PLAIN)}."""',
@@ -88,7 +85,7 @@ def to_text(graph: Graph, *, title: str = "") -> str:
         "",
         "",
         "@graph(",
-        *[f"    {option}," for option in options],
+        *[f"    {option}," for option in header_text(graph)],
         ")",
         f"def main({', '.join([annotated[node] for node in graph.placeholders])}):",
         *body,
@@ -153,51 +150,49 @@ def _constant(graph: Graph, target: str) -> str:
     return f'opaque({quoted(target)}, "{kind.__name__}", "{content}")'
 
 
-def _comment(graph: Graph, node: fx.Node, dims: Mapping[str, str]) -> str:
+def _comment(graph: Graph, node: fx.Node, dims: DimNames) -> str:
     """Type and origin of a value: `float32[batch, 10]   /fc/MatMul > fuse-rms-norm`."""
     value = graph.attribute(str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+    kind = _type_text(value, dims.of(node) if isinstance(node.meta.get("val"), torch.Tensor) else None)
     origins: tuple[str, ...] = node.meta.get("provenance") or (label(node),)
     origin = " > ".join(origins) if origins != (node.name,) else ""
-    return _printable("   ".join(filter(None, [_type_text(value, dims), origin])))
+    return _printable("   ".join(filter(None, [kind, origin])))
 
 
-def _type_text(value: Any, dims: Mapping[str, str]) -> str:
+def _type_text(value: Any, shape: Sequence[Any] | None = None) -> str:
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        shape = ", ".join([str(dim) if isinstance(dim, int) else dims.get(str(dim), str(dim)) for dim in value.shape])
-        return f"{str(value.dtype).removeprefix('torch.')}[{shape}]"
+        sizes = ", ".join(["?" if size is None else str(size) for size in (value.shape if shape is None else shape)])
+        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
     if isinstance(value, (tuple, list)):
-        return f"({', '.join([_type_text(item, dims) for item in value])})"
-    return dims.get(str(value), str(value)) if isinstance(value, (int, torch.SymInt)) else ""
+        return f"({', '.join(map(_type_text, value))})"
+    return str(value) if isinstance(value, (int, torch.SymInt)) else ""
 
 
-def dim_names(graph: Graph) -> dict[str, str]:
-    """The name in the signature of each symbolic dimension, by the text of its symbol."""
-    names: dict[str, str] = {}
-    for node, spec in zip(graph.placeholders, graph.inputs, strict=False):
-        for dim, name in zip(getattr(node.meta.get("val"), "shape", ()), spec.shape or (), strict=False):
-            if isinstance(dim, torch.SymInt) and isinstance(name, str):
-                names.setdefault(str(dim), name)
-    return names
+class DimNames:
+    """Which names of the signature the sizes of values have, from the inputs' `meta["val"]` and `meta["probe"]`."""
 
+    def __init__(self, graph: Graph) -> None:
+        found: dict[tuple[str, str], set[str]] = {}
+        for node, spec in zip(graph.placeholders, graph.inputs, strict=False):
+            for key, name in zip(self._keys(node), spec.shape or (), strict=False):
+                if isinstance(name, str):
+                    found.setdefault(key, set()).add(name)
+        self.names = {key: min(names) for key, names in found.items() if len(names) == 1}
 
-def _specs(specs: Iterable[ValueSpec]) -> str:
-    entries = []
-    for spec in specs:
-        dtype = None if spec.dtype is None else str(spec.dtype).removeprefix("torch.")
-        shape = None if spec.shape is None else list(spec.shape)
-        entries.append(expression((spec.name, dtype, shape), {}))
-    return f"[{', '.join(entries)}]"
+    @staticmethod
+    def _keys(node: fx.Node) -> list[tuple[str, str]]:
+        shape = getattr(node.meta.get("val"), "shape", ())
+        probe = getattr(node.meta.get("probe"), "shape", shape)
+        return [(str(size), str(other)) for size, other in zip(shape, probe, strict=False)]
 
+    def of(self, node: fx.Node) -> tuple[Dim, ...]:
+        """The shape of a tensor: fixed sizes as numbers, dynamic ones by name or symbol, None where it has none."""
+        return tuple(map(self._dim, self._keys(node)))
 
-def _call_spec(specs: Any) -> list[str]:
-    """The option that keeps the pytree specs; none when there are none or one of them cannot be written."""
-    if not isinstance(specs, (tuple, list)) or len(specs) != 2:
-        return []
-    try:
-        first, second = map(pytree.treespec_dumps, specs)
-    except (TypeError, ValueError, NotImplementedError):
-        return []
-    return [] if "__enum__" in first + second else [f"call_spec=({quoted(first)}, {quoted(second)})"]
+    def _dim(self, key: tuple[str, str]) -> Dim:
+        if not key[0].isdigit():
+            return self.names.get(key, key[0])
+        return int(key[0]) if key[0] == key[1] else self.names.get(key)
 
 
 # ---- files
@@ -227,7 +222,7 @@ def save_text(
     """
     path, own, shared = (Path(folder) / name for name in (f"{stem}.py", f"{stem}.safetensors", SHARED))
     if own == shared:
-        raise InvalidOption(f"{stem!r} cannot be the name of a graph's file: {SHARED} holds the constants of all graphs")
+        raise InvalidOption(f"a graph's file cannot be called {stem!r}: {SHARED} holds the constants of all graphs")
     constants = constants_of(graph)
     beside = share and shared.exists()
     if beside:
@@ -292,7 +287,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], digests: boo
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # keeps every tensor aligned
         if digests:
             information["digests"][name] = constant_digest(tensor)
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()) if tensor.numel() else name
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        key = place if tensor.numel() else name
         if first.setdefault(key, name) != name:
             information["same"][name] = first[key]
             continue
@@ -308,14 +304,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], digests: boo
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in header:
-            file.write(tensor_bytes(tensors[name]).numpy())
+            file.write(tensor_bytes(tensors[name]))
 
 
 def _opened(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call]
+        return safe_open(str(path), framework="pt")
     except (OSError, SafetensorError) as error:
         raise InvalidModel(f"{path} cannot be read: {error}") from error
 
@@ -350,13 +346,11 @@ onnx = OnnxOp
 class GraphFunction:
     """What `@graph` makes of a function; calling it runs the function on the constants beside its file."""
 
-    def __init__(self, function: Callable[..., tuple[Any, ...]], origin: str, inputs: list[Any], outputs: list[Any]) -> None:
+    def __init__(self, function: Callable[..., tuple[Any, ...]], header: Mapping[str, Any]) -> None:
         self.function = function
-        self.origin = origin
-        self.inputs, self.outputs = (
-            [ValueSpec(name, dtype and getattr(torch, dtype), shape if shape is None else tuple(shape)) for name, dtype, shape in specs]
-            for specs in (inputs, outputs)
-        )
+        self.origin: str = header["origin"]
+        self.sizes: dict[str, int] = header.get("sizes", {})
+        self.inputs, self.outputs = ([read_spec(entry) for entry in header[key]] for key in ("inputs", "outputs"))
 
     def __call__(self, *inputs: Any) -> list[Any]:
         constants = _read_tensors(Path(self.function.__code__.co_filename))
@@ -368,11 +362,9 @@ class GraphFunction:
             _RUNNING.reset(token)
 
 
-def graph(
-    *, origin: str, inputs: list[Any], outputs: list[Any], name: str = "main", call_spec: Any = None
-) -> Callable[[Callable[..., tuple[Any, ...]]], GraphFunction]:
+def graph(**header: Any) -> Callable[[Callable[..., tuple[Any, ...]]], GraphFunction]:
     """Declare the signature of the function `main` of a text."""
-    return lambda function: GraphFunction(function, origin, inputs, outputs)
+    return lambda function: GraphFunction(function, header)
 
 
 def const(name: str, *, host: bool = False) -> Any:
@@ -409,7 +401,7 @@ class _Ops:
 ops = _Ops()
 
 
-def run_file(function: GraphFunction, file: str | os.PathLike[str], arguments: Sequence[str] | None = None) -> list[Any]:
+def run_file(function: GraphFunction, file: str | Path, arguments: Sequence[str] | None = None) -> list[Any]:
     """Run a text on the inputs of an `.npz` file (by name), or on random ones; print types and statistics.
 
     Args:
@@ -420,7 +412,7 @@ def run_file(function: GraphFunction, file: str | os.PathLike[str], arguments: S
         MissingReference: an operator has no torch reference.
     """
     path = Path(file)
-    inputs = _inputs(function.inputs, sys.argv[1:] if arguments is None else arguments)
+    inputs = _inputs(function, sys.argv[1:] if arguments is None else arguments)
     try:
         results = from_text(_read(path), _read_tensors(path)).run(inputs)
     except GraphSyntaxError as error:
@@ -432,18 +424,20 @@ def run_file(function: GraphFunction, file: str | os.PathLike[str], arguments: S
     return results
 
 
-def _inputs(specs: Sequence[ValueSpec], arguments: Sequence[str]) -> list[Any]:
-    sizes = {name: int(size) for name, equals, size in (text.partition("=") for text in arguments) if equals and size.isdigit()}
+def _inputs(function: GraphFunction, arguments: Sequence[str]) -> list[Any]:
+    pairs = [text.rpartition("=") for text in arguments]
+    given = {name: int(size) for name, _, size in pairs if name and size.isdigit()}
     files = [text for text in arguments if text.endswith(".npz")]
-    if len(sizes) + len(files) != len(arguments) or len(files) > 1:
+    if len(given) + len(files) != len(arguments) or len(files) > 1:
         raise InvalidInput(f"arguments {' '.join(arguments)!r}: expected [inputs.npz] [dimension=size]...")
     if not files:
-        return [_random(spec, sizes, seed) for seed, spec in enumerate(specs)]
+        sizes = {**function.sizes, **given}
+        return [_random(spec, sizes, seed) for seed, spec in enumerate(function.inputs)]
     with np.load(files[0]) as data:
-        missing = [spec.name for spec in specs if spec.name not in data]
+        missing = [spec.name for spec in function.inputs if spec.name not in data]
         if missing:
             raise InvalidInput(f"{Path(files[0]).name} holds {', '.join(data.files)}, but not the inputs {missing}")
-        return [from_numpy(data[spec.name]) for spec in specs]
+        return [from_numpy(data[spec.name]) for spec in function.inputs]
 
 
 def _random(spec: ValueSpec, sizes: Mapping[str, int], seed: int) -> torch.Tensor:
@@ -459,11 +453,12 @@ def _random(spec: ValueSpec, sizes: Mapping[str, int], seed: int) -> torch.Tenso
 def _summary(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return f"{value!r:.100}"
-    kind = _type_text(value, {})
+    kind = _type_text(value)
     if not value.numel():
         return kind
     numbers = (value.abs() if value.is_complex() else value).double()
     lowest, highest = numbers.aminmax()
     bad = int((~numbers.isfinite()).sum())
     note = f"  {bad} not finite" if bad else ""
-    return f"{kind}  mean {numbers.mean():.6g}  std {numbers.std(correction=0):.6g}  min {lowest:.6g}  max {highest:.6g}{note}"
+    spread = numbers.std(correction=0)
+    return f"{kind}  mean {numbers.mean():.6g}  std {spread:.6g}  min {lowest:.6g}  max {highest:.6g}{note}"

@@ -1,7 +1,7 @@
 """Read the text form of a graph.
 
-The reader parses with `ast` and never executes: only the form that `fxopt.ir.text.to_text` writes is accepted, so a text
-from somebody else can name registered operators and data, and nothing besides.
+The reader parses with `ast` and never executes: only the form that `fxopt.ir.text.to_text` writes is accepted, so a
+text from somebody else can name registered operators and data, and nothing besides.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import base64
 import gc
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx
@@ -24,11 +24,12 @@ from fxopt.errors import GraphSyntaxError, unknown
 from fxopt.ir.graph import Graph, Opaque, ValueSpec, _set_attribute
 from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.op import OnnxOp
-from fxopt.ir.structural_hash import FUNCTIONS, TORCH_CONSTANTS
+from fxopt.ir.structural_hash import FUNCTIONS, TORCH_CONSTANTS, expression, quoted
 
-HELPERS = frozenset(  # names that a text uses, and that no variable of it may have
-    "const graph onnx opaque ops overload run_file torch operator math float complex slice range".split()
-)
+HELPERS = frozenset([  # names that a text uses, and that no variable of it may have
+    "const", "graph", "onnx", "opaque", "ops", "overload", "run_file",
+    "torch", "operator", "math", "float", "complex", "slice", "range",
+])  # fmt: skip
 _MAKERS: dict[str, Any] = {  # arguments that are spelled as a call
     "float": float, "complex": complex, "slice": slice, "range": range, "torch.device": torch.device
 }  # fmt: skip
@@ -115,8 +116,9 @@ class _Reader:
         result = node.body[-1]
         if not isinstance(result, ast.Return) or not isinstance(result.value, ast.Tuple):
             raise _refused(result, f"the last statement must return a tuple, got {_shown(result)!r}")
-        if len(result.value.elts) != len(header["outputs"]):
-            raise _refused(result, f"{len(result.value.elts)} values are returned, outputs declares {len(header['outputs'])}")
+        count, declared = len(result.value.elts), len(header["outputs"])
+        if count != declared:
+            raise _refused(result, f"{count} values are returned, outputs declares {declared}")
         self.fx.output(self.value(result.value))
         return Graph(self.fx, self.root, **header)
 
@@ -167,7 +169,7 @@ class _Reader:
         if kind == "opaque" and len(literals) == 2 and not options:
             value = _opaque(node, *literals)
         elif kind == "opaque" or literals or (options and not host):
-            raise _refused(node, 'expected const("name"), const("name", host=True) or opaque("name", "message type", "base64")')
+            raise _refused(node, "expected const(name), const(name, host=True) or opaque(name, message type, base64)")
         elif target not in self.constants:
             raise _refused(node, f"constant {target!r} is not among the {len(self.constants)} given")
         else:
@@ -285,7 +287,8 @@ def _overload(node: ast.expr, namespace: str, name: str, overload: str) -> OpOve
     packet = None if namespace.startswith("_") else getattr(getattr(torch.ops, namespace, None), name, None)
     found = getattr(packet, overload, None) if isinstance(packet, OpOverloadPacket) else None
     if not isinstance(found, OpOverload):
-        raise _refused(node, f"no operator torch.ops.{namespace}.{name}.{overload}; is the library that registers it loaded?")
+        spelled = f"torch.ops.{namespace}.{name}.{overload}"
+        raise _refused(node, f"no operator {spelled}; is the library that registers it loaded?")
     return found
 
 
@@ -294,15 +297,15 @@ def _opaque(node: ast.AST, kind: Any, content: Any) -> Opaque:
     if not isinstance(message, type) or not issubclass(message, Message):
         raise _refused(node, f"{kind!r} is not a protobuf message of onnx")
     try:
-        return Opaque(message.FromString(base64.b64decode(str(content), validate=True)))  # type: ignore[attr-defined]
+        return Opaque(message.FromString(base64.b64decode(str(content), validate=True)))
     except (ValueError, DecodeError) as error:
         raise _refused(node, f"{content!r:.80} is not a base64 text of a {kind}: {error}") from error
 
 
 def _check_import(node: ast.Import | ast.ImportFrom) -> None:
-    allowed = HELPERS if getattr(node, "module", "fxopt.ir.text") == "fxopt.ir.text" else ()
-    if isinstance(node, ast.Import):
-        allowed = ("torch", "operator", "math")
+    allowed: Iterable[str] = ("torch", "operator", "math")
+    if isinstance(node, ast.ImportFrom):
+        allowed = HELPERS if node.module == "fxopt.ir.text" else ()
     for alias in node.names:
         if alias.name not in allowed or alias.asname is not None:
             raise _refused(node, f"import of {alias.name}: only the helpers of fxopt.ir.text, torch, operator and math")
@@ -311,8 +314,29 @@ def _check_import(node: ast.Import | ast.ImportFrom) -> None:
 # ---- the decorator
 
 
+def header_text(graph: Graph) -> list[str]:
+    """The keywords of `@graph(...)`, one per line; pytree specs only where they can be written."""
+    options = [f"origin={quoted(graph.origin)}"]
+    for key, specs in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        options.append(f"{key}={expression(list(map(_spec_entry, specs)), {})}")
+    if graph.name != "main":
+        options.append(f"name={quoted(graph.name)}")
+    if graph.sizes:
+        options.append(f"sizes={expression(graph.sizes, {})}")
+    try:
+        first, second = map(pytree.treespec_dumps, graph.call_spec or ())
+    except (TypeError, ValueError, NotImplementedError, AttributeError):
+        return options
+    return options if "__enum__" in first + second else [*options, f"call_spec=({quoted(first)}, {quoted(second)})"]
+
+
+def _spec_entry(spec: ValueSpec) -> tuple[Any, ...]:
+    dtype = None if spec.dtype is None else str(spec.dtype).removeprefix("torch.")
+    return spec.name, dtype, None if spec.shape is None else list(spec.shape)
+
+
 def _header(node: ast.Call) -> dict[str, Any]:
-    """Origin, inputs, outputs, name and pytree specs of `@graph(...)`, as arguments of `Graph`."""
+    """The keywords of `@graph(...)`, as arguments of `Graph`."""
     given: dict[str, Any] = {"name": "main"}
     for item in node.keywords:
         try:
@@ -320,38 +344,47 @@ def _header(node: ast.Call) -> dict[str, Any]:
         except (ValueError, TypeError) as error:
             raise _refused(item, f"{item.arg}: {_shown(item.value)!r} is not a literal") from error
     wanted = {"origin", "inputs", "outputs", "name"}
-    if _dotted(node.func) != "graph" or node.args or set(given) - {"call_spec"} != wanted:
-        raise _refused(node, f"expected @graph(origin, inputs, outputs, name, call_spec) as decorator, got {sorted(given)}")
+    if _dotted(node.func) != "graph" or node.args or set(given) - {"call_spec", "sizes"} != wanted:
+        raise _refused(node, f"expected @graph(origin, inputs, outputs, name, sizes, call_spec), got {sorted(given)}")
+    sizes = given.get("sizes", {})
+    if not isinstance(sizes, dict) or any((type(name), type(size)) != (str, int) for name, size in sizes.items()):
+        raise _refused(node, f"sizes is {sizes!r}, expected the size of each named dimension")
     if given["origin"] not in ("torch", "onnx") or not isinstance(given["name"], str):
         raise _refused(node, f"origin is {given['origin']!r}, expected 'torch' or 'onnx'; name is {given['name']!r}")
-    for key in ("inputs", "outputs"):
-        entries = given[key] if isinstance(given[key], list) else [given[key]]
-        given[key] = tuple(_spec(node, entry) for entry in entries)
-    if "call_spec" in given:
-        given["call_spec"] = _call_spec(node, given["call_spec"])
+    try:
+        for key in ("inputs", "outputs"):
+            given[key] = tuple(map(read_spec, given[key] if isinstance(given[key], list) else [given[key]]))
+        if "call_spec" in given:
+            given["call_spec"] = _call_spec(*given["call_spec"])
+    except (ValueError, TypeError, LookupError, NotImplementedError) as error:
+        raise _refused(node, f"{error}") from error
     return given
 
 
-def _spec(node: ast.AST, entry: Any) -> ValueSpec:
+def read_spec(entry: Any) -> ValueSpec:
+    """An input or output from `(name, dtype, shape)`.
+
+    Raises:
+        ValueError: the entry has another form.
+    """
     if not isinstance(entry, tuple) or len(entry) != 3 or not isinstance(entry[0], str):
-        raise _refused(node, f"{entry!r} is not (name, dtype, shape)")
+        raise ValueError(f"{entry!r} is not (name, dtype, shape)")
     name, dtype_name, shape = entry
-    dtype = _torch_constant(f"torch.{dtype_name}") if dtype_name is not None else None
+    dtype = None if dtype_name is None else _torch_constant(f"torch.{dtype_name}")
     if dtype_name is not None and not isinstance(dtype, torch.dtype):
-        raise _refused(node, f"{name!r}: {dtype_name!r} is not a dtype of torch")
+        raise ValueError(f"{name!r}: {dtype_name!r} is not a dtype of torch")
     if shape is not None and not isinstance(shape, list):
-        raise _refused(node, f"{name!r}: the shape {shape!r} is neither a list nor None")
+        raise ValueError(f"{name!r}: the shape {shape!r} is neither a list nor None")
     wrong = [dim for dim in shape or () if dim is not None and type(dim) not in (int, str)]
     if wrong:
-        raise _refused(node, f"{name!r}: the dimension {wrong[0]!r} is not a number, a name or None")
+        raise ValueError(f"{name!r}: the dimension {wrong[0]!r} is not a number, a name or None")
     return ValueSpec(name, dtype, None if shape is None else tuple(shape))
 
 
-def _call_spec(node: ast.AST, texts: Any) -> tuple[Any, ...]:
+def _call_spec(*texts: str) -> tuple[Any, ...]:
+    if len(texts) != 2 or any("__enum__" in text for text in texts):  # torch would import the module that it names
+        raise ValueError("call_spec is not a pair of pytree specs without enumerations")
     try:
-        first, second = texts
-        if "__enum__" in first or "__enum__" in second:  # torch would import the module that it names
-            raise ValueError("it holds an enumeration")
-        return tuple(map(pytree.treespec_loads, (first, second)))
+        return tuple(map(pytree.treespec_loads, texts))
     except (ValueError, TypeError, LookupError, NotImplementedError) as error:
-        raise _refused(node, f"call_spec is not a pair of pytree specs: {error}") from error
+        raise ValueError(f"call_spec is not a pair of pytree specs: {error}") from error

@@ -1,8 +1,8 @@
 """Which axes of which values must be permuted together, so that a graph computes the same.
 
-`y = linear(x, w)` ties the last axis of `y` to the first of `w` and the last of `x` to the last of `w`; a residual sum ties
-its operands; and so on through element-wise operators, norms, transposes and reshapes. A group that meets an operator
-which is not known here, an input, an output, or an axis with an order (space, time, concatenation) is *fixed*.
+`y = linear(x, w)` ties the last axis of `y` to the first of `w` and the last of `x` to the last of `w`; a residual sum
+ties its operands; and so on through element-wise operators, norms, transposes and reshapes. A group that meets an
+operator which is not known here, an input, an output, or an axis with an order (space, concatenation) is *fixed*.
 Shapes come from `meta["val"]` (`fxopt.ir.shapes.infer`).
 """
 
@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from fxopt.ir.graph import Graph, label, tensor_value
-from fxopt.ir.structural_hash import target_text
+from fxopt.ir.onnx.op import OnnxOp
 
 Axis = tuple[fx.Node, int]
 
@@ -33,10 +34,12 @@ class TiedAxes:
 def tied_dimensions(graph: Graph) -> list[TiedAxes]:
     """The groups of a graph, each axis of each tensor in exactly one of them, in order of first appearance."""
     ties = _Ties(graph)
-    for node in graph.placeholders:
-        ties.fix_all(node, "it is an input")
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is not operator.getitem:
+        if node.op == "placeholder":
+            ties.fix_all(node, "it is an input")
+        elif node.target is operator.getitem and node.args[0].op == "placeholder":  # type: ignore[union-attr]
+            ties.fix_all(node, "it is part of an input")
+        elif node.op == "call_function" and node.target is not operator.getitem:
             _tie(ties, node)
     for result in graph.result_nodes:
         ties.fix_all(result, "it is an output")
@@ -53,11 +56,17 @@ class _Ties:
         self.parent: dict[Axis, Axis] = {}
         self.reason: dict[Axis, str] = {}
         self.constants: dict[str, fx.Node] = {}  # two nodes of one constant are one value
+        self.touched: set[fx.Node] = set()  # by the handler that runs
 
     def shape(self, node: Any) -> tuple[Any, ...] | None:
         value = self.graph.constant(node)
         value = tensor_value(node) if value is None else value
         return None if value is None else tuple(value.shape)
+
+    def known(self, node: fx.Node) -> bool:
+        """Whether the value is a tensor of known shape, or a size."""
+        sizes = (int, float, torch.SymInt, torch.SymFloat, np.ndarray)
+        return self.shape(node) is not None or isinstance(node.meta.get("val"), sizes)
 
     def axes(self, node: Any) -> list[Axis]:
         """The axes of a tensor; none for everything else."""
@@ -79,6 +88,7 @@ class _Ties:
         axes, others = self.axes(a), self.axes(b)
         if not axes or not others:
             return
+        self.touched.update((axes[0][0], others[0][0]))
         sizes = (self.shape(a) or ())[i], (self.shape(b) or ())[j]
         if 1 in sizes:
             return
@@ -97,6 +107,7 @@ class _Ties:
     def fix(self, node: Any, index: int, reason: str) -> None:
         axes = self.axes(node)
         if axes:
+            self.touched.add(axes[0][0])
             self.reason.setdefault(self.root(axes[index]), f"{label(axes[0][0])}: {reason}")
 
     def fix_all(self, node: Any, reason: str, start: int = 0) -> None:
@@ -128,22 +139,23 @@ def _tie(ties: _Ties, node: fx.Node) -> None:
         return
     results = [user for user in node.users if user.target is operator.getitem]
     first = next((user for user in results if user.args[1] == 0), node)
-    handler = _HANDLERS.get(name)
-    values = [node, *results, *node.all_input_nodes]
-    inputs_known = all(ties.shape(value) is not None for value in node.args if isinstance(value, fx.Node))
-    if handler is not None and inputs_known and ties.shape(first) is not None and (first is not node or not results):
-        handler(ties, node, first)
-        values = [value for value in results if value is not first]
-    for value in values:
-        ties.fix_all(value, f"{target_text(node.target)} does not say how its axes correspond")
+    ties.touched.clear()
+    if name in _HANDLERS and ties.shape(first) is not None and all(map(ties.known, node.all_input_nodes)):
+        _HANDLERS[name](ties, node, first)
+    for value in (node, *results, *node.all_input_nodes):
+        axes = ties.axes(value)
+        if axes and axes[0][0] not in ties.touched:
+            ties.fix_all(value, f"{node.target} does not say how its axes correspond")
 
 
 def _name(node: fx.Node) -> str:
     """`add` for aten overloads, `Add` for operators of the ONNX domain, the full text for others."""
     target: Any = node.target
+    if isinstance(target, OnnxOp) and target.domain == "":
+        return target.op_type
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return str(target._schema.name).removeprefix("aten::")
-    return str(target.op_type) if getattr(target, "domain", None) == "" else str(target)
+    return str(target)
 
 
 def _option(node: fx.Node, index: int, name: str, default: Any) -> Any:
@@ -153,6 +165,11 @@ def _option(node: fx.Node, index: int, name: str, default: Any) -> Any:
 
 def _aligned(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
     ties.align(node.all_input_nodes, out)
+
+
+def _same(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
+    """The first input has the axes of the result, aligned from the right."""
+    ties.align(node.args[:1], out)
 
 
 def _linear(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
@@ -170,8 +187,9 @@ def _product(ties: _Ties, a: Any, b: Any, out: Any) -> None:
         ties.join(b, -1, out, -1)
     if left > 1:
         ties.join(a, -2, out, -2 if right > 1 else -1)
-    if left > 1 and right > 1:
-        ties.align([a, b], out, skip=2)
+    for value, rank, other in ((a, left, right), (b, right, left)):
+        for index in range(3, rank + 1):
+            ties.join(value, -index, out, -index if other > 1 else 1 - index)
 
 
 def _matmul(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
@@ -196,7 +214,9 @@ def _conv(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
     x, w, *rest = node.args
     whole = _name(node) == "convolution"
     groups = node.kwargs.get("group", 1) if _name(node) == "Conv" else _option(node, 8 if whole else 6, "groups", 1)
-    size = (ties.shape(w) or ())[:2]
+    size: tuple[Any, ...] = ties.shape(w) or ()
+    if len(ties.axes(x)) != len(ties.axes(w)):
+        return  # without a batch axis
     ties.join(x, 0, out, 0)
     ties.join(w, 0, out, 1)
     ties.join(rest[0] if rest else None, 0, out, 1)
@@ -236,8 +256,8 @@ def _permute(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
     order = list(range(rank))[::-1]
     if _name(node) == "transpose":
         order = list(range(rank))
-        first, second = (int(index) % rank for index in node.args[1:3])  # type: ignore[arg-type]
-        order[first], order[second] = order[second], order[first]
+        first, second = _option(node, 1, "dim0", 0) % rank, _option(node, 2, "dim1", 0) % rank
+        order[first], order[second] = second, first
     elif _name(node) != "t":
         order = list(_option(node, 1, "perm", order))
     for index, source in enumerate(order):
@@ -254,29 +274,30 @@ def _reshape(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
             continue
         products = [1, 1]
         while products[0] != products[1] or products[0] == 1:
-            side = 0 if products[0] <= products[1] and before or not after else 1
+            side = int(products[0] > products[1])
             taken = (before, after)[side]
-            if not taken:
+            size = taken[0][1] if taken else None
+            if not isinstance(size, int) or size == 0:  # a symbolic size: nothing is known behind it
                 break
-            index, size = taken.pop(0)
-            ties.fix((x, out)[side], index, f"{label(node)} splits or merges it")
-            products[side] = products[side] * size if isinstance(size, int) and size else 0
-            if not products[side]:  # a symbolic size: nothing is known behind it
-                ties.fix_all(x, f"{label(node)} splits or merges it", before[0][0] if before else len(ties.axes(x)))
-                ties.fix_all(out, f"{label(node)} splits or merges it", after[0][0] if after else len(ties.axes(out)))
-                return
+            ties.fix((x, out)[side], taken.pop(0)[0], f"{label(node)} splits or merges it")
+            products[side] *= size
+        if products[0] != products[1] or products[0] == 1:
+            break
+    for value, left in ((x, before), (out, after)):
+        for index, _ in left:
+            ties.fix(value, index, f"{label(node)} splits or merges it")
 
 
 def _reduce(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
     x: Any = node.args[0]
     rank = len(ties.axes(x))
     axes = _option(node, 1, "axes", node.kwargs.get("dim"))
+    if node.kwargs.get("noop_with_empty_axes"):
+        return
     constant = ties.graph.constant(axes)
     axes = constant.tolist() if constant is not None else axes
     if isinstance(axes, fx.Node):
-        ties.fix_all(x, "reduced over computed axes")
-        ties.fix_all(out, "reduced over computed axes")
-        return
+        return  # computed
     listed = [axes] if isinstance(axes, int) else axes or range(rank)
     reduced = {index % rank for index in listed} if rank else set()
     kept = [index for index in range(rank) if index not in reduced]
@@ -287,15 +308,15 @@ def _reduce(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
 
 def _along(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
     """Concatenation, split and slice: the axis keeps its order, the others are tied."""
-    dim = _option(node, 2 if _name(node) in ("split", "chunk", "split_with_sizes") else 1, "dim", 0)
+    dim: Any = _option(node, 2 if _name(node) in ("split", "chunk", "split_with_sizes") else 1, "dim", 0)
     dim = node.kwargs.get("axis", 0) if _name(node) in ("Concat", "Split") else dim
     results = [user for user in node.users if user.target is operator.getitem] or [out]
     rank = len(ties.axes(out))
     for value in (*node.all_input_nodes, *results):
         if len(ties.axes(value)) != rank:
             continue
-        ties.fix(value, int(dim) % rank, f"{label(node)} cuts along it")
-        for index in set(range(rank)) - {int(dim) % rank}:
+        ties.fix(value, dim % rank, f"{label(node)} cuts along it")
+        for index in set(range(rank)) - {dim % rank}:
             ties.join(value, index, out, index)
 
 
@@ -323,23 +344,29 @@ def _attention(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
         ties.fix_all(value, "a mask over positions")
 
 
-_SIZES = frozenset("sym_size sym_numel Shape Size _assert_tensor_metadata _assert_scalar".split())
+_SIZES = frozenset(["sym_size", "sym_numel", "Shape", "Size", "_assert_tensor_metadata", "_assert_scalar"])
+_ATEN_ALIGNED = """
+    relu gelu silu mish tanh sigmoid exp log neg abs sqrt rsqrt erf sin cos reciprocal pow clamp hardtanh hardswish
+    hardsigmoid leaky_relu elu softplus square add sub mul div maximum minimum where eq ne lt le gt ge logical_and
+    logical_or logical_not clone contiguous detach dropout alias _to_copy to lift_fresh_copy softmax _softmax
+    log_softmax _log_softmax layer_norm native_layer_norm rms_norm masked_fill
+"""
+_ONNX_ALIGNED = """
+    Relu Gelu Tanh Sigmoid Exp Log Neg Abs Sqrt Erf Sin Cos Reciprocal Pow Clip HardSwish HardSigmoid LeakyRelu Elu
+    Softplus Mish Swish Add Sub Mul Div Max Min Where Equal Less Greater And Or Not Identity Cast Softmax LogSoftmax
+    LayerNormalization RMSNormalization PRelu Floor Ceil Round Sign IsNaN
+"""
 _BY_HANDLER: list[tuple[Handler, str]] = [
-    (_aligned, "relu gelu silu mish tanh sigmoid exp log neg abs sqrt rsqrt erf sin cos reciprocal pow clamp hardtanh hardswish "
-               "hardsigmoid leaky_relu elu softplus square add sub mul div maximum minimum where eq ne lt le gt ge logical_and "
-               "logical_or logical_not clone contiguous detach dropout alias _to_copy to lift_fresh_copy expand softmax _softmax "
-               "log_softmax _log_softmax layer_norm native_layer_norm rms_norm masked_fill add_ relu_"),
-    (_aligned, "Relu Gelu Tanh Sigmoid Exp Log Neg Abs Sqrt Erf Sin Cos Reciprocal Pow Clip HardSwish HardSigmoid LeakyRelu Elu "
-               "Softplus Mish Swish Add Sub Mul Div Max Min Where Equal Less Greater And Or Not Identity Dropout Cast Expand Softmax "
-               "LogSoftmax LayerNormalization RMSNormalization PRelu Floor Ceil Round Sign IsNaN"),
+    (_aligned, _ATEN_ALIGNED + _ONNX_ALIGNED),
+    (_same, "expand Expand Dropout"),
     (_linear, "linear"),
     (_matmul, "mm bmm matmul MatMul"),
     (_addmm, "addmm"),
     (_gemm, "Gemm"),
     (_conv, "conv1d conv2d conv3d convolution Conv"),
     (_channels, "_native_batch_norm_legit_no_training batch_norm BatchNormalization"),
-    (_pool, "max_pool1d max_pool2d max_pool2d_with_indices avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d "
-            "_adaptive_avg_pool2d MaxPool AveragePool GlobalAveragePool GlobalMaxPool"),
+    (_pool, "max_pool1d max_pool2d max_pool2d_with_indices avg_pool1d avg_pool2d adaptive_avg_pool1d "
+            "adaptive_avg_pool2d _adaptive_avg_pool2d MaxPool AveragePool GlobalAveragePool GlobalMaxPool"),
     (_permute, "permute transpose t Transpose"),
     (_reshape, "view reshape _unsafe_view flatten squeeze unsqueeze Reshape Flatten Squeeze Unsqueeze"),
     (_reduce, "mean sum amax amin ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2"),

@@ -147,7 +147,8 @@ class _Run:
         freed = sum(_bytes(self.value(used)) or 0 for used in own)
         if size <= freed:
             return None
-        return Refusal("{} bytes exceed max_bytes={} and the {} bytes that become unnecessary", size, self.max_bytes, freed)
+        text = "{} bytes exceed max_bytes={} and the {} bytes that become unnecessary"
+        return Refusal(text, size, self.max_bytes, freed)
 
     # ---- rewriting
 

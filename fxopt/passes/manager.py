@@ -109,6 +109,8 @@ class PassManager:
     def _record(self, step: ExactPass, graph: Graph, ctx: Context, changes: int, changed: Sequence[fx.Node]) -> None:
         mine = [node for node in changed if step.name in (node.meta.get("provenance") or ())[1:]]
         for node in mine:
+            if node.op != "call_function":
+                continue
             ctx.ledger.add(Verdict(step.name, label(node), "applied", "exact rewrite"))
         if not mine:
             ctx.ledger.add(Verdict(step.name, graph.name, "applied", f"{changes} changes"))

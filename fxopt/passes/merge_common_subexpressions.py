@@ -19,7 +19,7 @@ from fxopt.passes.base import Context, ExactPass
 from fxopt.passes.rules.apply import drop_unused
 from fxopt.passes.rules.safety import base, is_pure, is_returned, is_view
 
-_SAMPLED = 64  # elements by which large constants are told apart before all their bytes are read
+_SAMPLE_BYTES = 1024  # constants up to this size are compared whole; of larger ones, at first, about so much
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MergeCommonSubexpressions(ExactPass):
 @dataclass
 class _Run:
     graph: Graph
-    contents: dict[fx.Node, Hashable]
+    contents: dict[fx.Node, int]
     constant_bytes: int
     first: dict[Hashable, fx.Node] = field(default_factory=dict)
     gone: set[fx.Node] = field(default_factory=set)
@@ -85,10 +85,12 @@ class _Run:
         """What equal nodes have in common; None when nothing equals the node."""
         if not is_pure(node):
             return None
+        if not node.kwargs and all(isinstance(value, fx.Node) and value.op != "get_attr" for value in node.args):
+            return node.target, node.args
         record = node.meta.get("onnx")
         named = tuple(bool(name) for name in getattr(record, "outputs", ())) if "_outputs" in node.kwargs else ()
         try:
-            return node.target, self.frozen(node.args), self.frozen(dict(node.kwargs)), named
+            return node.target, self.frozen(node.args), self.frozen(node.kwargs), named
         except _NoKey:
             return None
 
@@ -97,18 +99,19 @@ class _Run:
         if isinstance(value, fx.Node):
             if value.op != "get_attr":
                 return value
-            found = self.contents.get(value)
-            if found is None:
+            if value not in self.contents:
                 raise _NoKey
-            return "constant", found
+            return "constant", self.contents[value]
         if isinstance(value, (list, tuple)):
-            return "list", *map(self.frozen, value)
+            return tuple(self.frozen(item) for item in value)
         if isinstance(value, dict):
-            return "dict", *((name, self.frozen(item)) for name, item in sorted(value.items()))
+            return tuple((name, self.frozen(value[name])) for name in sorted(value))
         if isinstance(value, slice):
             return "slice", self.frozen(value.start), self.frozen(value.stop), self.frozen(value.step)
         if isinstance(value, float):
-            return float, value.hex()
+            return "float", value.hex()
+        if value is None or isinstance(value, str):
+            return value
         if isinstance(value, torch.SymInt) or getattr(value, "__hash__", None) is None:
             raise _NoKey
         return type(value), value
@@ -123,31 +126,29 @@ def _is_attribute(node: fx.Node) -> bool:
     return getattr(node.meta.get("onnx"), "kind", "") == "attribute"
 
 
-def _contents(graph: Graph) -> dict[fx.Node, Hashable]:
-    """A key per constant that is equal exactly for equal constants; bytes are read only where a sample is equal."""
+def _contents(graph: Graph) -> dict[fx.Node, int]:
+    """A number per constant that is equal exactly for equal constants; many bytes are read only where samples agree."""
     groups: dict[Hashable, list[tuple[fx.Node, Any]]] = {}
-    for node in graph.nodes:
-        if node.op != "get_attr":
-            continue
+    for node in graph.fx.find_nodes(op="get_attr"):
         value = graph.attribute(str(node.target))
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
             groups.setdefault(_sample(value), []).append((node, value))
-        elif isinstance(value, Opaque) and _is_tensor(value):
-            groups.setdefault(("opaque", id(value)), []).append((node, value))
-    contents: dict[fx.Node, Hashable] = {}
+        elif isinstance(value, Opaque) and type(value.proto).__name__ == "TensorProto":
+            groups.setdefault(id(value), []).append((node, value))
+    numbers: dict[Hashable, int] = {}
+    contents: dict[fx.Node, int] = {}
     for sample, members in groups.items():
-        single = len({id(value) for _, value in members}) == 1
+        single = members[0][1].nbytes <= _SAMPLE_BYTES if isinstance(members[0][1], torch.Tensor) else True
+        single = single or len({id(value) for _, value in members}) == 1
         for node, value in members:
-            contents[node] = (sample, "" if single else constant_digest(value))
+            key = sample if single else (sample, constant_digest(value))
+            contents[node] = numbers.setdefault(key, len(numbers))
     return contents
 
 
-def _is_tensor(value: Opaque) -> bool:
-    return type(value.proto).__name__ == "TensorProto"
-
-
 def _sample(value: torch.Tensor) -> Hashable:
-    flat = value.detach().reshape(-1) if value.is_contiguous() else value.detach().flatten()
-    step = max(1, flat.numel() // _SAMPLED)
-    picked = flat[::step][:_SAMPLED].contiguous().cpu()
-    return value.dtype, tuple(value.shape), str(value.device), bytes(picked.view(torch.uint8).numpy().tobytes())
+    """Type, shape and some bytes: all of them when they are few."""
+    flat = value.detach().reshape(-1)
+    some = flat[:: max(1, value.nbytes // _SAMPLE_BYTES)] if value.nbytes > _SAMPLE_BYTES else flat
+    content = some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return value.dtype, tuple(value.shape), str(value.device), content

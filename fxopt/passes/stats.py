@@ -69,11 +69,17 @@ class Stats:
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what several candidates of one view share
 
     def __getitem__(self, node: fx.Node) -> ValueStats:
-        return self.values[node.name]
+        return self.values[_name(node)]
 
     def __contains__(self, node: fx.Node) -> bool:
-        found = self.values.get(node.name)
+        found = self.values.get(_name(node))
         return found is not None and found.calls > 0
+
+
+def _name(node: fx.Node) -> str:
+    """The name under which the value was observed, also when a pass has replaced the node since."""
+    name: str = node.meta.get("stands_for", node.name)
+    return name
 
 
 def collect(

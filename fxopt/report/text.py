@@ -58,7 +58,7 @@ def summary_rows(report: Report) -> list[Row]:
 
 def _predicted_row(report: Report) -> Row:
     before, after = report.before.predicted, report.after.predicted
-    gain = units.ratio(before.seconds / after.seconds) + " faster" if before and after and after.seconds > 0 else ""
+    gain = units.speedup(before.seconds, after.seconds) if before and after else ""
     return f"predicted time ({report.target})", _interval(report.before), _interval(report.after), gain
 
 
@@ -143,7 +143,7 @@ def render_verdicts(verdicts: Iterable[Verdict]) -> RenderableType:
             row.pass_name,
             row.outcome,
             row.reason,
-            row.setting,
+            row.setting.removeprefix(row.pass_name).strip("{}"),
             _gain(row.predicted_gain),
             _gain(row.measured_gain),
             "" if row.error is None else f"{row.error:.3g}",

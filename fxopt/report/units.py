@@ -46,6 +46,17 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
+def speedup(before: float, after: float) -> str:
+    """How many times faster.
+
+    >>> speedup(3.0, 2.0), speedup(1.0, 2.0), speedup(1.0, 1.0)
+    ('1.50x faster', '2.00x slower', 'same')
+    """
+    if before == after or min(before, after) <= 0:
+        return "same" if before == after else ""
+    return f"{ratio(before / after)} faster" if after < before else f"{ratio(after / before)} slower"
+
+
 def change(before: float | None, after: float | None) -> str:
     """The change in percent; empty when one of them is unknown.
 

@@ -59,7 +59,7 @@ def torch_graph(build: Callable[[fx.Graph, fx.Node, Callable[[str, torch.Tensor]
     body.output(tuple(results) if isinstance(results, (tuple, list)) else (results,))
     graph = Graph(body, root, "torch", (SPEC,), tuple(SPEC for _ in body.output_node().args[0]))  # type: ignore[union-attr]
     mode = shapes.fake_mode(graph)
-    x.meta["val"] = mode.from_tensor(torch.empty(3, 4))
+    x.meta["val"] = mode.from_tensor(torch.empty(3, 4), static_shapes=True)
     shapes.infer(graph)
     return graph
 
@@ -114,7 +114,10 @@ def check(graph: Graph, refuses: Callable[[fx.Node], str]) -> None:
     quotient.remove_edges_from(list(nx.selfloop_edges(quotient)))
     assert nx.is_directed_acyclic_graph(quotient)
     for region in parts.regions:
-        assert all((node in region.reasons) == (not region.accepted) or node.target is operator.getitem for node in region.nodes)
+        assert all(
+            (node in region.reasons) == (not region.accepted) or node.target is operator.getitem
+            for node in region.nodes
+        )
         assert all(refuses(node) == reason != "" for node, reason in region.reasons.items())
     closure = nx.transitive_closure(quotient)
     accepted = [region.index for region in parts.regions if region.accepted]
@@ -146,7 +149,9 @@ def random_graphs(draw: st.DrawFn) -> Graph:
     return torch_graph(build)
 
 
-@given(random_graphs(), st.sets(st.sampled_from([aten.add.Tensor, aten.relu.default, aten.split.Tensor, aten.cat.default])))
+@given(
+    random_graphs(), st.sets(st.sampled_from([aten.add.Tensor, aten.relu.default, aten.split.Tensor, aten.cat.default]))
+)
 @settings(max_examples=60, deadline=None)
 def test_partitions_of_random_graphs(graph: Graph, refused: set[Any]) -> None:
     refuses = refuse(*refused)
@@ -307,7 +312,7 @@ def test_single_entry_single_exit() -> None:
 
 def test_critical_path() -> None:
     graph = diamond()
-    x, a, left, right, total = named(graph, "x", "a", "left", "right", "total")
+    a, left, right, total = named(graph, "a", "left", "right", "total")
     weights = {left: 5.0, right: 7.0, a: 1.0, total: 2.0}
     path = critical_path(graph, lambda node: weights.get(node, 0.0))
     assert path.length == 10.0 and [node for node in path.nodes if node in weights] == [a, right, total]
@@ -348,7 +353,9 @@ def residual_mlp() -> Graph:
     """stem; h = h + down(gelu(up(norm(h)))); head"""
 
     def build(body: fx.Graph, x: fx.Node, weight: Any) -> fx.Node:
-        stem = call(body, aten.linear.default, x, weight("w0", torch.randn(6, 4)), weight("b0", torch.randn(6)), name="stem")
+        stem = call(
+            body, aten.linear.default, x, weight("w0", torch.randn(6, 4)), weight("b0", torch.randn(6)), name="stem"
+        )
         scale, shift = weight("scale", torch.ones(6)), weight("shift", torch.ones(6))
         norm = call(body, aten.layer_norm.default, stem, [6], scale, shift, name="norm")
         up = call(body, aten.linear.default, norm, weight("w1", torch.randn(16, 6)), name="up")
@@ -369,6 +376,7 @@ def permuted(graph: Graph, axes: set[tuple[str, int]]) -> Graph:
         value = graph.constant(node)
         if value is None:
             continue
+        value = copied.attribute(str(node.target))
         order = torch.randperm(value.shape[axis], generator=generator.manual_seed(0))
         setattr(copied.root, str(node.target), value.index_select(axis, order))
     return copied
@@ -420,13 +428,17 @@ def conv_net() -> Graph:
         oh.make_node("Relu", ["n0"], ["r0"]),
         oh.make_node("Conv", ["r0", "wd"], ["d0"], group=8, **same),
         oh.make_node("Conv", ["d0", "w1"], ["c1"]),
-        oh.make_node("Add", ["c1", "r0"], ["sum"]),
-        oh.make_node("GlobalAveragePool", ["sum"], ["pool"]),
+        oh.make_node("Add", ["c1", "r0"], ["total"]),
+        oh.make_node("GlobalAveragePool", ["total"], ["pool"]),
         oh.make_node("Flatten", ["pool"], ["flat"]),
         oh.make_node("Gemm", ["flat", "fc", "fb"], ["y"], transB=1),
     ]
     body = oh.make_graph(
-        nodes, "net", [oh.make_tensor_value_info("x", 1, ["n", 3, 8, 8])], [oh.make_tensor_value_info("y", 1, ["n", 5])], weights
+        nodes,
+        "net",
+        [oh.make_tensor_value_info("x", 1, ["n", 3, 8, 8])],
+        [oh.make_tensor_value_info("y", 1, ["n", 5])],
+        weights,
     )
     graph = load(oh.make_model(body, opset_imports=[oh.make_opsetid("", 20)]))
     shapes.infer(graph)
@@ -438,8 +450,8 @@ def test_a_conv_net() -> None:
     stream, fixed = group_of(graph, "c_w0", 0)
     assert not fixed
     assert stream == {
-        ("c_w0", 0), ("c0", 1), ("c_g", 0), ("c_b", 0), ("c_m", 0), ("c_v", 0), ("n0", 1), ("r0", 1), ("c_wd", 0), ("d0", 1),
-        ("c_w1", 0), ("c_w1", 1), ("c1", 1), ("sum", 1), ("pool", 1), ("flat", 1), ("c_fc", 1),
+        ("c_w0", 0), ("c0", 1), ("c_g", 0), ("c_b", 0), ("c_m", 0), ("c_v", 0), ("n0", 1), ("r0", 1), ("c_wd", 0),
+        ("d0", 1), ("c_w1", 0), ("c_w1", 1), ("c1", 1), ("total", 1), ("pool", 1), ("flat", 1), ("c_fc", 1),
     }  # fmt: skip
     sample = torch.randn(2, 3, 8, 8)
     (expected,), (got,) = graph.run([sample]), permuted(graph, stream).run([sample])
@@ -464,3 +476,36 @@ def test_reshape_concat_matmul_and_embedding() -> None:
     assert ("product", 1) in group_of(graph, "w2", 1)[0]
     axes, _ = group_of(graph, "wide", 2)
     assert ("back", 1) in axes and ("turned", 0) in axes
+
+
+def test_operands_that_are_not_data_are_fixed() -> None:
+    """The shape operand of Reshape and Expand, axes, and everything about an unknown rank."""
+    from fxopt.frontends.onnx import load
+
+    nodes = [
+        oh.make_node("Expand", ["x", "shape"], ["wide"]),
+        oh.make_node("Reshape", ["wide", "shape"], ["again"]),
+        oh.make_node("ReduceMean", ["again", "axes"], ["y"], keepdims=0),
+    ]
+    constants = [oh.make_tensor("shape", 7, [3], [3, 4, 3]), oh.make_tensor("axes", 7, [2], [1, 2])]
+    body = oh.make_graph(
+        nodes, "g", [oh.make_tensor_value_info("x", 1, [3, 4, 3])], [oh.make_tensor_value_info("y", 1, [3])], constants
+    )
+    graph = load(oh.make_model(body, opset_imports=[oh.make_opsetid("", 20)]))
+    shapes.infer(graph)
+    assert group_of(graph, "c_shape", 0) == ({("c_shape", 0)}, group_of(graph, "c_shape", 0)[1])
+    assert group_of(graph, "c_shape", 0)[1] and group_of(graph, "c_axes", 0)[1]
+    assert ("again", 2) in group_of(graph, "wide", 2)[0]
+
+
+def test_batched_products() -> None:
+    def build(body: fx.Graph, x: fx.Node, weight: Any) -> list[fx.Node]:
+        stack, vector = weight("stack", torch.randn(7, 5, 4)), weight("vector", torch.randn(4))
+        left = call(body, aten.matmul.default, stack, vector, name="left")
+        right = call(body, aten.matmul.default, weight("row", torch.randn(5)), stack, name="right")
+        return [call(body, aten.mm.default, x, call(body, aten.t.default, right)), left]
+
+    graph = torch_graph(build)
+    axes, _ = group_of(graph, "stack", 0)
+    assert {("left", 0), ("right", 0), ("t_default", 1)} <= axes
+    assert ("row", 0) in group_of(graph, "stack", 1)[0] and ("left", 1) in group_of(graph, "stack", 1)[0]

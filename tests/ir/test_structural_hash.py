@@ -23,7 +23,13 @@ aten = torch.ops.aten
 
 
 def build(
-    *, width: int = 4, name: str = "h", target: Any = aten.relu.default, alpha: int = 1, weight: Any = None, swap: bool = False
+    *,
+    width: int = 4,
+    name: str = "h",
+    target: Any = aten.relu.default,
+    alpha: int = 1,
+    weight: Any = None,
+    swap: bool = False,
 ) -> Graph:
     """relu(x @ w.T) + alpha * x over float32[batch, width]."""
     body, root = fx.Graph(), torch.nn.Module()
@@ -155,8 +161,8 @@ def test_every_dtype_and_layout_of_a_constant() -> None:
     base = torch.arange(6).reshape(2, 3)
     assert constant_digest(base.t().contiguous()) == constant_digest(base.t())
     assert constant_digest(base) != constant_digest(base.reshape(3, 2))
-    dtypes = (torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128, torch.int8,
-              torch.uint16, torch.float64)  # fmt: skip
+    dtypes = (torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128,
+              torch.int8, torch.uint16, torch.float64)  # fmt: skip
     assert len({constant_digest(torch.zeros(2, 2).to(dtype)) for dtype in dtypes}) == len(dtypes)
     assert constant_digest(torch.zeros(0, 3)) != constant_digest(torch.zeros(3, 0))
     assert constant_digest(torch.tensor(0.0)) != constant_digest(torch.tensor(-0.0))

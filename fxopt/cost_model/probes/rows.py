@@ -37,9 +37,9 @@ def chain(step: Callable[[Build, str], str], times: int, *shape: int, dtype: int
 _LINEARS = [(384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072)]
 _TINY = [(16, 64, 10), (1, 64, 32), (64, 64, 64), (8, 128, 128), (16, 512, 64), (128, 1024, 64)]
 _CONVS = [  # out, in / groups, kernel, size, stride, groups
-    *((32, 3, 3, 112, 2, 1), (64, 64, 3, 56, 1, 1), (256, 64, 1, 56, 1, 1), (64, 256, 1, 56, 1, 1)),
-    *((128, 128, 3, 28, 1, 1), (256, 256, 3, 14, 1, 1), (512, 128, 1, 28, 1, 1), (512, 512, 3, 7, 1, 1)),
-    *((96, 1, 3, 56, 1, 96), (240, 1, 5, 14, 1, 240), (16, 1, 3, 28, 1, 1), (32, 16, 3, 14, 1, 1)),
+    *((32, 3, 3, 112, 2, 1), (16, 1, 3, 28, 1, 1), (96, 1, 3, 56, 1, 96), (240, 1, 5, 14, 1, 240)),
+    *((64, 64, 3, 56, 1, 1), (256, 64, 1, 56, 1, 1), (64, 256, 1, 56, 1, 1), (128, 128, 3, 28, 1, 1)),
+    *((256, 256, 3, 14, 1, 1), (512, 128, 1, 28, 1, 1), (32, 16, 3, 14, 1, 1), (512, 512, 3, 7, 1, 1)),
 ]
 _ACTIVATIONS = [(128, 384), (128, 1536), (512, 768), (16, 384), (64, 3072), (12, 128, 128)]
 
@@ -54,7 +54,7 @@ def probes() -> Iterator[Probe]:
 
 
 def _groups() -> dict[str, list[tuple[str, ModelProto]]]:
-    shapes = [(m, k, n) for m in (1, 16, 128, 512) for k, n in _LINEARS] + _TINY
+    shapes = [(m, k, n) for m in (4, 16, 128, 512) for k, n in _LINEARS] + _TINY
     unary = [(op, shape) for op in ("Gelu", "Erf", "Relu", "Tanh", "Sigmoid", "Exp") for shape in _ACTIVATIONS[:3]]
     return {
         "launch": [
@@ -62,6 +62,11 @@ def _groups() -> dict[str, list[tuple[str, ModelProto]]]:
             ("Softmax", chain(lambda b, x: b.op("Softmax", x), 64, 1, 16)),
             ("LayerNormalization", chain(lambda b, x: b.norm(x, 16), 64, 1, 16)),
             ("MatMul", chain(lambda b, x: b.op("MatMul", x, b.weight(16, 16, scale=0.2)), 64, 1, 16)),
+        ],
+        "gemv": [
+            (f"{name} {_text((1, *s))}", _linear((1, *s), layer))
+            for name, layer in (("float32", Build.linear), ("int8", Build.linear_int8))
+            for s in _LINEARS[1:]
         ],
         "linear float32": [(_text(s), _linear(s, Build.linear)) for s in shapes],
         "linear int8": [(_text(s), _linear(s, Build.linear_int8)) for s in shapes],
@@ -78,17 +83,22 @@ def _groups() -> dict[str, list[tuple[str, ModelProto]]]:
         "elementwise": [(f"{op} {_text(s)}", chain(lambda b, x, op=op: b.op(op, x), 1, *s)) for op, s in unary],
         "quantize": [(f"{op} {_text(s)}", _quantize(op, s)) for op in _QUANTIZE for s in _ACTIVATIONS[:3]],
         "pool": [
-            ("MaxPool 64x56", chain(lambda b, x: b.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2]), 1, 1, 64, 56, 56)),
-            ("GlobalAveragePool 512x7", chain(lambda b, x: b.op("GlobalAveragePool", x), 1, 1, 512, 7, 7)),
-            ("MaxPool 16x28", chain(lambda b, x: b.op("MaxPool", x, kernel_shape=[3, 3]), 1, 1, 16, 28, 28)),
-            ("GlobalAveragePool 96x28", chain(lambda b, x: b.op("GlobalAveragePool", x), 1, 1, 96, 28, 28)),
+            ("MaxPool 2/2 64x56x56", _pool(2, 2, 64, 56)),
+            ("MaxPool 3/2 64x112x112", _pool(3, 2, 64, 112)),
+            ("GlobalAveragePool 512x7x7", chain(lambda b, x: b.op("GlobalAveragePool", x), 1, 1, 512, 7, 7)),
+            ("GlobalAveragePool 96x28x28", chain(lambda b, x: b.op("GlobalAveragePool", x), 1, 1, 96, 28, 28)),
         ],
-        "memory": [(f"{op} {_text(s)}", _move(op, s)) for op in ("Add", "Concat", "Transpose") for s in _ACTIVATIONS]
-        + [(f"Add {n}x1024", _move("Add", (n, 1024))) for n in (1024, 2048, 4096, 8192)],
+        "memory": [(f"{op} {_text(s)}", _move(op, s)) for op in ("Add", "Concat") for s in _ACTIVATIONS]
+        + [(f"Transpose {_text(s)} to {_text(p)}", _transpose(s, p)) for s, p in _HEADS],
+        "stream": [(f"Add {n}x1024", _move("Add", (n, 1024))) for n in (1024, 2048, 4096, 6144, 8192)],
     }
 
 
 _SEQUENCES = [(128, 384), (128, 768), (64, 384), (256, 768)]
+_HEADS = [
+    *(((1, 128, 12, 32), (0, 2, 1, 3)), ((1, 512, 12, 64), (0, 2, 1, 3))),
+    *(((1, 512, 12, 64), (0, 2, 3, 1)), ((1, 128, 12, 64), (0, 2, 3, 1))),
+]
 _QUANTIZE = ("DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear")
 
 
@@ -150,12 +160,20 @@ def _quantize(op: str, shape: Shape) -> ModelProto:
 
 def _move(op: str, shape: Shape) -> ModelProto:
     build = Build()
-    if op == "Transpose":  # of heads; every second one moves the last axis too
-        x = build.input(1, shape[-2], 12, shape[-1] // 12)
-        return build.model(build.op(op, x, perm=[0, 2, 1, 3] if shape[-1] == 768 or shape[-2] == 16 else [0, 2, 3, 1]))
     x = build.input(*shape)
     y = build.input(*shape)
     return build.model(build.op(op, x, y, **({"axis": 0} if op == "Concat" else {})))
+
+
+def _transpose(shape: Shape, order: Shape) -> ModelProto:
+    return chain(lambda b, x: b.op("Transpose", x, perm=list(order)), 1, *shape)
+
+
+def _pool(kernel: int, stride: int, channels: int, size: int) -> ModelProto:
+    shape = [kernel] * 2
+    return chain(
+        lambda b, x: b.op("MaxPool", x, kernel_shape=shape, strides=[stride] * 2), 1, 1, channels, size, size
+    )
 
 
 def _models() -> Iterator[tuple[str, ModelProto]]:

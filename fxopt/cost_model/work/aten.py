@@ -146,10 +146,7 @@ def _move(call: Call) -> Cost:
 
 
 def _pool(call: Call) -> Cost:
-    x = call.tensor(0)
-    kernel = call.argument(1, "kernel_size")
-    window = math.prod(kernel) if isinstance(kernel, (list, tuple)) else 1
-    return call.cost(float(max(count(x), window * count(call.output))), "other")
+    return call.cost(float(max(count(call.tensor(0)), count(call.output))), "other")
 
 
 Rule = Callable[[Call], Cost]

@@ -1,6 +1,7 @@
 """What ONNX Runtime fuses, as far as it decides a price.
 
 - An activation, a constant bias or a residual behind a convolution; a constant bias behind a matrix product.
+- A constant factor behind a matrix product (FusedMatMul).
 - Cast -> Mul -> Add behind MatMulInteger or ConvInteger (the scales of a dynamically quantised product).
 - DequantizeLinear -> operator -> QuantizeLinear: the operator computes in integers, and the pair costs nothing.
 - Add -> LayerNormalization: SkipLayerNormalization.
@@ -62,6 +63,8 @@ def _fuses(kind: str, producer: fx.Node, others: Sequence[fx.Node]) -> bool:
         return kind in _ACTIVATIONS or kind == "BatchNormalization" or (kind == "Add" and before != "ConvTranspose")
     if kind in _ACTIVATIONS and before == "Add" and _is_residual_of_conv(producer):
         return True
+    if before == "MatMul" and kind in ("Mul", "Div"):
+        return constant and all(count(tensor_of(other)) == 1 for other in others)
     if before in ("MatMul", "Gemm"):
         return (kind == "Add" and constant) or (kind in _ACTIVATIONS and before == "Gemm")
     if kind == "Cast":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -169,10 +168,10 @@ def _move(call: Call) -> Cost:
 
 
 def _transpose(call: Call) -> Cost:
-    """Where the last axis moves, memory is read in strides, which takes about as long as reading it three times."""
+    """Copies of short pieces, or element by element where the last axis moves: 1.5 and 2.5 times a plain copy."""
     order = list(call.attribute("perm", []))
     strided = not order or order[-1] != len(order) - 1
-    return call.cost(0.0, "shape", moved=(4 if strided else 2) * call.written)
+    return call.cost(0.0, "shape", moved=(5 if strided else 3) * call.written)
 
 
 def _norm(call: Call) -> Cost:
@@ -203,12 +202,8 @@ def _reduce(call: Call) -> Cost:
 
 
 def _pool(call: Call) -> Cost:
-    window = math.prod(call.attribute("kernel_shape", [1]))
-    return _floats_or_codes(call, float(window * count(call.output)), "other")
-
-
-def _global_pool(call: Call) -> Cost:
-    return _floats_or_codes(call, float(count(call.tensor(0))), "other")
+    """Takes as long as its input is large, whatever the window (as measured)."""
+    return _floats_or_codes(call, float(max(count(call.tensor(0)), count(call.output))), "other")
 
 
 def _search(call: Call) -> Cost:
@@ -252,7 +247,7 @@ _RULES: dict[str, Rule] = {
         for which in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
     },
     **dict.fromkeys(("MaxPool", "AveragePool", "LpPool", "QLinearAveragePool", "NhwcMaxPool"), _pool),
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "QLinearGlobalAveragePool", "LRN"), _global_pool),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "QLinearGlobalAveragePool", "LRN"), _pool),
     "TopK": _search,
     "DynamicQuantizeLinear": _dynamic_quantize,
 }

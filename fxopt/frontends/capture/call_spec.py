@@ -40,7 +40,9 @@ class CallSpec:
             elif isinstance(leaf, torch.Tensor):
                 tensors.append(leaf)
             else:
-                raise InvalidInput(f"argument {name!r} is a {type(leaf).__name__}; the model was captured with a tensor")
+                raise InvalidInput(
+                    f"argument {name!r} is a {type(leaf).__name__}; the model was captured with a tensor"
+                )
         return tensors
 
     def unflatten(self, values: Sequence[Any]) -> Any:

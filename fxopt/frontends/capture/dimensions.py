@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -49,18 +49,17 @@ class Dimensions:
         """A size as a number, the name of a dimension, or an expression of names."""
         if isinstance(size, int):
             return size
-        return self.named(size.node.expr)
+        return self.named(str(size.node.expr))
 
-    def named(self, expression: sympy.Expr) -> str:
-        """A symbolic size in the user's names."""
-        text = str(expression)
-        if text in self.text_to_name:
-            return self.text_to_name[text]
-        known = {symbol: sympy.Symbol(self.text_to_name.get(str(symbol), str(symbol))) for symbol in expression.free_symbols}
-        return str(expression.xreplace(known))
+    def named(self, text: str) -> str:
+        """A symbolic size, given as text, in the user's names."""
+        known = self.text_to_name
+        return known.get(text) or re.sub(r"\bs\d+\b", lambda match: known.get(match[0], match[0]), text)
 
 
-def read(dynamic_shapes: Any, arguments: Mapping[str, Any], signature: inspect.Signature, names: list[str]) -> Dimensions:
+def read(
+    dynamic_shapes: Any, arguments: Mapping[str, Any], signature: inspect.Signature, names: list[str]
+) -> Dimensions:
     """The dynamic axes of every tensor among `arguments` ({argument name: value}), in order.
 
     Raises:
@@ -127,10 +126,14 @@ def _axes(name: str, tensor: torch.Tensor, spec: Any, dims: dict[str, Any]) -> A
     found: Axes = {}
     for axis, dim in _entries(spec).items():
         if not isinstance(axis, int) or not -tensor.dim() <= axis < tensor.dim():
-            raise InvalidInput(f"dynamic_shapes of {name!r}: no axis {axis!r} in a tensor of shape {list(tensor.shape)}")
+            raise InvalidInput(
+                f"dynamic_shapes of {name!r}: no axis {axis!r} in a tensor of shape {list(tensor.shape)}"
+            )
         if isinstance(dim, str):
             if not dim.isidentifier():
-                raise InvalidInput(f"dynamic_shapes of {name!r}: {dim!r} is not a name for a dimension, such as 'batch'")
+                raise InvalidInput(
+                    f"dynamic_shapes of {name!r}: {dim!r} is not a name for a dimension, such as 'batch'"
+                )
             dim = dims.setdefault(dim, Dim(dim))
         if isinstance(dim, int) and dim != tensor.shape[axis]:
             raise InvalidInput(f"dynamic_shapes of {name!r}: axis {axis} is {tensor.shape[axis]}, not {dim}")
@@ -147,7 +150,9 @@ def _check_equal_sizes(names: list[str], tensors: list[torch.Tensor], axes: list
                 continue
             size, first = seen.setdefault(dim.__name__, (tensor.shape[axis], name))
             if size != tensor.shape[axis]:
-                raise InvalidInput(f"dimension {dim.__name__!r} is {size} in {first!r} and {tensor.shape[axis]} in {name!r}")
+                raise InvalidInput(
+                    f"dimension {dim.__name__!r} is {size} in {first!r} and {tensor.shape[axis]} in {name!r}"
+                )
 
 
 def enlarge(tensors: Sequence[torch.Tensor], dimensions: Dimensions) -> list[torch.Tensor]:

@@ -26,15 +26,19 @@ def adopt(exported: ExportedProgram, dynamic_shapes: Any = None) -> Program:
     if exported.call_spec.in_spec is None or exported.call_spec.out_spec is None:
         raise CaptureError("the ExportedProgram has no call specification; export it again with torch.export.export")
     exported = functional(exported, "the exported program")
+    result = exported.call_spec.out_spec
+    assert exported.call_spec.in_spec is not None and result is not None
     positional, keywords = exported.call_spec.in_spec.children()
     signature = _signature(exported, positional.num_children, list(keywords.context))
     children = dict(zip(signature.parameters, (*positional.children(), *keywords.children()), strict=True))
-    structure = pytree.tree_structure({name: pytree.tree_unflatten([0] * child.num_leaves, child) for name, child in children.items()})
+    structure = pytree.tree_structure(
+        {name: pytree.tree_unflatten([0] * child.num_leaves, child) for name, child in children.items()}
+    )
     inputs = [spec.arg for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     constants = {index: arg.value for index, arg in enumerate(inputs) if isinstance(arg, ConstantArgument)}
     outputs = [spec.arg for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     fixed = {index: arg.value for index, arg in enumerate(outputs) if isinstance(arg, ConstantArgument)}
-    call = CallSpec(signature, structure, constants, exported.call_spec.out_spec, fixed)
+    call = CallSpec(signature, structure, constants, result, fixed)
     names = [name for index, name in enumerate(leaf_names(structure, signature)) if index not in constants]
     nodes = user_inputs(exported)
     values = [node.meta["val"] for node in nodes]

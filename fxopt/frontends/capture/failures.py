@@ -20,15 +20,15 @@ _STANDARD = sysconfig.get_paths()["stdlib"]
 _ADVICE = (
     (
         r"data-dependent|DataDependent|\.item\(\)|_local_scalar_dense",
-        "the Python code decides something by a tensor's value; use torch.where or torch.cond there, or move it out of forward",
+        "Python code depends on the value of a tensor; use torch.where or torch.cond there, or move it out of forward",
     ),
     (
         r"specialized it to be a constant|= \d+\s*$",
-        "the model needs this dimension fixed; leave it out of dynamic_shapes, or compute sizes from x.shape in forward",
+        "the model fixes this dimension; leave it out of dynamic_shapes, or compute sizes from x.shape in forward",
     ),
     (
         r"Constraints violated",
-        "the dimension may not take every value; give its range, Dim(name, min=..., max=...), or leave it out of dynamic_shapes",
+        "the dimension may not take every value; give a range, Dim(name, min=..., max=...), or leave it out",
     ),
     (
         r"not a known type|register a pytree|unsupported (input|output) type|Unsupported input type",
@@ -41,12 +41,16 @@ _ADVICE = (
     ),
     (
         r"fake impl|no fake|NotImplementedError.*Meta|register_fake|not supported for tensor subclasses|\.numpy\(\)",
-        "only torch operators with a shape rule can be captured; stay in torch, or register one with torch.library.register_fake",
+        "only torch operators with a shape rule can be captured; stay in torch, or use torch.library.register_fake",
     ),
     (
         r"[Ss]hape|[Ss]ize|dimension|reduction dim",
-        "check the example inputs: does model(*example_inputs) run?",
+        "run the model on the example inputs first, and give inputs of the shapes that it takes",
     ),
+)
+
+_HINTS = re.compile(
+    r"For more|For C\+\+|For extended|If you suspect|consider using|Caused by|The error above|The following"
 )
 
 
@@ -55,7 +59,8 @@ def explain(error: BaseException, name: str) -> CaptureError:
     text = str(getattr(error, "msg", None) or error)
     where = user_line(error)
     place = f"\n  at {where}" if where else ""
-    return CaptureError(f"{name} could not be captured: {_reason(error, text)}{place}\n  To fix it: {_advice(error, text)}.")
+    advice = _advice(error, text)
+    return CaptureError(f"{name} could not be captured: {_reason(error, text)}{place}\n  To fix it: {advice}.")
 
 
 def _reason(error: BaseException, text: str) -> str:
@@ -63,10 +68,10 @@ def _reason(error: BaseException, text: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
     told = []
     for line in lines:
-        if re.match(r"(For more|For C\+\+|For extended|If you suspect|consider using|Caused by|The error above|The following)", line):
+        if _HINTS.match(line):
             break
         line = re.sub(r"For more information.*|If you're using.*|Alternatively.*|See https?://.*", "", line)
-        line = re.sub(r"\(unhinted: .*?\)\.?|\(Size-like symbols: .*?\)", "", line).strip()
+        line = re.sub(r"\s*\(unhinted: .*", "", line).strip()
         if line:
             told.append(line)
     shown = "\n    ".join(told[:8]) + ("\n    ..." if len(told) > 8 else "")
@@ -93,6 +98,13 @@ def user_line(error: BaseException) -> str:
     last = frames[-1]
     code = (last.line or linecache.getline(last.filename, last.lineno or 0)).strip()
     return f"{last.filename}:{last.lineno} in {last.name}: {code}"
+
+
+def source_line(stack_trace: object) -> str:
+    """`file:line` of the innermost frame in a node's stack trace that is the user's; "" when there is none."""
+    frames = re.findall(r'File "(.*?)", line (\d+)', stack_trace if isinstance(stack_trace, str) else "")
+    own = [f"{file}:{line}" for file, line in frames if Path(file).is_absolute() and not _foreign(file)]
+    return own[-1] if own else ""
 
 
 def _foreign(path: str) -> bool:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError, InvalidInput
 from fxopt.frontends.capture.call_spec import CallSpec, bound, leaf_names
 from fxopt.frontends.capture.dimensions import Dimensions, enlarge, read
-from fxopt.frontends.capture.failures import explain
+from fxopt.frontends.capture.failures import explain, source_line
 
 Examples = Sequence[Any] | Mapping[str, Any] | torch.Tensor | None
 _MUTATIONS = {
@@ -34,7 +34,7 @@ PREFIX = "model."  # of module paths in the exported program: the flat wrapper's
 
 @dataclass
 class Program:
-    """A captured module, free of in-place operators. Inputs and outputs of `exported` are the flat tensors that `call` speaks of."""
+    """A captured module: flat tensors in, flat tensors out, no in-place operators."""
 
     exported: ExportedProgram
     call: CallSpec
@@ -44,7 +44,7 @@ class Program:
     examples: tuple[torch.Tensor, ...]  # what it was traced with: named dynamic dimensions are at least 2
     run: Callable[[Sequence[torch.Tensor]], list[Any]]  # the module itself on flat inputs, in evaluation mode
     prefix: str = PREFIX
-    sizes: dict[str, int] = field(default_factory=dict)  # symbolic size as text -> size in the user's example
+    sizes: dict[str, int] = field(default_factory=dict)  # of named dimensions in the user's examples
 
 
 def export(
@@ -65,7 +65,13 @@ def export(
         return adopt(model, dynamic_shapes)
     if not isinstance(model, torch.nn.Module):
         raise InvalidInput(f"expected a torch.nn.Module or an ExportedProgram, got a {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    original: torch.nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    return _export_module(original, example_inputs, dynamic_shapes, kwargs)
+
+
+def _export_module(
+    model: torch.nn.Module, example_inputs: Examples, dynamic_shapes: Any, kwargs: Mapping[str, Any] | None
+) -> Program:
     args, named = arguments(example_inputs, kwargs)
     signature = inspect.signature(model.forward)
     try:
@@ -93,7 +99,7 @@ def export(
         dimensions,
         tuple(examples),
         run=flat.run,
-        sizes=_sizes(values, flat.tensors),
+        sizes=_sizes(values, flat.tensors, dimensions),
     )
 
 
@@ -109,10 +115,14 @@ def functional(exported: ExportedProgram, title: str, prefix: str = "") -> Expor
         raise explain(error, title) from error
     for spec in exported.graph_signature.output_specs:
         if spec.kind in _MUTATIONS:
+            what = f"{_MUTATIONS[spec.kind]} {str(spec.target).removeprefix(prefix)!r}"
+            node = next((node for node in exported.graph.nodes if node.name == spec.arg.name), None)
+            line = source_line(node.meta.get("stack_trace")) if node is not None else ""
             raise CaptureError(
-                f"{title}.forward changes {_MUTATIONS[spec.kind]} {str(spec.target).removeprefix(prefix)!r} in place; a graph "
-                "is a function of its inputs.\n  To fix it: return the new value as an output and take the old one as an "
-                "input, or do not update it in evaluation mode."
+                f"{title}.forward changes {what} in place; a graph is a function of its inputs."
+                + (f"\n  at {line}" if line else "")
+                + "\n  To fix it: return the new value as an output and take the old one as an input, or do not update "
+                "it in evaluation mode."
             )
     return exported
 
@@ -153,7 +163,7 @@ class _Result:
     """The structure of what forward returned, and its values that are not tensors."""
 
     structure: pytree.TreeSpec | None = None
-    constants: Mapping[int, Any] = {}  # noqa: RUF012
+    constants: Mapping[int, Any] = {}
 
 
 class _Flat(torch.nn.Module):
@@ -166,7 +176,7 @@ class _Flat(torch.nn.Module):
         self.signature = signature
         self.leaves, self.structure = pytree.tree_flatten((binding.args, binding.kwargs))
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
-        complete, self.arguments = pytree.tree_flatten(bound(signature, *pytree.tree_unflatten(self.leaves, self.structure)))
+        complete, self.arguments = pytree.tree_flatten(bound(signature, binding.args, binding.kwargs))
         self.constants = {i: leaf for i, leaf in enumerate(complete) if not isinstance(leaf, torch.Tensor)}
         self.names = leaf_names(self.arguments, signature)
         self.recorded = _Result()  # an object beside the module: torch.export undoes assignments to attributes
@@ -188,8 +198,7 @@ class _Flat(torch.nn.Module):
         return tuple(values)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
-        with evaluation(self.model), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), evaluation(self.model), torch.no_grad():
             return list(self(*tensors))
 
     def call(self) -> CallSpec:
@@ -226,12 +235,12 @@ def _narrowed(error: Exception, shapes: Any) -> Any:
         return None
 
 
-def _sizes(values: Sequence[Any], tensors: Sequence[torch.Tensor]) -> dict[str, int]:
+def _sizes(values: Sequence[Any], tensors: Sequence[torch.Tensor], dimensions: Dimensions) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for value, tensor in zip(values, tensors, strict=True):
         for symbolic, size in zip(value.shape, tensor.shape, strict=True):
             if isinstance(symbolic, torch.SymInt):
-                sizes.setdefault(str(symbolic.node.expr), int(size))
+                sizes.setdefault(str(dimensions.name_of(symbolic)), int(size))
     return sizes
 
 
@@ -258,7 +267,8 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        silence = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -16,7 +16,7 @@ from torch import fx
 
 from fxopt.ir.builder import Builder
 from fxopt.ir.graph import Graph
-from fxopt.ir.neutral import elementwise, passing, reductions, shapes
+from fxopt.ir.neutral import convolutions, elementwise, passing, reductions, shapes
 from fxopt.ir.neutral.readers import Arguments, Reader, key_of, normal_axes
 
 __all__ = ["AXES", "COMMUTATIVE", "COMPOSED", "names_of", "normal_axes", "operators", "parameters", "read"]
@@ -26,6 +26,7 @@ AXES = frozenset({"axis", "axes"})  # parameters that count axes of the first ar
 COMPOSED = {"onnx": {"rsqrt": ("reciprocal", "sqrt")}}  # what an origin spells with several operators, outermost first
 _READ_ONLY = {  # the builder does not make them
     "pad": ("x", "pads"),  # begins of all axes, then ends
+    "convolution": ("x", "weight", "bias", "groups", "transposed"),
     "batch_norm": ("x", "weight", "bias", "mean", "variance", "epsilon", "training"),
 }
 
@@ -34,7 +35,7 @@ _READ_ONLY = {  # the builder does not make them
 def _table() -> dict[Any, dict[str, Reader]]:
     """The readers of all files, by target and name."""
     merged: dict[Any, dict[str, Reader]] = {}
-    for module in (elementwise, passing, shapes, reductions):
+    for module in (convolutions, elementwise, passing, shapes, reductions):
         for target, readers in module.readers.table.items():
             merged.setdefault(target, {}).update(readers)
     return merged

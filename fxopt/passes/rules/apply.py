@@ -10,13 +10,13 @@ from torch import fx
 
 from fxopt.errors import Unsupported
 from fxopt.ir.builder import Builder
-from fxopt.ir.graph import Graph, has_effect, label
+from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Refusal, Verdict
 from fxopt.ir.matching import accepted
 from fxopt.ir.neutral import names_of
 from fxopt.ir.pattern import Match, Mismatch, Pattern, Rule, compiled
 from fxopt.passes.base import Context
-from fxopt.passes.rules.safety import pass_through
+from fxopt.passes.rules.safety import effectful, pass_through
 
 _MOST_AT_ONE_NODE = 64  # rewrites of one value in one sweep; rules that undo each other would never end
 
@@ -124,7 +124,7 @@ def drop_unused(graph: Graph, nodes: Iterable[fx.Node], keep: fx.Node | None = N
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node in erased or node is keep or node.users or node.op in ("placeholder", "output") or has_effect(node):
+        if node in erased or node is keep or node.users or node.op in ("placeholder", "output") or effectful(node):
             continue
         stack.extend(node.all_input_nodes)
         graph.erase(node)

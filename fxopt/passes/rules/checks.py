@@ -7,7 +7,7 @@ import operator
 from torch import fx
 
 from fxopt.ir.graph import label
-from fxopt.ir.pattern import Match, Refusal
+from fxopt.ir.pattern import Match, Mismatch, Refusal
 from fxopt.ir.shapes import same_type
 from fxopt.ir.views.common import is_onnx
 
@@ -18,8 +18,10 @@ _EXACT = (  # on shapes; no comparisons, whose answer under fake tensors is a gu
 _MOST_NODES = 256
 
 
-def changed_type(match: Match, x: fx.Node) -> Refusal | None:
+def changed_type(match: Match, x: object) -> Refusal | None:
     """The refusal of a match whose root has another shape or element type than x, or an unknown one."""
+    if not isinstance(x, fx.Node):
+        return Mismatch("{} is a number", x)
     before, after = match.known(x), match.known(match.root)
     if before is None or after is None:
         return Refusal("the type of {} is unknown", label(x if before is None else match.root))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,12 +23,16 @@ _KNOWN_DOMAINS = ("", "ai.onnx.ml")
 
 def is_pure(node: fx.Node) -> bool:
     """True when the node's value depends on its arguments alone, and nothing else happens."""
-    target = node.target
-    if node.op != "call_function" or has_effect(node):
+    if node.op != "call_function" or effectful(node):
         return False
+    if isinstance(node.target, OnnxOp) and node.target.op_type == "Dropout":
+        return len(node.args) < 3 or node.args[2] is None
+    return _is_deterministic(node.target)
+
+
+@cache
+def _is_deterministic(target: Any) -> bool:
     if isinstance(target, OnnxOp):
-        if target.op_type == "Dropout":
-            return len(node.args) < 3 or node.args[2] is None
         known = target.domain in _KNOWN_DOMAINS or target.has_reference
         return known and target.op_type not in _ONNX_RANDOM
     if isinstance(target, OpOverload):
@@ -36,11 +41,27 @@ def is_pure(node: fx.Node) -> bool:
     return not isinstance(target, torch._ops.HigherOrderOperator)
 
 
+_EFFECTS: dict[Any, bool] = {}
+
+
+def effectful(node: fx.Node) -> bool:
+    """`has_effect`, asked once per operator."""
+    if node.op != "call_function":
+        return False
+    found = _EFFECTS.get(node.target)
+    if found is None:
+        found = _EFFECTS[node.target] = has_effect(node)
+    return found
+
+
 def is_view(node: fx.Node) -> bool:
     """True for a torch operator whose value may share memory with its first argument."""
-    if not isinstance(node.target, OpOverload):
-        return False
-    arguments = node.target._schema.arguments
+    return isinstance(node.target, OpOverload) and _shows_argument(node.target)
+
+
+@cache
+def _shows_argument(target: OpOverload[..., Any]) -> bool:
+    arguments = target._schema.arguments
     return bool(arguments) and arguments[0].alias_info is not None
 
 
@@ -102,6 +123,8 @@ def pass_through(graph: Graph, old: fx.Node, kept: fx.Node, value: Callable[[obj
     return None
 
 
-def _strides(tensor: torch.Tensor) -> list[str]:
-    """The strides that matter."""
-    return [str(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if str(size) != "1"]
+def _strides(tensor: torch.Tensor) -> list[Any]:
+    """The strides that matter; symbolic ones as text, since comparing them would guard."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    shown = ((size, stride if type(stride) is int else str(stride)) for size, stride in pairs)
+    return [stride for size, stride in shown if type(size) is not int or size != 1]

@@ -89,7 +89,7 @@ def _explicit(
         scores = torch.tanh(scores / softcap) * softcap
     stages.append(scores)
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, -math.inf).to(q.dtype)
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
     if mask is not None:
         scores = scores + mask
     stages.append(scores)

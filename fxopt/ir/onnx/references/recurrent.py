@@ -178,6 +178,7 @@ def lstm(
     **options: Any,
 ) -> Any:
     """c' = forget * c + input * g(..), h' = output * h(c'); the gates see c through the peepholes."""
+    require(not options.get("clip"), "LSTM with clip has no torch reference: runtimes disagree on what it bounds")
     hidden = r.shape[-1]
 
     def make_step(direction: int, functions: list[Activation]) -> Step:

@@ -50,10 +50,10 @@ def _source(how: Interpolation, size: Any, out: Any, scale: Any, roi: tuple[floa
     if mode in ("align_corners", "tf_crop_and_resize"):
         low, high = roi if mode == "tf_crop_and_resize" else (0.0, 1.0)
         centre = (high - low) * (size - 1) / 2 if mode == "tf_crop_and_resize" else 0.0
-        inside = torch.full_like(at, centre) if width == 1 else at.mul((high - low) * (size - 1)).div(width - 1)
+        inside = torch.full_like(at, centre) if out == 1 else at.mul((high - low) * (size - 1)).div(width - 1)
         return inside.add(low * (size - 1))
-    if mode == "pytorch_half_pixel" and width == 1:
-        return torch.full_like(at, -0.5)
+    if mode == "pytorch_half_pixel" and out == 1:
+        return at
     half_pixel = (at + 0.5).div(scale) - 0.5
     if mode in ("half_pixel", "pytorch_half_pixel"):
         return half_pixel

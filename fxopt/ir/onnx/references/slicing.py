@@ -86,12 +86,19 @@ def _reversed_bound(bound: Any, size: Any) -> Any:
     return larger(size - 1 - bound, 0)
 
 
+def _reversed_start(start: Any, size: Any) -> Any:
+    """As `_reversed_bound`; a start before the first element means the first element."""
+    if isinstance(start, int) and start == -1:
+        return 0
+    return -larger(-_reversed_bound(start, size), 1 - size)
+
+
 def slice_axis(x: Tensor, start: Any, end: Any, axis: int, step: int) -> Tensor:
     """x[start:end:step] along one axis; bounds may be symbolic and beyond the ends."""
     if step < 0:
         size = x.shape[axis]
         x = x.flip(axis)
-        start, end, step = _reversed_bound(start, size), _reversed_bound(end, size), -step
+        start, end, step = _reversed_start(start, size), _reversed_bound(end, size), -step
     result: Tensor = torch.ops.aten.slice.Tensor(x, axis, start, end, step)
     return result
 
@@ -146,7 +153,8 @@ def host_slice(
         return NotImplemented
     index = [slice(None)] * x.ndim
     for start, end, axis, step in operands:
-        if step < 0 and end < -x.shape[axis]:
-            end = None
+        if step < 0:
+            start = max(start, -x.shape[axis])
+            end = None if end < -x.shape[axis] else end
         index[axis] = slice(start, end, step)
     return x[tuple(index)]
