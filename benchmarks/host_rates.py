@@ -1,12 +1,12 @@
 """Rates of this CPU in ONNX Runtime, one thread: measures operators, fits the cost model, states its held-out error.
 
-    python benchmarks/host_rates.py [--rounds 15] [--json benchmarks/results/host_rates.json]
+    python -m benchmarks.host_rates [--rounds 20] [--json benchmarks/results/host_rates.json]
 
 The probes of `fxopt.cost_model.probes` are measured interleaved, in bursts of which the first calls are dropped. The
 clock is the processor time of the one thread that computes, so that other load on the machine does not count (what it
-takes from caches and clock rates does); a probe's time is the median of its quietest burst, less the time of calling a
-model that does nothing. Copy the printed figures into the file of the machine's class in `fxopt/cost_model/targets/`; a test compares them with the JSON file.
-`--fit-only` fits the times in the JSON file again.
+takes from caches, memory and clock rates does). A probe's time is the median of its quietest burst, less the time of
+calling a model that does nothing. Copy the printed figures into the file of the machine's class in
+`fxopt/cost_model/targets/`; a test compares them with the JSON file. `--fit-only` fits the times in that file again.
 """
 
 from __future__ import annotations
@@ -44,17 +44,15 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int8)
 def main() -> None:
     """Measure, fit, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="bursts per probe")
+    parser.add_argument("--rounds", type=int, default=20, help="bursts per probe")
     parser.add_argument("--json", type=Path, default=DEFAULT, help="where to write; other classes in it are kept")
     parser.add_argument("--fit-only", action="store_true", help="take the times from the JSON file")
     options = parser.parse_args()
     name = host_class(platform.machine().lower(), instruction_sets())
     written = json.loads(options.json.read_text()) if options.json.exists() else {}
     found = list(probes())
-    if options.fit_only:
-        record = written[name]
-    else:
-        record = {"machine": machine(), "rows": timed(found, options.rounds)}
+    record: dict[str, Any]
+    record = written[name] if options.fit_only else {"machine": machine(), "rows": timed(found, options.rounds)}
     times = {row["name"]: row["seconds"] for row in record["rows"]}
     measured = [(probe, _measured(probe, times[probe.name])) for probe in found if probe.name in times]
     start = dataclasses.replace(get_target(name), cores=1)
@@ -70,10 +68,9 @@ def machine() -> dict[str, Any]:
     model = "unknown"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines()]
-        keys = [line.partition(":")[0].strip() for line in cpuinfo.read_text().splitlines()]
-        facts = dict(zip(reversed(keys), reversed(lines), strict=True))
-        model = f"{facts.get('model name', '')}, family {facts.get('cpu family')}, model {facts.get('model')}"
+        pairs = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        facts = {key.strip(): value.strip() for key, _, value in pairs}
+        model = f"{facts.get('model name')}, family {facts.get('cpu family')}, model {facts.get('model')}"
     return {
         "cpu": model,
         "cores": available_cores(),

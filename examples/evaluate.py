@@ -41,7 +41,7 @@ def digits_accuracy(model: Model) -> float:
     _, _, test_x, test_y = digits()
     batches = torch.split(torch.from_numpy(test_x), DIGITS_BATCH)
     predicted = torch.cat([_logits(model, batch).argmax(dim=-1) for batch in batches])
-    return 100.0 * (predicted == torch.from_numpy(test_y)).float().mean().item()
+    return 100.0 * (predicted == torch.from_numpy(test_y)).double().mean().item()
 
 
 def byte_lm_bits(model: Model) -> float:

@@ -26,13 +26,14 @@ from fxopt.ir.graph import Graph, ValueSpec
 from tests.conftest import digest, mlp
 
 Cli = Callable[..., Any]
+PROGRESS = re.compile(r"warning: |[a-z ]+( \d+/\d+)?$")  # what a slow machine prints before the message
 QUICK = ("--guard-seconds", "0.2")
 
 
 def assert_refused(ran: Any, message: str) -> None:
     assert ran.code == 2, ran.out + ran.err
     assert "Traceback" not in ran.err and "internal error" not in ran.err
-    lines = [line for line in ran.err.splitlines() if line and not line.startswith("warning: ")]
+    lines = [line for line in ran.err.splitlines() if line and not PROGRESS.match(line)]
     assert lines[0].startswith("error: ") and len(lines) <= 2, ran.err
     assert len(lines) == 1 or lines[1].startswith("Try 'fxopt"), ran.err
     assert re.search(message, lines[0]), ran.err
@@ -146,7 +147,13 @@ def test_a_missing_model_suggests_its_neighbours(cli: Cli, model_file: Path) -> 
         (("--exclude", "["), r"exclude='\[' is not a regular expression"),
         (("--evaluate", "metric"), "'metric': expected file.py:function"),
         (("--evaluate", "absent.py:metric"), r"absent\.py: no such file"),
-        (("--dry-run", "-o", "x.onnx"), "--dry-run writes no model"),
+        (("--evaluate", "{metrics}:broken", "--calibration", "random", "--force"), "broken failed: ZeroDivisionError"),
+        (("--evaluate", "{metrics}:nothing", "--calibration", "random", "--force"), "nothing gave NaN"),
+        (("--evaluate", "{metrics}:brokn"), "defines no 'brokn'; did you mean 'broken'"),
+        (("--dry-run", "-o", "x.onnx"), "--dry-run .* writes nothing; leave --output out"),
+        (("--dry-run", "--report", "x.html"), "--dry-run .* writes nothing; leave --report out"),
+        (("-o", "x.txt"), "--output x.txt: expected a name that ends in .onnx"),
+        (("--dump", "{metrics}"), "--dump .* is a file; expected a folder"),
         (("second.onnx",), "(?i)unexpected extra argument.*second"),
     ],
 )
@@ -154,7 +161,12 @@ def test_options(
     cli: Cli, model_file: Path, work: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(work)
-    assert_refused(cli("optimize", model_file, *arguments), message)
+    metrics = model_file.with_name("metrics.py")
+    metrics.write_text("def broken(model): 1 / 0\ndef nothing(model): return float('nan')\n")
+    onnx.save(mlp(features=256, hidden=2048), model_file)
+    assert_refused(
+        cli("optimize", model_file, *(text.replace("{metrics}", str(metrics)) for text in arguments)), message
+    )
     assert not everything(work)
 
 
@@ -232,7 +244,7 @@ def test_outputs(cli: Cli, model_file: Path, work: Path, option: str) -> None:
     assert_refused(
         cli("optimize", model_file, option, work / "folder"), f"{option} .*folder is a folder; give the name"
     )
-    assert_refused(cli("optimize", model_file, option, work / "no" / "x.out"), "the folder .*no does not exist")
+    assert_refused(cli("optimize", model_file, option, work / "no" / "x.onnx"), "the folder .*no does not exist")
     assert not everything(work)
 
 

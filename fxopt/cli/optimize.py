@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +12,7 @@ import typer
 from fxopt.cli import options
 from fxopt.cli.output import Output, check_destination, write_text
 from fxopt.cli.progress import ProgressReporter
-from fxopt.errors import InvalidModel, InvalidOption
+from fxopt.errors import FxoptError, InvalidModel, InvalidOption
 
 if TYPE_CHECKING:
     from fxopt.ir.ledger import Ledger
@@ -60,14 +62,14 @@ def optimize(
     """Make a model faster on a target within an accuracy budget, and say what was done, what was not, and why."""
     out = Output(json)
     require_model(model)
-    _check_files(model, output, report)
-    if dry_run and output is not None:
-        raise InvalidOption("--dry-run writes no model; leave --output out")
+    _check_files(model, output, report, dump)
+    if dry_run:
+        _check_dry_run({"--output": output, "--report": report, "--dump": dump, "--require-speedup": require_speedup})
     planning: dict[str, Any] = {
         "calibration": calibration,
         "budget": options.budget_from(budget),
         "objective": objective,
-        "evaluate": _function(evaluate),
+        "evaluate": _metric(evaluate),
         "passes": options.passes_from(passes),
         "backend": backend,
         "include": include,
@@ -114,21 +116,48 @@ def require_model(path: Path) -> None:
         raise InvalidModel(f"{path}: no such file; expected an ONNX model{hint}")
 
 
-def _check_files(model: Path, output: Path | None, report: Path | None) -> None:
-    if output is not None:
+def _check_files(model: Path, output: Path | None, report: Path | None, dump: Path | None) -> None:
+    """What would fail after minutes of work fails now."""
+    if output is not None and output.suffix not in ("", ".onnx"):
+        raise InvalidOption(
+            f"--output {output}: expected a name that ends in .onnx, or one without a suffix for a folder"
+        )
+    if output is not None and not (output / "manifest.json").is_file():  # an earlier result's folder is replaced
         check_destination(output, "--output", model)
+    if dump is not None and dump.exists() and not dump.is_dir():
+        raise InvalidOption(f"--dump {dump} is a file; expected a folder")
     if report is not None:
         check_destination(report, "--report", model)
     if output is not None and report is not None and output.absolute() == report.absolute():
         raise InvalidOption(f"--output and --report are both {output}")
 
 
-def _function(text: str | None) -> Any:
+def _check_dry_run(given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise InvalidOption(f"--dry-run rewrites, measures and writes nothing; leave {option} out")
+
+
+def _metric(text: str | None) -> Callable[[Any], float] | None:
+    """The function of --evaluate, whose failures are the user's to mend."""
     if text is None:
         return None
     from fxopt.catalog import function_from_text
 
-    return function_from_text(text)
+    function = function_from_text(text)
+
+    def metric(model: Any) -> float:
+        try:
+            value = float(function(model))
+        except FxoptError:
+            raise
+        except Exception as error:
+            raise InvalidOption(f"--evaluate {text} failed: {type(error).__name__}: {error}") from error
+        if math.isnan(value):
+            raise InvalidOption(f"--evaluate {text} gave NaN; expected a number, higher is better")
+        return value
+
+    return metric
 
 
 def _known_passes(names: list[str], given: list[Any] | None) -> list[str]:

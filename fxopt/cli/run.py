@@ -50,6 +50,8 @@ def _run(given: list[str], debug: bool) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
         return 1
+    except OSError as error:
+        return _fail(f"error: {error.filename or 'a file'}: {error.strerror or error}", 2, debug)
     except MemoryError:
         return _fail("error: out of memory", 2, debug)
     except Exception as error:

@@ -8,9 +8,10 @@ A GPU loads from main memory while it computes, so there the second term is insi
 For a CPU, `peak` and both bandwidths are what one core reaches. n cores do the work of 1 + (n - 1) * parallel cores,
 where it pays: starting them costs one launch time. Main memory is saturated by four cores (an assumption).
 
-`Target.efficiency` holds the reached share of the peak per kind of operator, "linear", "conv", ... Kinds are
-refined by a dot: the factor of "conv.depthwise.int8" is looked up first, then "conv.depthwise", "conv.int8", "conv". "memory" is the reached share of the
-bandwidths (1 where they were measured), "parallel" that of an additional core.
+`Target.efficiency` holds the reached share of the peak per kind of operator: "linear", "conv", ... Kinds are refined by
+a dot: for depthwise 8-bit convolutions the factor "conv.narrow.int8" is looked up first, then "conv.narrow",
+"conv.int8", "conv". Products run at the peak of their element type, all other kinds at that of float32. "memory" is the
+reached share of the bandwidths (1 where they were measured), "parallel" that of an additional core.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Builder:
 
     def const(self, value: torch.Tensor, hint: str) -> fx.Node:
         """A constant."""
-        node = self.graph.add_constant(value, hint, (*provenance(self.like), *self.makers))
+        node = constant_before(self.graph, self.before, value, hint, (*provenance(self.like), *self.makers))
         self.made.append(node)
         self._dtypes[node] = value.dtype
         return node
@@ -349,6 +349,22 @@ class Builder:
         if self.opset < since:
             return self.onnx(op_type, x, axes=list(axes), **attributes)
         return self.onnx(op_type, x, self.ints(axes, "axes"), **attributes)
+
+
+def constant_before(
+    graph: Graph, before: fx.Node, value: torch.Tensor, hint: str, made_by: tuple[str, ...]
+) -> fx.Node:
+    """A constant next to the node that needs it: `Graph.add_constant` looks for the first operator every time."""
+    stem = "".join(char if char.isalnum() else "_" for char in hint).strip("_") or "constant"
+    target = f"k_{stem}"
+    while hasattr(graph.root, target):
+        graph._constant_count += 1
+        target = f"k_{stem}_{graph._constant_count}"
+    graph.root.register_buffer(target, value.detach())
+    with graph.fx.inserting_before(before):
+        node: fx.Node = graph.fx.create_node("get_attr", target, name=target)
+    node.meta["provenance"] = made_by
+    return node
 
 
 @cache

@@ -7,6 +7,7 @@ changed in place, so copies of a graph share them.
 `node.meta` keys that fxopt owns:
 
 - `val`: what the node gives under fake tensors (FakeTensor, host array, tuple), or absent when unknown;
+- `probe`: the same at other sizes of the named dimensions; `failure`: why fake tensors do not go through it;
 - `onnx`: the record of the ONNX node, constant or input it came from (`fxopt.ir.onnx.records`);
 - `stands_for`: the name of the node that it replaced, by which calibration statistics are found;
 - `provenance`: a tuple of strings, oldest first: where the node came from and which passes made it.

@@ -24,6 +24,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -170,7 +171,7 @@ class Rule:
     @property
     def name(self) -> str:
         """The class name in kebab case."""
-        return "".join(f"-{char.lower()}" if char.isupper() else char for char in type(self).__name__).lstrip("-")
+        return _kebab(type(self).__name__)
 
     def pattern(self, op: OpNames, /, *args: Any, **kwargs: Any) -> P | tuple[P, ...]:
         """What to look for; a tuple lists alternatives."""
@@ -183,6 +184,11 @@ class Rule:
     def replace(self, b: Builder, /, *args: Any, **kwargs: Any) -> fx.Node:
         """The node whose value the root's users get: one that `b` makes, or one that exists."""
         raise NotImplementedError(f"{type(self).__name__} must define replace(b, ...)")
+
+
+@cache
+def _kebab(name: str) -> str:
+    return "".join(f"-{char.lower()}" if char.isupper() else char for char in name).lstrip("-")
 
 
 @dataclass(frozen=True)

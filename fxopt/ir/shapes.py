@@ -19,13 +19,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from fxopt.errors import MissingReference
 from fxopt.ir.graph import Dim, Graph, ValueSpec
 from fxopt.ir.interpreter import constant_value, evaluate
 
 UNKNOWN = object()
+_DEPENDS_ON_DATA = (  # or fake tensors cannot run it
+    MissingReference,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
 Runs = list[tuple[str, FakeTensorMode, dict[str, int]]]  # meta key, mode, sizes of named dimensions
 
 
@@ -126,8 +142,10 @@ def _mode_of(graph: Graph, key: str) -> FakeTensorMode | None:
 
 
 def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[str, int]]) -> Any:
-    """The fake value of one node from those of its arguments, or UNKNOWN."""
+    """The fake value of one node from those of its arguments, or UNKNOWN; `node.meta["failure"]` says what went wrong."""
     key, mode, _ = run
+    if key == "val":
+        node.meta.pop("failure", None)
     if node.op == "get_attr":
         value = constant_value(graph, node)
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
@@ -154,8 +172,12 @@ def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[
             if signature is not None:
                 cache[signature] = value
             return value
-    except Exception as error:  # data-dependent, no reference, or a shape the operator does not take under fake tensors
-        node.meta["unknown"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except _DEPENDS_ON_DATA:
+        return _declared(graph, node, run)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        sizes = ", ".join(f"{name}={size}" for name, size in run[2].items())
+        node.meta.setdefault("failure", f"does not take its inputs{f' at {sizes}' if sizes else ''}: {reason}")
         return _declared(graph, node, run)
 
 

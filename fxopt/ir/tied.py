@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
-from fxopt.ir.graph import Graph, label, tensor_value
+from fxopt.ir.graph import Graph, label
 from fxopt.ir.onnx.op import OnnxOp
 
 Axis = tuple[fx.Node, int]
@@ -59,13 +58,19 @@ class _Ties:
         self.touched: set[fx.Node] = set()  # by the handler that runs
 
     def shape(self, node: Any) -> tuple[Any, ...] | None:
-        value = self.graph.constant(node)
-        value = tensor_value(node) if value is None else value
-        return None if value is None else tuple(value.shape)
+        """Fixed sizes as numbers, dynamic ones as symbols or pairs of sizes; None for what is no tensor of known shape."""
+        constant = self.graph.constant(node)
+        if constant is not None or not isinstance(node, fx.Node):
+            return None if constant is None else tuple(constant.shape)
+        shape = getattr(node.meta.get("val"), "shape", None)
+        probe = getattr(node.meta.get("probe"), "shape", shape)
+        if shape is None or probe is None or len(shape) != len(probe):
+            return None
+        return tuple(a if str(a) == str(b) else (a, b) for a, b in zip(shape, probe, strict=True))
 
     def known(self, node: fx.Node) -> bool:
         """Whether the value is a tensor of known shape, or a size."""
-        sizes = (int, float, torch.SymInt, torch.SymFloat, np.ndarray)
+        sizes = (int, float, torch.SymInt, torch.SymFloat)
         return self.shape(node) is not None or isinstance(node.meta.get("val"), sizes)
 
     def axes(self, node: Any) -> list[Axis]:
@@ -268,6 +273,8 @@ def _reshape(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
     """Axes at the same place in memory order with the same size are one; others are split or merged."""
     x: Any = node.args[0]
     before, after = ([(i, size) for i, size in enumerate(ties.shape(value) or ()) if size != 1] for value in (x, out))
+    while before and after and str(before[-1][1]) == str(after[-1][1]):
+        ties.join(x, before.pop()[0], out, after.pop()[0])
     while before and after:
         if str(before[0][1]) == str(after[0][1]):
             ties.join(x, before.pop(0)[0], out, after.pop(0)[0])

@@ -17,7 +17,7 @@ from torch import fx
 from fxopt.errors import VerificationError
 from fxopt.ir.graph import Graph, ValueSpec, label
 from fxopt.ir.interpreter import Evaluator
-from fxopt.ir.shapes import same_type, update
+from fxopt.ir.shapes import UNKNOWN, same_type, update
 
 Snapshot = dict[fx.Node, tuple[Any, Any, Any]]
 _SLACK = 16  # units in the last place of the largest element that an exact rewrite may add
@@ -39,12 +39,17 @@ def changed_nodes(graph: Graph, before: Snapshot) -> list[fx.Node]:
     return changed
 
 
-def verify_structure(graph: Graph, changed: Iterable[fx.Node] | None = None) -> None:
+def verify_structure(
+    graph: Graph, changed: Iterable[fx.Node] | None = None, before: Iterable[fx.Node] | None = None
+) -> None:
     """Check the graph, and derive the types of `changed` nodes and of what follows from them anew.
+
+    Args:
+        before: the nodes as they were, erased ones too: no more of them may fail on fake tensors than did then.
 
     Raises:
         VerificationError: a node uses a value that is not computed before it, a constant is missing, an operator is
-            not callable, the signature changed, or an output has another type than before.
+            not callable or does not take its inputs, the signature changed, or an output has another type than before.
     """
     seen: set[fx.Node] = set()
     outputs = 0
@@ -64,9 +69,33 @@ def verify_structure(graph: Graph, changed: Iterable[fx.Node] | None = None) -> 
     if changed is None:
         return
     results = set(graph.result_nodes)
-    for node, before, now in update(graph, changed):
-        if node in results and not same_type(before, now):
-            raise VerificationError(f"output {label(node)!r} was {_shown(before)} and became {_shown(now)}")
+    failed = None if before is None else {node for node in before if "failure" in node.meta}
+    for node, old, new in update(graph, changed):
+        if node in results and new is not UNKNOWN and not same_type(old, new):
+            raise VerificationError(f"output {label(node)!r} was {_shown(old)} and became {_shown(new)}")
+    _check_dimensions(graph)
+    if failed is not None:
+        _check_failures(graph, failed)
+
+
+def _check_dimensions(graph: Graph) -> None:
+    """Symbolic sizes stay symbolic: torch fixes one silently when an operator needs it fixed."""
+    for node, spec in zip(graph.placeholders, graph.inputs, strict=True):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or spec.shape is None:
+            continue
+        for name, size in zip(spec.shape, value.shape, strict=True):
+            if isinstance(name, str) and isinstance(size, torch.SymInt) and size.node.expr.is_number:
+                raise VerificationError(f"dimension {name!r} of input {spec.name!r} was dynamic and became {size}")
+
+
+def _check_failures(graph: Graph, before: set[fx.Node]) -> None:
+    """A rewrite may move an operator that fails, but not add one."""
+    now = [node for node in graph.fx.nodes if "failure" in node.meta]
+    if len(now) <= len(before):
+        return
+    node = next(node for node in now if node not in before)
+    raise VerificationError(f"node {label(node)!r} {node.meta['failure']}")
 
 
 def output_types(graph: Graph) -> list[Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from fxopt.ir.builder import constant_before
 from fxopt.ir.graph import Graph, label, provenance
 from fxopt.ir.interpreter import constant_value, evaluate
 from fxopt.ir.ledger import Refusal, Verdict
@@ -166,13 +167,7 @@ class _Run:
 
     def constant(self, node: fx.Node, value: torch.Tensor) -> fx.Node:
         """The value as a constant, under the name that the operator's value has in the file."""
-        target = f"k_{node.name}"
-        while hasattr(self.graph.root, target):
-            target += "_"
-        self.graph.root.register_buffer(target, value.detach())
-        with self.graph.fx.inserting_before(node):  # `Graph.add_constant` would look for the first operator each time
-            made = self.graph.fx.create_node("get_attr", target, name=target)
-        made.meta["provenance"] = (*provenance(node), "fold-constants")
+        made = constant_before(self.graph, node, value, node.name, (*provenance(node), "fold-constants"))
         source, index = node.args if node.target is operator.getitem else (node, 0)
         record = source.meta.get("onnx") if isinstance(source, fx.Node) else None
         if isinstance(record, NodeRecord) and isinstance(index, int) and record.outputs[index]:

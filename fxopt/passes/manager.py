@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import fx
 
-from fxopt.errors import FxoptError, PassError, VerificationError
+from fxopt.errors import PassError, VerificationError
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Verdict
 from fxopt.ir.verify import (
@@ -42,13 +42,14 @@ class PassManager:
         passes: in order; each pass's `after` is checked.
         dump: a folder that receives numbered, runnable text forms, `00-input.py`, `01-fold-constants.py`, ...
         rounds: the list is repeated at most this often.
+        dumped: how many text forms the folder holds already, of a manager before this one.
     """
 
     passes: Sequence[ExactPass]
     dump: Path | None = None
     rounds: int = 4
+    dumped: int = 0
     runs: list[PassRun] = field(default_factory=list)
-    _dumped: int = 0
 
     def __post_init__(self) -> None:
         names = [step.name for step in self.passes]
@@ -66,7 +67,8 @@ class PassManager:
                 the message names the pass and the first node that differs.
         """
         start = graph.copy() if check is not None else None
-        self._dump(graph, "input")
+        if not self.dumped:
+            self._dump(graph, "input")
         done: list[ExactPass] = []
         total = 0
         for _ in range(self.rounds):
@@ -89,15 +91,17 @@ class PassManager:
         begin = time.perf_counter()
         try:
             changes = step.run(graph, ctx)
-        except FxoptError:
-            raise
         except Exception as error:
             raise PassError(f"pass {step.name} failed after {done}: {type(error).__name__}: {error}") from error
+        if type(changes) is not int or changes < 0:
+            raise PassError(f"pass {step.name} returned {changes!r}; expected the number of changes")
         middle = time.perf_counter()
         changed = changed_nodes(graph, before)
-        if changes or changed or len(before) != len(graph.fx.nodes):
+        if changed or len(before) != len(graph.fx.nodes):
+            changes = max(changes, 1)  # whatever the pass says
+        if changes:
             try:
-                verify_structure(graph, changed)
+                verify_structure(graph, changed, before)
                 check_output_types(graph, types)
             except VerificationError as error:
                 raise VerificationError(f"pass {step.name} (after {done}) broke the graph: {error}") from error
@@ -131,8 +135,8 @@ class PassManager:
             return
         from fxopt.ir.text import save_text
 
-        save_text(graph, self.dump / f"{self._dumped:02d}-{name}")
-        self._dumped += 1
+        save_text(graph, self.dump, f"{self.dumped:02d}-{name}", title=name, share=True)
+        self.dumped += 1
 
 
 def first_bad_pass(start: Graph, steps: Sequence[ExactPass], ctx: Context, good: Callable[[Graph], bool]) -> str:
@@ -144,7 +148,7 @@ def first_bad_pass(start: Graph, steps: Sequence[ExactPass], ctx: Context, good:
         for step in steps[:count]:
             before = snapshot(graph)
             step.run(graph, quiet)
-            verify_structure(graph, changed_nodes(graph, before))
+            verify_structure(graph, changed_nodes(graph, before), before)
         return good(graph)
 
     low, high = 0, len(steps)  # good after `low` passes, bad after `high`

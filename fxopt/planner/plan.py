@@ -5,6 +5,7 @@ Predicted errors add (noise to signal of independent rewrites); the measured tot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,14 +60,16 @@ def plan(
     """
     refused: list[tuple[Candidate, Refusal]] = []
     worth: list[tuple[float, Candidate]] = []
-    for candidate in candidates:
+    for candidate in dict.fromkeys(candidates):
         if candidate.refusal is not None:
             refused.append((candidate, candidate.refusal))
             continue
         price = prices[candidate]
         gain = price.gain if objective == "latency" else float(price.saved_bytes)
-        if gain <= 0:
+        if not gain > 0:
             refused.append((candidate, _does_not_pay(price, objective)))
+        elif math.isnan(price.error):
+            refused.append((candidate, Refusal("its error cannot be estimated")))
         else:
             worth.append((gain / max(price.error, _MINIMUM_ERROR), candidate))
     worth.sort(key=lambda item: -item[0])
@@ -84,7 +87,7 @@ def plan(
         else:
             taken[candidate.node] = candidate
             total += error
-    chosen = tuple(candidate for candidate in candidates if taken.get(candidate.node) == candidate)
+    chosen = tuple(candidate for candidate in dict.fromkeys(candidates) if taken.get(candidate.node) == candidate)
     return Plan(chosen, tuple(refused), total, sum(prices[candidate].gain for candidate in chosen))
 
 

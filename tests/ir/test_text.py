@@ -477,7 +477,8 @@ def test_save_every_kind_of_constant(tmp_path: Path) -> None:
     shared = torch.randn(8, 8)
     values: dict[str, Any] = {
         "strided": torch.randn(4, 6).t(), "shared": shared, "same": shared, "view": shared[2:4],
-        "empty": torch.zeros(0, 3), "scalar": torch.tensor(3.5), "expanded": torch.randn(1, 3).expand(4, 3), "host": np.array([1, 2]),
+        "empty": torch.zeros(0, 3), "scalar": torch.tensor(3.5), "expanded": torch.randn(1, 3).expand(4, 3),
+        "host": np.array([1, 2]),
         "conjugate": torch.randn(3, dtype=torch.complex64).conj(), "double": torch.randn(2, dtype=torch.complex128),
         "parameter": torch.nn.Parameter(torch.randn(2)), "opaque": Opaque(onnx.TensorProto(name="t", data_type=8)),
         **{str(dtype).removeprefix("torch."): torch.ones(3).to(dtype) for dtype in (

@@ -162,6 +162,27 @@ CASES: dict[str, tuple[str, list[Array | None], list[bool], dict[str, Any]]] = {
         [True],
         {"num_heads": 2},
     ),
+    **{
+        f"GroupQueryAttention, {name}": (
+            "GroupQueryAttention",
+            [
+                *(normal(2, count, 4 * 16), normal(2, count, 2 * 16), normal(2, count, 2 * 16)),
+                *((normal(2, 2, past, 16), normal(2, 2, past, 16)) if past else (None, None)),
+                *(np.array(lengths, np.int32) - 1, np.array(total, np.int32)),
+                *((normal(9, 8), normal(9, 8)) if "do_rotary" in attributes else ()),
+            ],
+            [True, True, True],
+            {"num_heads": 4, "kv_num_heads": 2, **attributes},
+        )
+        for name, count, past, lengths, total, attributes in [
+            ("prompt", 5, 0, [5, 5], 5, {}),
+            ("prompt with rotary embedding", 5, 0, [5, 5], 5, {"do_rotary": 1}),
+            ("next token", 1, 4, [5, 5], 5, {"do_rotary": 1}),
+            ("next token after uneven pasts", 1, 4, [3, 5], 5, {"do_rotary": 1, "rotary_interleaved": 1}),
+            ("window", 6, 0, [6, 6], 6, {"local_window_size": 2}),
+            ("softcap and scale", 1, 4, [5, 5], 5, {"softcap": 1.5, "scale": 0.3}),
+        ]
+    },
     "RotaryEmbedding": (
         "RotaryEmbedding",
         [normal(2, T, H), integers(np.int64, 2, T, high=9), normal(9, 2), normal(9, 2)],

@@ -19,6 +19,7 @@ class Build:
         self.nodes: list[Any] = []
         self.inputs: list[Any] = []
         self.constants: dict[str, Any] = {}
+        self.shared: dict[str, tuple[str, str, str]] = {}  # what a value was quantised to
 
     def input(self, *shape: int, dtype: int = FLOAT) -> str:
         name = f"x{len(self.inputs)}"
@@ -36,9 +37,9 @@ class Build:
     def codes(self, *shape: int, dtype: Any = np.int8) -> str:
         return self.const(self.random.integers(-60, 60, shape).astype(np.int8).view(dtype))
 
-    def op(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         names = [f"v{len(self.nodes)}_{index}" for index in range(outputs)]
-        self.nodes.append(helper.make_node(kind, inputs, names, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
         return names[0] if outputs == 1 else names
 
     def model(self, *outputs: str) -> ModelProto:
@@ -55,19 +56,20 @@ class Build:
         return str(self.op("Add", self.op("MatMul", x, self.weight(inner, out, scale=inner**-0.5)), self.weight(out)))
 
     def linear_int8(self, x: str, inner: int, out: int) -> str:
-        codes, scale, zero = self.op("DynamicQuantizeLinear", x, outputs=3)
-        return self.integer_product(codes, scale, zero, inner, out)
-
-    def integer_product(self, codes: str, scale: str, zero: str, inner: int, out: int) -> str:
+        """Linears of one value share its quantisation."""
+        if x not in self.shared:
+            codes, scale, zero = self.op("DynamicQuantizeLinear", x, outputs=3)
+            self.shared[x] = codes, scale, zero
+        codes, scale, zero = self.shared[x]
         total = self.op("MatMulInteger", codes, self.codes(inner, out), zero)
         unit = self.op("Mul", scale, self.const(self.random.random(out).astype(np.float32) / inner))
         return str(self.op("Add", self.op("Mul", self.op("Cast", total, to=FLOAT), unit), self.weight(out)))
 
-    def conv(self, x: str, shape: tuple[int, ...], stride: int = 1, group: int = 1, relu: bool = True) -> str:
+    def conv(self, x: str, shape: tuple[int, ...], stride: int = 1, group: int = 1) -> str:
         weight = self.weight(*shape, scale=float(np.prod(shape[1:])) ** -0.5)
         pads = [shape[-1] // 2] * 4
         y = self.op("Conv", x, weight, self.weight(shape[0]), pads=pads, strides=[stride] * 2, group=group)
-        return str(self.op("Relu", y) if relu else y)
+        return str(self.op("Relu", y))
 
     def conv_int8(self, x: str, shape: tuple[int, ...], stride: int = 1, group: int = 1) -> str:
         """From codes to codes, in the form that becomes QLinearConv."""
@@ -75,10 +77,12 @@ class Build:
         scales, zero = np.full(out, 0.002, np.float32), self.const(np.zeros(out, np.int8))
         weight = self.op("DequantizeLinear", self.codes(*shape), self.const(scales), zero, axis=0)
         integers = self.const(self.random.integers(-99, 99, out).astype(np.int32))
-        bias = self.op("DequantizeLinear", integers, self.const(scales * 0.03), self.const(np.zeros(out, np.int32)), axis=0)
+        no_offset = self.const(np.zeros(out, np.int32))
+        bias = self.op("DequantizeLinear", integers, self.const(scales * 0.03), no_offset, axis=0)
         pads = [shape[-1] // 2] * 4
         levels = self.dequantized(x)
-        return self.quantized(self.op("Relu", self.op("Conv", levels, weight, bias, pads=pads, strides=[stride] * 2, group=group)))
+        y = self.op("Conv", levels, weight, bias, pads=pads, strides=[stride] * 2, group=group)
+        return self.quantized(self.op("Relu", y))
 
     def quantized(self, x: str, zero: int = 0) -> str:
         return str(self.op("QuantizeLinear", x, self.const(np.float32(0.03)), self.const(np.uint8(zero))))

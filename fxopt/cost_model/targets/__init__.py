@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 
 from fxopt.errors import unknown
 from fxopt.ir.target import Target
@@ -27,6 +28,6 @@ def get_target(name: str) -> Target:
     kebab = name.replace("_", "-")
     if kebab not in target_names():
         raise unknown("target", name, target_names())
+    found: Target | Callable[[], Target]
     found = importlib.import_module(f"{__name__}.{kebab.replace('-', '_')}").TARGET
-    target: Target = found() if callable(found) else found
-    return target
+    return found if isinstance(found, Target) else found()

@@ -8,8 +8,8 @@ TARGET = Target(
     arch="aarch64",
     backend="onnxruntime",
     source=(
-        "peak: two 128-bit FMLA and two 128-bit UDOT per cycle (Arm Neoverse N1 Software Optimization Guide) at 2.5 GHz; "
-        "bandwidths, launch time and efficiency factors are assumptions"
+        "peak: two 128-bit FMLA and two 128-bit UDOT per cycle (Arm Neoverse N1 Software Optimization Guide) at 2.5 "
+        "GHz; bandwidths, launch time and efficiency factors are assumptions"
     ),
     error="never measured",
     interval=0.6,

@@ -21,7 +21,13 @@ _MOVES = (
     *("full", "zeros", "ones", "arange", "new_zeros", "new_full", "fill", "pixel_shuffle", "masked_fill"),
 )
 _NORMS = ("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm", "instance_norm")
-_REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "argmax", "argmin", "any", "all", "cumsum")
+_REDUCTIONS = (
+    *("mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "argmax", "argmin", "any", "all", "cumsum"),
+)
+_POOLS = (
+    *("max_pool1d", "max_pool2d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"),
+)
 _ATTENTION = (
     "scaled_dot_product_attention",
     *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
@@ -76,7 +82,9 @@ def _pointwise(call: Call) -> Cost:
 
 
 def _fuses_forward(node: fx.Node) -> bool:
-    return node.op == "call_function" and (_is_pointwise(node) or _name(node.target) in (*_NORMS, "_softmax", "softmax"))
+    if node.op != "call_function":
+        return False
+    return _is_pointwise(node) or _name(node.target) in (*_NORMS, "_softmax", "softmax")
 
 
 def _matmul(call: Call, a: int = 0, b: int = 1) -> Cost:
@@ -163,6 +171,5 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"), _affine),
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(_MOVES, _move),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d"), _pool),
-    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"), _pool),
+    **dict.fromkeys(_POOLS, _pool),
 }

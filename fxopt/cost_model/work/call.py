@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,8 @@ class Call:
     @property
     def dtype(self) -> str:
         """The element type of the first tensor operand, else of the result, else float32."""
-        found = next((tensor_of(used) for used in self.node.all_input_nodes if tensor_of(used) is not None), self.output)
+        operands = (tensor_of(used) for used in self.node.all_input_nodes)
+        found = next((tensor for tensor in operands if tensor is not None), self.output)
         return "float32" if found is None else dtype_name(found)
 
 
@@ -99,11 +100,6 @@ def count(tensor: torch.Tensor | None) -> int:
 def nbytes(value: object) -> int:
     """Bytes of the tensors of a value; shape arithmetic on the host counts nothing."""
     return sum(count(tensor) * tensor.dtype.itemsize for tensor in tensors(value))
-
-
-def product(numbers: Iterable[int]) -> int:
-    """The product."""
-    return math.prod(numbers)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -11,6 +11,7 @@ Source: the optimised models that ONNX Runtime 1.32 writes for such graphs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -76,28 +77,30 @@ def _fuses(kind: str, producer: fx.Node, others: Sequence[fx.Node]) -> bool:
 
 
 def _is_residual_of_conv(node: fx.Node) -> bool:
-    return any(op_type(argument) == "Conv" and len(argument.users) == 1 for argument in node.args)  # type: ignore[union-attr]
+    return any(op_type(used) == "Conv" and len(used.users) == 1 for used in node.all_input_nodes)
 
 
 def _scales_product(node: fx.Node) -> bool:
-    casts = [argument for argument in node.args if op_type(argument) == "Cast"]
-    return any(op_type(cast.args[0]) in _INTEGER_PRODUCTS for cast in casts)  # type: ignore[union-attr]
+    casts = [used for used in node.all_input_nodes if op_type(used) == "Cast"]
+    return any(op_type(cast.args[0]) in _INTEGER_PRODUCTS for cast in casts)
 
 
 def _is_dynamic_scale(argument: object) -> bool:
     """The scale (second result) of a DynamicQuantizeLinear."""
-    if not isinstance(argument, fx.Node) or op_type(argument) or len(argument.args) != 2:
+    if not isinstance(argument, fx.Node) or argument.target is not operator.getitem:
         return False
-    return op_type(argument.args[0]) == "DynamicQuantizeLinear" and argument.args[1] == 1
+    return op_type(argument.args[0]) == "DynamicQuantizeLinear" and argument.args[1:] == (1,)
 
 
 def _before_activation(value: object) -> object:
     """The convolution or product behind an activation or bias that is fused into it; else the value itself."""
     while op_type(value) in ("Relu", "Clip", "Add") and isinstance(value, fx.Node):
-        inner = next((arg for arg in value.args if op_type(arg) in _LINEAR_IN_INTEGERS and len(arg.users) == 1), None)  # type: ignore[union-attr]
-        if inner is None:
+        inner = [
+            used for used in value.all_input_nodes if op_type(used) in _LINEAR_IN_INTEGERS and len(used.users) == 1
+        ]
+        if not inner:
             return value
-        value = inner
+        value = inner[0]
     return value
 
 
@@ -116,9 +119,9 @@ def computes_in_integers(node: object) -> bool:
 
 
 def _ends_in_quantize(user: fx.Node) -> bool:
-    if op_type(user) == "QuantizeLinear":
-        return True
-    return op_type(user) in ("Relu", "Clip") and bool(user.users) and all(op_type(u) == "QuantizeLinear" for u in user.users)
+    if op_type(user) not in ("Relu", "Clip"):
+        return op_type(user) == "QuantizeLinear"
+    return bool(user.users) and all(op_type(behind) == "QuantizeLinear" for behind in user.users)
 
 
 def gives_codes(node: fx.Node) -> bool:
@@ -142,5 +145,6 @@ def skips_into(node: object) -> fx.Node | None:
         return None
     a, b = total.args[:2]
     same = tensor_of(a) is not None and count(tensor_of(a)) == count(tensor_of(b))
-    computed = all(isinstance(value, fx.Node) and value.op != "get_attr" for value in (a, b))
-    return total if same and computed else None
+    if not same or not all(isinstance(value, fx.Node) and value.op != "get_attr" for value in (a, b)):
+        return None
+    return total

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import fx
 
 from fxopt.cost_model.work import products
@@ -56,7 +55,8 @@ def onnx_cost(call: Call) -> Cost:
 
 def _is_folded(node: fx.Node) -> bool:
     """Computed from constants only."""
-    return bool(node.args) and all(arg is None or (isinstance(arg, fx.Node) and arg.op == "get_attr") for arg in node.args)
+    used = node.all_input_nodes
+    return bool(used) and all(argument.op == "get_attr" for argument in used)
 
 
 # ---- products
@@ -79,16 +79,25 @@ def _floats_or_codes(call: Call, flops: float, kind: str) -> Cost:
     """A product in float, or between DequantizeLinear and QuantizeLinear."""
     if not computes_in_integers(call.node):
         return call.cost(flops, kind)
-    codes = [arg.args[0] if op_type(arg) == "DequantizeLinear" else arg for arg in call.node.args if isinstance(arg, fx.Node)]
-    read = sum(nbytes(code.meta.get("val")) for code in codes if isinstance(code, fx.Node))
+    operands = [used.args[0] if op_type(used) == "DequantizeLinear" else used for used in call.node.all_input_nodes]
+    codes = [operand for operand in operands if isinstance(operand, fx.Node)]
+    read = sum(nbytes(code.meta.get("val")) for code in codes)
     written = count(call.output) if gives_codes(call.node) else call.written
     pair = [tensor_of(code) for code in codes[:2]]
     dtype = products.integer_dtype(*pair) if len(pair) == 2 else "int8"
     return call.cost(flops, kind, dtype=dtype, moved=read + written)
 
 
+def _turned(call: Call) -> tuple[bool, bool]:
+    return bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))
+
+
 def _gemm(call: Call) -> Cost:
-    return _linear(call, turned=(bool(call.attribute("transA", 0)), bool(call.attribute("transB", 0))))
+    return _linear(call, turned=_turned(call))
+
+
+def _qgemm(call: Call) -> Cost:
+    return call.cost(_linear(call, 0, 3, _turned(call)).flops, "linear", dtype="int8")
 
 
 def _matmul_integer(call: Call, a: int = 0, b: int = 1) -> Cost:
@@ -214,7 +223,7 @@ def _search(call: Call) -> Cost:
 Rule = Callable[[Call], Cost]
 _RULES: dict[str, Rule] = {
     "MatMul": _linear,
-    "FusedMatMul": lambda call: _linear(call, turned=(bool(call.attribute("transA")), bool(call.attribute("transB")))),
+    "FusedMatMul": _gemm,
     "Gemm": _gemm,
     "FusedGemm": _gemm,
     "MatMulInteger": _matmul_integer,
@@ -222,9 +231,7 @@ _RULES: dict[str, Rule] = {
     "MatMulIntegerToFloat": _matmul_integer,
     "DynamicQuantizeMatMul": _dynamic_quantize_matmul,
     "QLinearMatMul": lambda call: _matmul_integer(call, 0, 3),
-    "QGemm": lambda call: call.cost(
-        _linear(call, 0, 3, (bool(call.attribute("transA")), bool(call.attribute("transB")))).flops, "linear", dtype="int8"
-    ),
+    "QGemm": _qgemm,
     "MatMulNBits": _nbits,
     "MatMulBnb4": _nbits,
     "Conv": _conv,
@@ -258,5 +265,3 @@ _KIND = {
     **dict.fromkeys((*_NORMALISATIONS, *_SKIPS, "Softmax"), "norm"),
     **dict.fromkeys((*_VIEWS, *_MOVES), "shape"),
 }
-
-__all__ = ["onnx_cost"]

@@ -18,7 +18,10 @@ def matmul(a: Shape, b: Shape) -> float:
         return 0.0
     rows = a[-2] if len(a) > 1 else 1
     columns = b[-1] if len(b) > 1 else 1
-    batch = math.prod(torch.broadcast_shapes(tuple(a[:-2]), tuple(b[:-2])))
+    first, second = list(a[:-2]), list(b[:-2])
+    longest = max(len(first), len(second))
+    padded = zip([1] * (longest - len(first)) + first, [1] * (longest - len(second)) + second, strict=True)
+    batch = math.prod(n if m == 1 else m for m, n in padded)
     return 2.0 * batch * rows * a[-1] * columns
 
 
@@ -28,7 +31,7 @@ def convolution(output: Shape, weight: Shape) -> float:
 
 
 def convolution_kind(weight: Shape) -> str:
-    """"conv.narrow" where few products make a result (depthwise, or of an image's channels); kernels starve there."""
+    """The kind: "conv.narrow" where few products make a result (depthwise, or few channels); kernels starve there."""
     return "conv.narrow" if math.prod(weight[1:]) < _NARROW else "conv"
 
 
@@ -63,6 +66,6 @@ def integer_dtype(a: torch.Tensor | None, b: torch.Tensor | None) -> str:
 
     "uint8" is uint8 x uint8 and "s8s8" int8 x int8, both of which are slower in ONNX Runtime on x86.
     """
-    if a is None or b is None or a.dtype == _UNSIGNED and b.dtype == _SIGNED:
+    if a is None or b is None or (a.dtype == _UNSIGNED and b.dtype == _SIGNED):
         return "int8"
     return "uint8" if a.dtype == b.dtype == _UNSIGNED else "s8s8"

@@ -81,7 +81,7 @@ def normal_axes(axes: Any, rank: int | None) -> Any:
         return axes
     if isinstance(axes, int):
         return axes % rank if rank else 0
-    return tuple(normal_axes(axis, rank) for axis in axes) if isinstance(axes, (list, tuple)) else axes
+    return tuple([axis % rank if rank else 0 for axis in axes]) if isinstance(axes, (list, tuple)) else axes
 
 
 def is_floating(node: object) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from fxopt.ir.graph import Graph
+from fxopt.ir.graph import Graph, shape_of
 from fxopt.ir.onnx.op import OnnxOp
 
 aten = torch.ops.aten
@@ -43,3 +43,27 @@ def scalar_constant(graph: Graph, value: object) -> float | None:
         return float(value)
     tensor = graph.constant(value)
     return float(tensor.reshape(()).item()) if tensor is not None and tensor.numel() == 1 else None
+
+
+def reads_shape(node: fx.Node) -> bool:
+    """True for an operator that takes only the shape of its operand."""
+    return is_onnx(node, "Shape", "Size") or is_aten(node, aten.sym_size.int, aten.sym_numel.default)
+
+
+def escapes(inner: tuple[fx.Node, ...], node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(inner node, user) where a value inside a view that ends in `node` is used outside, for more than its shape."""
+    owned = {*inner, node}
+    for each in inner:
+        for user in each.users:
+            if user not in owned and not reads_shape(user):
+                return each, user
+    return None
+
+
+def trailing_axes(x: object, axes: object) -> int | None:
+    """How many axes, when they are the last ones of `x`; axes may count from the end while the rank is unknown."""
+    if not isinstance(axes, tuple) or not axes:
+        return None
+    shape = shape_of(x)
+    rank = 0 if shape is None else len(shape)
+    return len(axes) if sorted(axes) == list(range(rank - len(axes), rank)) else None

@@ -103,6 +103,14 @@ def _explicit(
     return torch.matmul(weights, v), stages[mode]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float) -> Tensor:
+    """softmax(scale * q @ k' + mask) @ v, the scores bounded by `softcap` when it is not 0."""
+    if not softcap:
+        grouped = bool(q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    return _explicit(q, k, v, mask, scale or 1 / math.sqrt(q.shape[3]), softcap, None, 0)[0]
+
+
 @operators.reference("Attention")
 def attention(
     call: Call,

@@ -110,11 +110,12 @@ def matmul_n_bits(
     require(not weight_prepacked, "MatMulNBits with a weight in a packed layout has no torch reference")
     require(g_idx is None, "MatMulNBits with g_idx has no torch reference")
     blocks = (K + block_size - 1) // block_size
-    numbers = unpack(b.reshape(N, blocks, -1), bits).to(scales.dtype)
+    dtype = torch.promote_types(a.dtype, scales.dtype)
+    numbers = unpack(b.reshape(N, blocks, -1), bits).to(dtype)
     zero: Any = float(2 ** (bits - 1))
     if zero_points is not None:
         packed = zero_points.dtype == torch.uint8
         zero = unpack(zero_points.reshape(N, -1), bits)[:, :blocks] if packed else zero_points
-        zero = zero.reshape(N, blocks, 1).to(scales.dtype)
+        zero = zero.reshape(N, blocks, 1).to(dtype)
     weight = ((numbers - zero) * scales.reshape(N, blocks, 1)).reshape(N, -1)[:, :K]
     return F.linear(a, weight.to(a.dtype), bias)

@@ -22,10 +22,11 @@ _NO_OVERFLOW = 2**15  # so many products of 8-bit differences (at most 255 * 255
 
 
 def centred(x: Tensor, zero_point: Tensor | None) -> Tensor:
-    """x - zero_point as float64."""
-    require(x.dtype in RANGES, f"integer product of {x.dtype} has no torch reference")
-    wide = x.to(torch.float64)
-    return wide if zero_point is None else wide - zero_point.to(torch.float64)
+    """x - zero_point of 8-bit numbers as float64."""
+    require(x.dtype in (torch.uint8, torch.int8), f"an integer product of {x.dtype} has no torch reference")
+    if zero_point is None:
+        return x.to(torch.float64)
+    return (x.to(torch.int16) - zero_point.to(torch.int16)).to(torch.float64)
 
 
 def to_int32(total: Tensor, terms: Any) -> Tensor:
