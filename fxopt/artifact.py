@@ -99,7 +99,9 @@ def _fill(outcome: Outcome, folder: Path) -> None:
         from fxopt.ir.text import save_text
 
         save_text(graph, folder / "graph")
+    call = graph.call_spec.to_json() if graph.call_spec is not None else None
     manifest = {
+        "call": call,
         "format": FORMAT,
         "graph": kind,
         "target": outcome.report.target,
@@ -149,6 +151,10 @@ def _outcome(graph: Graph, executable: Any, manifest: dict[str, Any] | None) -> 
     from fxopt.report.report import Report, Summary
 
     if manifest is not None:
+        if manifest.get("call") is not None:
+            from fxopt.frontends.capture.call_spec import CallSpec
+
+            graph.call_spec = CallSpec.from_json(manifest["call"])
         report = Report.from_json(manifest["report"])
         report.executed_on = executable.executed_on
         return Outcome(graph, executable, report, Ledger.from_json(manifest["ledger"]))

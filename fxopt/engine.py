@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from fxopt.backends.base import Backend, Executable
 from fxopt.cost_model.roofline import GraphPrediction, predict, predict_graph
-from fxopt.errors import FxoptError, Unsupported, unknown
+from fxopt.errors import FxoptError, PassError, Unsupported, VerificationError, unknown
 from fxopt.groups import slow_groups
 from fxopt.guard import Timing, measure
 from fxopt.ir.error import OutputError, output_error
@@ -24,7 +24,7 @@ from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger, Refusal, Verdict
 from fxopt.ir.shapes import infer
 from fxopt.ir.target import Target
-from fxopt.ir.verify import NumericCheck, synthetic_sample
+from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
 from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
 from fxopt.passes.stats import Stats, collect
@@ -131,20 +131,23 @@ class Optimizer:
         """The graph after the exact passes, verified."""
         from fxopt.passes.pipelines import exact_pipeline, spelling_pipeline
 
-        wanted = [step for step in self.request.passes or () if isinstance(step, ExactPass)]
+        wanted = {step.name: step for step in self.request.passes or () if isinstance(step, ExactPass)}
+        usual = [wanted.pop(step.name, step) for step in exact_pipeline()]  # with the options that were given
         graph = self.original.copy()
+        dumped = 0
         with self._stage("exact passes"):
             check = self._numeric_check()
-            for steps in (exact_pipeline() + wanted, spelling_pipeline()):
-                manager = PassManager(steps, dump=self.request.dump)
+            for steps in ([*usual, *wanted.values()], spelling_pipeline()):
+                manager = PassManager(steps, dump=self.request.dump, dumped=dumped)
                 manager.run(graph, self.context, check)
+                dumped = manager.dumped
                 self.pass_runs += [PassRun(run.name, run.changes, run.seconds) for run in manager.runs]
         for node in graph.nodes:
             node.meta.pop("stands_for", None)  # statistics are collected on this graph
         return graph
 
     def _numeric_check(self) -> NumericCheck | None:
-        sample = self.request.samples[0] if self.request.samples else synthetic_sample(self.original.inputs, {})
+        sample = self._any_sample()
         if sample is None:
             self.ledger.note("exact passes were verified by structure only: the input types are not fully known")
             return None
@@ -212,7 +215,8 @@ class Optimizer:
             if candidate.refusal is None and any(node not in stats for node in step.observed(graph, candidate)):
                 candidate = _refused(candidate, Refusal("no calibration sample reaches it"))
             elif candidate.refusal is None:
-                estimate = step.estimate(graph, candidate, stats)
+                with _naming(step, candidate):
+                    estimate = step.estimate(graph, candidate, stats)
                 before, after = predict(estimate.before, target), predict(estimate.after, target)
                 prices[candidate] = Price(before, after, estimate.error, estimate.saved_bytes)
             candidates.append(candidate)
@@ -240,37 +244,42 @@ class Optimizer:
                 self._record(chosen, prices)
                 return lossy
             lossy.executable.close()
-            previous = scale
-            scale = max(scale * 1.25 if attempt else 0.0, lossy.loss / max(chosen.error / previous, 1e-12))
-            if math.isinf(scale) or math.isnan(scale):
-                scale = max(previous, 1.0) * 4
+            predicted = sum(prices[candidate].error for candidate in chosen.chosen)
+            measured = lossy.loss / max(predicted, 1e-12)
+            if not math.isfinite(measured):
+                scale *= 4
+            else:
+                scale = max(scale * 1.25, measured) if attempt else measured
             chosen = plan(candidates, budget, prices, objective=self.request.objective, error_scale=scale)
             self.ledger.note(
                 f"a plan with measured loss {lossy.loss:.3g} exceeds the budget {budget:g}; planned again with"
                 f" {len(chosen.chosen)} changes"
             )
-        self._record(Plan((), (*chosen.refused, *((c, Refusal("over budget")) for c in chosen.chosen)), 0.0, 0.0), prices)
+        over = tuple((candidate, Refusal("over budget")) for candidate in chosen.chosen)
+        self._record(Plan((), (*chosen.refused, *over), 0.0, 0.0), prices)
         return None
 
     def _applied(self, exact: Graph, chosen: Plan, owner: dict[Candidate, LossyPass], stats: Stats) -> _Lossy:
         with self._stage("rewriting"):
             graph = exact.copy()
             for candidate in chosen.chosen:
-                owner[candidate].apply(graph, candidate, stats)
+                with _naming(owner[candidate], candidate):
+                    owner[candidate].apply(graph, candidate, stats)
             graph.prune()
-            self._verify(graph)
-            executable = self.request.backend.compile(graph, self.request.target, threads=self.request.threads)
+            self._verify(exact, graph, chosen)
+            executable = self._compiled(graph)
         with self._stage("measuring the error"):
             error, loss = self._error(executable)
         return _Lossy(graph, executable, chosen, error, loss)
 
-    def _verify(self, graph: Graph) -> None:
-        from fxopt.ir.verify import check_output_types, output_types, verify_structure
-
-        types = output_types(graph)
+    def _verify(self, exact: Graph, graph: Graph, chosen: Plan) -> None:
         fresh = [node for node in graph.calls() if "val" not in node.meta]
-        verify_structure(graph, fresh)
-        check_output_types(graph, types)
+        try:
+            verify_structure(graph, fresh, exact.nodes)
+            check_output_types(graph, output_types(exact))
+        except VerificationError as error:
+            names = sorted({candidate.pass_name for candidate in chosen.chosen})
+            raise VerificationError(f"the changes of {', '.join(names)} broke the graph: {error}") from error
 
     # ---- errors
 
@@ -296,88 +305,104 @@ class Optimizer:
     # ---- decisions
 
     def _decide_by_prediction(self, exact: Graph, lossy: _Lossy | None, before: Summary) -> Outcome:
+        request = self.request
         graph = lossy.graph if lossy is not None else exact
+        if lossy is None and not self._exact_changed():
+            return self._finish(self.original, self.baseline, before, "nothing paid", self._why_nothing())
         after = self._summary(graph)
         assert before.predicted is not None and after.predicted is not None
-        changed = any(run.changes for run in self.pass_runs) or lossy is not None
         gain = before.predicted.seconds / max(after.predicted.seconds, 1e-12)
-        if not changed or (gain < 1.0 and self.request.objective == "latency" and not self.request.force):
-            why = "nothing changes" if not changed else f"predicted {gain:.2f}x on {self.request.target.name}"
-            return self._finish(self.original, self.baseline, before, "nothing paid", why)
-        executable = (
-            lossy.executable
-            if lossy is not None
-            else self.request.backend.compile(graph, self.request.target, threads=self.request.threads)
-        )
-        why = (
-            f"predicted {gain:.2f}x on {self.request.target.name}, +-{100 * self.request.target.interval:.0f} %"
-            f" ({self.request.target.error})"
-        )
+        why = f"predicted {gain:.2f}x on {request.target.name}"
+        pays = gain >= 1.0
+        if request.objective == "size":
+            why = f"{why}, {after.size_bytes} bytes of constants instead of {before.size_bytes}"
+            pays = after.size_bytes < before.size_bytes
+        if not pays and not request.force:
+            self._roll_back(None if lossy is None else lossy.plan.chosen, f"{why}, for the whole model")
+            if lossy is None:
+                return self._finish(self.original, self.baseline, before, "nothing paid", why)
+            lossy.executable.close()
+            return self._decide_by_prediction(exact, None, before)
+        executable = lossy.executable if lossy is not None else self._compiled(exact)
+        why = f"{why}, +-{100 * request.target.interval:.0f} % ({request.target.error})"
         return self._finish(graph, executable, before, "optimized", why, lossy.error if lossy else None)
+
+    def _exact_changed(self) -> bool:
+        return any(run.changes for run in self.pass_runs)
+
+    def _compiled(self, graph: Graph) -> Executable:
+        return self.request.backend.compile(graph, self.request.target, threads=self.request.threads)
 
     def _decide_by_measurement(self, exact: Graph, lossy: _Lossy | None, before: Summary) -> Outcome:
         request = self.request
-        exact_changed = any(run.changes for run in self.pass_runs)
         sample = self._timing_sample()
         if sample is None or request.force or request.objective != "latency":
-            return self._without_guard(exact, lossy, before, exact_changed, sample)
-        plain = (
-            request.backend.compile(exact, request.target, threads=request.threads) if exact_changed else self.baseline
-        )
-        share = request.guard_seconds / (2 if lossy is not None and exact_changed else 1)
+            return self._without_guard(exact, lossy, before, sample)
+        plain = self._compiled(exact) if self._exact_changed() else self.baseline
+        share = request.guard_seconds / (2 if lossy is not None and plain is not self.baseline else 1)
         if lossy is not None:
             with self._stage("guard"):
-                lossy = self._paying(lossy, plain, sample, exact, share)
-        result: Executable = plain
-        graph, error = exact, None
-        if lossy is not None:
-            result, graph, error = lossy.executable, lossy.graph, lossy.error
-        if result is self.baseline:
+                found = self._paying(lossy, plain, sample, exact, share)
+            if found is not None and plain is not self.baseline:
+                plain.close()
+            if found is not None:
+                lossy, timing = found
+                return self._finish(
+                    lossy.graph, lossy.executable, before, "optimized", _measured(timing), lossy.error, timing
+                )
+        if plain is self.baseline:
             return self._finish(self.original, self.baseline, before, "nothing paid", self._why_nothing())
         with self._stage("guard"):
-            timing = measure(lambda: self.baseline.run(sample), lambda: result.run(sample), share)
-        if timing.low < 1.0 and lossy is None:
-            self._roll_back_exact(timing)
-            result.close()
-            why = f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f}): not surely faster"
-            return self._finish(self.original, self.baseline, before, "nothing paid", why, timing=timing)
-        if timing.low < 1.0:
-            assert lossy is not None
-            self._roll_back(lossy.plan.chosen, timing)
-            lossy.executable.close()
-            return self._decide_by_measurement(exact, None, before)
-        why = f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f})"
-        return self._finish(graph, result, before, "optimized", why, error, timing)
+            timing = measure(lambda: self.baseline.run(sample), lambda: plain.run(sample), share)
+        if timing.low >= 1.0:
+            return self._finish(exact, plain, before, "optimized", _measured(timing), None, timing)
+        plain.close()
+        why = f"{_measured(timing)}: not surely faster"
+        self._roll_back(None, why)
+        return self._finish(self.original, self.baseline, before, "nothing paid", why, timing=timing)
 
     def _paying(
         self, lossy: _Lossy, plain: Executable, sample: Sample, exact: Graph, seconds: float
-    ) -> _Lossy | None:
-        """The lossy result if it is measured to be faster than the exact one, with slow groups dropped if need be."""
+    ) -> tuple[_Lossy, Timing] | None:
+        """The lossy result if it is measured to be faster than the exact one and than what came in.
+
+        While it is not, groups of changes that are slow by themselves are dropped.
+        """
         deadline = time.perf_counter() + seconds * 2
-        current: _Lossy | None = lossy
-        while current is not None:
-            run = current.executable.run
-            timing = measure(lambda: plain.run(sample), lambda: run(sample), seconds / 2)  # noqa: B023
-            if timing.low >= 1.0:
-                return current
-            dropped = slow_groups(exact, current.graph, current.plan.chosen, self._representative)
-            kept = [candidate for candidate in current.plan.chosen if candidate.group not in dropped]
-            gone = [candidate for candidate in current.plan.chosen if candidate.group in dropped]
-            if not gone or not kept or time.perf_counter() > deadline:
-                self._roll_back(current.plan.chosen, timing)
-                current.executable.close()
+        budget = self.request.budget
+        while True:
+            timing, rivals = self._against(lossy, plain, sample, seconds / 2)
+            if all(rival.low >= 1.0 for rival in rivals):
+                return lossy, timing
+            chosen = lossy.plan.chosen
+            dropped = slow_groups(exact, lossy.graph, chosen, self._representative, seconds / 2)
+            kept = tuple(candidate for candidate in chosen if candidate.group not in dropped)
+            lossy.executable.close()
+            if not kept or len(kept) == len(chosen) or time.perf_counter() > deadline:
+                worst = min(rivals, key=lambda rival: rival.low)
+                self._roll_back(chosen, f"{_measured(worst)} for the whole model: not surely faster", dropped)
                 return None
-            self._roll_back(gone, timing, dropped)
-            current.executable.close()
+            self._roll_back([candidate for candidate in chosen if candidate.group in dropped], "", dropped)
             _, prices, owner, stats = self._remember
-            smaller = Plan(
-                tuple(kept),
-                (),
-                sum(prices[candidate].error for candidate in kept),
-                sum(prices[candidate].gain for candidate in kept),
-            )
-            current = self._applied(exact, smaller, owner, stats)
-        return current
+            error, gain = (sum(getattr(prices[candidate], name) for candidate in kept) for name in ("error", "gain"))
+            lossy = self._applied(exact, Plan(kept, (), error, gain), owner, stats)
+            if budget is not None and not lossy.loss <= budget:
+                lossy.executable.close()
+                self._roll_back(kept, f"over budget without the slow ones: measured loss {lossy.loss:.3g}")
+                return None
+
+    def _against(
+        self, lossy: _Lossy, plain: Executable, sample: Sample, seconds: float
+    ) -> tuple[Timing, list[Timing]]:
+        """The timing against what came in, and all timings: also that against the exact result, where there is one."""
+
+        def run() -> object:
+            return lossy.executable.run(sample)
+
+        timing = measure(lambda: self.baseline.run(sample), run, seconds)
+        if plain is self.baseline:
+            return timing, [timing]
+        return timing, [measure(lambda: plain.run(sample), run, seconds), timing]
 
     def _representative(self, graph: Graph, node_name: str) -> Callable[[], object] | None:
         """One candidate's operator alone, compiled, on a sample of its input (None when it cannot be cut out)."""
@@ -387,39 +412,41 @@ class Optimizer:
         if part is None:
             return None
         small, inputs = part
-        executable = self.request.backend.compile(small, self.request.target, threads=self.request.threads)
+        executable = self._compiled(small)
         return lambda: executable.run(inputs)
 
-    def _without_guard(
-        self, exact: Graph, lossy: _Lossy | None, before: Summary, exact_changed: bool, sample: Sample | None
-    ) -> Outcome:
+    def _without_guard(self, exact: Graph, lossy: _Lossy | None, before: Summary, sample: Sample | None) -> Outcome:
         request = self.request
-        if lossy is None and not exact_changed:
+        if lossy is None and not self._exact_changed():
             return self._finish(self.original, self.baseline, before, "nothing paid", self._why_nothing())
+        graph = lossy.graph if lossy is not None else exact
+        reason = ""
         if sample is None and not request.force and request.objective == "latency":
             reason = "no input to measure with; give --calibration or example inputs, or --force"
-            self.ledger.add(Verdict("guard", self.original.name, "rolled-back", reason))
+        if request.objective == "size" and not request.force and graph.size_bytes() >= self.original.size_bytes():
+            reason = "the result is not smaller"
+        if reason:
+            if lossy is not None:
+                lossy.executable.close()
+            self._roll_back(None, reason)
             return self._finish(self.original, self.baseline, before, "nothing paid", reason)
-        graph = lossy.graph if lossy is not None else exact
-        executable = (
-            lossy.executable
-            if lossy is not None
-            else request.backend.compile(exact, request.target, threads=request.threads)
-        )
+        executable = lossy.executable if lossy is not None else self._compiled(exact)
         timing = None
         if sample is not None and not request.force:
             timing = measure(lambda: self.baseline.run(sample), lambda: executable.run(sample), request.guard_seconds / 4)
-        smaller = graph.size_bytes() < self.original.size_bytes()
-        if request.objective == "size" and not smaller and not request.force:
-            executable.close()
-            return self._finish(self.original, self.baseline, before, "nothing paid", "the result is not smaller")
         why = "not measured (--force)" if request.force else "smaller"
         return self._finish(graph, executable, before, "optimized", why, lossy.error if lossy else None, timing)
+
+    def _any_sample(self) -> Sample | None:
+        """The user's first one, or one that is made up; None when the inputs are not fully known."""
+        if self.request.samples:
+            return self.request.samples[0]
+        return synthetic_sample(self.original.inputs, self.original.sizes)
 
     def _timing_sample(self) -> Sample | None:
         if self.request.samples:
             return self.request.samples[0]
-        sample = synthetic_sample(self.original.inputs, {})
+        sample = self._any_sample()
         if sample is None or any(value.dtype not in (torch.float32, torch.float64) for value in sample):
             return None
         return sample
@@ -458,33 +485,20 @@ class Optimizer:
         for candidate, reason in chosen.refused:
             self._refuse(candidate, reason, prices[candidate].error if candidate in prices else None)
 
-    def _roll_back(self, gone: Sequence[Candidate], timing: Timing, groups: dict[str, str] | None = None) -> None:
-        for candidate in gone:
-            reason = (groups or {}).get(candidate.group) or (
-                f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f}) for the whole model: not surely faster"
-            )
-            self._replace_verdict(candidate, reason)
-
-    def _replace_verdict(self, candidate: Candidate, reason: str) -> None:
+    def _roll_back(
+        self, gone: Sequence[Candidate] | None, reason: str, groups: dict[str, str] | None = None
+    ) -> None:
+        """Turn "applied" into "rolled-back": of these candidates (those of a group with its own reason), or of all."""
+        reasons = {
+            (candidate.pass_name, candidate.anchor, str(candidate.setting)): (groups or {}).get(candidate.group, reason)
+            for candidate in gone or ()
+        }
         for index, verdict in enumerate(self.ledger.verdicts):
-            same = verdict.pass_name == candidate.pass_name and verdict.node == candidate.anchor
-            if same and verdict.outcome == "applied" and verdict.setting == str(candidate.setting):
-                self.ledger.verdicts[index] = Verdict(
-                    verdict.pass_name,
-                    verdict.node,
-                    "rolled-back",
-                    reason,
-                    verdict.setting,
-                    verdict.predicted_gain,
-                    None,
-                    verdict.error,
+            key = (verdict.pass_name, verdict.node, verdict.setting)
+            if verdict.outcome == "applied" and (gone is None or key in reasons):
+                self.ledger.verdicts[index] = replace(
+                    verdict, outcome="rolled-back", reason=reason if gone is None else reasons[key]
                 )
-
-    def _roll_back_exact(self, timing: Timing) -> None:
-        for index, verdict in enumerate(self.ledger.verdicts):
-            if verdict.outcome == "applied":
-                reason = f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f}): not surely faster"
-                self.ledger.verdicts[index] = Verdict(verdict.pass_name, verdict.node, "rolled-back", reason)
 
     # ---- the report
 
@@ -544,6 +558,17 @@ class Optimizer:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begin
 
 
+@contextmanager
+def _naming(step: Pass, candidate: Candidate) -> Iterator[None]:
+    """Errors inside name the pass and the node."""
+    try:
+        yield
+    except Exception as error:
+        raise PassError(
+            f"pass {step.name} failed at {candidate.anchor!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def as_function(executable: Executable) -> Callable[..., Any]:
     """The executable as a function of flat inputs; a single output is returned bare."""
 
@@ -552,6 +577,10 @@ def as_function(executable: Executable) -> Callable[..., Any]:
         return results[0] if len(results) == 1 else tuple(results)
 
     return call
+
+
+def _measured(timing: Timing) -> str:
+    return f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f})"
 
 
 def _refused(candidate: Candidate, reason: Refusal) -> Candidate:
@@ -563,8 +592,10 @@ def _refused(candidate: Candidate, reason: Refusal) -> Candidate:
 def _versions() -> dict[str, str]:
     import importlib.metadata
 
-    found = {}
-    for name in ("fxopt", "torch", "onnx", "onnxruntime"):
+    import fxopt
+
+    found = {"fxopt": fxopt.__version__}
+    for name in ("torch", "onnx", "onnxruntime"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

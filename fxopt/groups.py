@@ -8,32 +8,46 @@ import torch
 from torch import fx
 
 from fxopt.guard import measure
-from fxopt.ir.graph import Graph, ValueSpec, label, shape_of
+from fxopt.ir.graph import Graph, ValueSpec, hint, provenance, shape_of
 from fxopt.passes.base import Candidate
 from fxopt.passes.stats import Stats
 
-_SECONDS = 0.4  # per representative
+_SECONDS = 0.4  # per representative, at most
 Compiled = Callable[[Graph, str], Callable[[], object] | None]
 
 
 def slow_groups(
-    exact: Graph, rewritten: Graph, chosen: Sequence[Candidate], representative: Compiled
+    exact: Graph, rewritten: Graph, chosen: Sequence[Candidate], representative: Compiled, seconds: float = 10.0
 ) -> dict[str, str]:
-    """Groups whose representative is not faster than what it replaced, with the reason."""
+    """Groups whose representative is not faster than what it replaced, with the reason; within about `seconds`."""
     slow: dict[str, str] = {}
     groups: dict[str, Candidate] = {}
     for candidate in chosen:
         groups.setdefault(candidate.group, candidate)
+    share = min(_SECONDS, seconds / len(groups))
     for group, candidate in groups.items():
-        new = next((node for node in rewritten.calls() if label(node) == candidate.anchor), None)
-        before = representative(exact, candidate.node)
-        after = representative(rewritten, new.name) if new is not None else None
+        old = exact.find(candidate.node)
+        new = None if old is None else _made_of(rewritten, provenance(old)[0], candidate.pass_name)
+        if new is None:
+            continue
+        before = representative(exact, new.meta.get("stands_for", candidate.node))
+        after = representative(rewritten, new.name)
         if before is None or after is None:
             continue
-        timing = measure(before, after, _SECONDS)
+        timing = measure(before, after, share)
         if timing.ratio < 1.0:
             slow[group] = f"measured alone, {group} runs at {timing.ratio:.2f}x: slower than what it replaces"
     return slow
+
+
+def _made_of(rewritten: Graph, source: str, pass_name: str) -> fx.Node | None:
+    """The last node that the pass made of the one named `source`."""
+    found = None
+    for node in rewritten.calls():
+        first, *passes = provenance(node)
+        if first == source and pass_name in passes:
+            found = node
+    return found
 
 
 def cut_out(graph: Graph, node_name: str, stats: Stats) -> tuple[Graph, list[torch.Tensor]] | None:
@@ -55,13 +69,9 @@ def cut_out(graph: Graph, node_name: str, stats: Stats) -> tuple[Graph, list[tor
     value = entry[0].meta.get("val")
     if shape is None or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
         return None
-    from fxopt.ir.graph import hint
-
-    small, specs = _graph_of(graph, entry[0], inner, value.dtype, len(shape))
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn([hint(dim) for dim in shape], generator=generator).to(value.dtype)
-    del specs
-    return small, [sample]
+    return _graph_of(graph, entry[0], inner, value.dtype, len(shape)), [sample]
 
 
 def _entries(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -70,9 +80,7 @@ def _entries(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def _graph_of(
-    graph: Graph, entry: fx.Node, inner: Sequence[fx.Node], dtype: torch.dtype, rank: int
-) -> tuple[Graph, tuple[ValueSpec, ...]]:
+def _graph_of(graph: Graph, entry: fx.Node, inner: Sequence[fx.Node], dtype: torch.dtype, rank: int) -> Graph:
     import onnx
 
     from fxopt.ir.onnx.dtypes import FROM_TORCH
@@ -100,5 +108,4 @@ def _graph_of(
         proto.graph.input.append(onnx.helper.make_tensor_value_info("x", FROM_TORCH[dtype], [None] * rank))
         proto.graph.output.append(onnx.helper.make_tensor_value_info("y", FROM_TORCH[dtype], None))
         record = ModelRecord(proto)
-    small = Graph(fresh, graph.root, graph.origin, (spec_in,), (spec_out,), "part", record)
-    return small, (spec_in,)
+    return Graph(fresh, graph.root, graph.origin, (spec_in,), (spec_out,), "part", record)

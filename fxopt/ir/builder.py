@@ -351,9 +351,7 @@ class Builder:
         return self.onnx(op_type, x, self.ints(axes, "axes"), **attributes)
 
 
-def constant_before(
-    graph: Graph, before: fx.Node, value: torch.Tensor, hint: str, made_by: tuple[str, ...]
-) -> fx.Node:
+def constant_before(graph: Graph, before: fx.Node, value: torch.Tensor, hint: str, made_by: tuple[str, ...]) -> fx.Node:
     """A constant next to the node that needs it: `Graph.add_constant` looks for the first operator every time."""
     stem = "".join(char if char.isalnum() else "_" for char in hint).strip("_") or "constant"
     target = f"k_{stem}"

@@ -70,7 +70,7 @@ class Graph:
     outputs: tuple[ValueSpec, ...]
     name: str = "main"
     model: ModelRecord | None = None  # what an ONNX file holds beside its nodes
-    call_spec: Any = None  # pytree specs (in, out) of a torch-born model's forward
+    call_spec: Any = None  # how a torch-born model's forward is called (`fxopt.frontends.capture.call_spec.CallSpec`)
     sizes: dict[str, int] = field(default_factory=dict)  # of named dimensions, for which costs are computed
     _constant_count: int = field(default=0, repr=False)
 

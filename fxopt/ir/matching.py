@@ -21,6 +21,7 @@ from fxopt.ir.neutral import normal_axes, read
 from fxopt.ir.pattern import Match, Mismatch, Operation, P, Parameter, Pattern, Rule, compiled
 
 Types = Mapping[fx.Node, Any]
+Readings = dict[tuple[fx.Node, str], Any]
 _MOST_STEPS = 2_000  # of one pattern at one node
 
 
@@ -28,10 +29,21 @@ _State = tuple[Any, dict[str, Any], dict[Operation, fx.Node]]  # pending pairs a
 
 
 def matches(
-    graph: Graph, pattern: Pattern, root: fx.Node, types: Types | None = None, trace: Trace | None = None
+    graph: Graph,
+    pattern: Pattern,
+    root: fx.Node,
+    types: Types | None = None,
+    trace: Trace | None = None,
+    readings: Readings | None = None,
 ) -> Iterator[Match]:
-    """Every way in which the pattern's structure is found at `root`; users and `check` are not looked at."""
-    search = _Search(graph, trace)
+    """Every way in which the pattern's structure is found at `root`; users and `check` are not looked at.
+
+    Args:
+        types: fake values of nodes that have none yet.
+        trace: receives the failure that came furthest.
+        readings: what was read before, for several patterns on an unchanged graph.
+    """
+    search = _Search(graph, trace, {} if readings is None else readings)
     if trace is None and not search.possible(pattern.root, root):
         return
     stack: list[_State] = [(((pattern.root, root), None), {}, {})]
@@ -65,11 +77,11 @@ class Trace:
 class _Search:
     """One pattern at one root."""
 
-    def __init__(self, graph: Graph, trace: Trace | None) -> None:
+    def __init__(self, graph: Graph, trace: Trace | None, readings: Readings) -> None:
         self.graph = graph
         self.trace = trace
         self.steps = 0
-        self.readings: dict[tuple[fx.Node, str], Any] = {}
+        self.readings = readings
         self.known: dict[tuple[Operation, Any], bool] = {}
 
     def failed(self, state: _State, reason: Refusal) -> list[_State]:
@@ -230,10 +242,12 @@ def _is_all(constant: torch.Tensor | None, number: float) -> bool:
 # ---- verdicts
 
 
-def accepted(graph: Graph, pattern: Pattern, root: fx.Node, types: Types | None = None) -> Match | Refusal | None:
+def accepted(
+    graph: Graph, pattern: Pattern, root: fx.Node, types: Types | None = None, readings: Readings | None = None
+) -> Match | Refusal | None:
     """The first match that the rule accepts, else why the first one was refused, else None."""
     refused: Refusal | None = None
-    for match in matches(graph, pattern, root, types):
+    for match in matches(graph, pattern, root, types, readings=readings):
         reason = None if pattern.rule.shares_inner else _outside_user(match)
         reason = reason or pattern.rule.check(match, **match.bound)
         if reason is None:

@@ -142,15 +142,18 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     Raises:
         Unsupported: the tensor is sparse, quantized, or has no data (meta or fake).
     """
-    kind = type(tensor)
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or kind not in _PLAIN:
-        raise Unsupported(f"a {kind.__name__} ({tensor.layout}, {tensor.device}) has no plain bytes")
+    if not is_plain(tensor):
+        raise Unsupported(f"a {type(tensor).__name__} ({tensor.layout}, {tensor.device}) has no plain bytes")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     content: memoryview = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
     return content
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is dense and has data: not sparse, quantized, meta, fake or of another class."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    return not tensor.is_quantized and not tensor.is_meta
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:

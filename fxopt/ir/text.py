@@ -40,7 +40,7 @@ from fxopt.ir.graph import Dim, Graph, Opaque, ValueSpec, label
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 from fxopt.ir.onnx.lane import HOST_LIMIT, to_tensor
 from fxopt.ir.onnx.op import OnnxOp
-from fxopt.ir.structural_hash import constant_digest, expression, quoted, target_text, tensor_bytes
+from fxopt.ir.structural_hash import constant_digest, expression, is_plain, quoted, target_text, tensor_bytes
 from fxopt.ir.text_parser import HELPERS, from_text, header_text, read_spec
 
 __all__ = [
@@ -285,6 +285,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], digests: boo
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # keeps every tensor aligned
+        if not is_plain(tensor):
+            raise Unsupported(f"constant {name!r}: a {type(tensor).__name__} ({tensor.layout}) has no plain bytes")
         if digests:
             information["digests"][name] = constant_digest(tensor)
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())

@@ -494,6 +494,29 @@ def test_save_every_kind_of_constant(tmp_path: Path) -> None:
     assert again.attribute("k_same") is again.attribute("k_shared")
 
 
+def test_constants_without_plain_bytes(tmp_path: Path) -> None:
+    for value in (torch.eye(2).to_sparse(), torch.empty(2, device="meta")):
+        graph, (x,) = new_graph()
+        finish(graph, x, constant(graph, value, "k"))
+        with pytest.raises(Unsupported, match="constant 'k': a Tensor .* has no plain bytes"):
+            save_text(graph, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_architecture(tmp_path: Path) -> None:
+    from fxopt.frontends.torch_export import load
+    from tests.zoo import case
+
+    model = case("encoder")
+    graph = load(model.model, model.inputs, model.dynamic)
+    save_text(graph, tmp_path, title="after capture")
+    again = load_text(tmp_path)
+    assert first_difference(graph, again) == ""
+    inputs = list(model.resized(batch=3, seq=7).values())
+    for expected, got in zip(graph.run(inputs), again.run(inputs), strict=True):
+        assert torch.equal(expected, got)
+
+
 def test_dumps_share_constants(tmp_path: Path) -> None:
     graph = mlp()
     save_text(graph, tmp_path, "00-import", share=True)
@@ -583,6 +606,7 @@ def test_inputs_of_a_dump(tmp_path: Path) -> None:
 # ---- size
 
 
+@pytest.mark.slow
 def test_time_is_linear() -> None:
     def seconds(count: int) -> float:
         graph, (x,) = new_graph()

@@ -9,7 +9,8 @@ TARGET = Target(
     backend="onnxruntime",
     source=(
         "peak: 2 fused multiply-adds of 16 floats per cycle at 4.4 GHz, 8-bit dot products at 4 times that; factors "
-        "and bandwidths read off times of ONNX Runtime 1.32 kernels on one core of an AMD EPYC, Zen 5; launch time and narrow convolutions as x86-avx2"
+        "and bandwidths read off times of ONNX Runtime 1.32 kernels on one core of an AMD EPYC, Zen 5; launch "
+        "time and narrow convolutions as x86-avx2"
     ),
     error="never measured with benchmarks/host_rates.py; no kernel was held out",
     interval=0.5,

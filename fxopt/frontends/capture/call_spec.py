@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,41 @@ class CallSpec:
         count = self.result.num_leaves
         leaves = [self.result_constants[i] if i in self.result_constants else next(found) for i in range(count)]
         return pytree.tree_unflatten(leaves, self.result)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """Plain data, or None when a default or a fixed argument is not plain."""
+        parameters = [
+            [name, item.kind.name, [] if item.default is inspect.Parameter.empty else [item.default]]
+            for name, item in self.signature.parameters.items()
+        ]
+        data = {
+            "parameters": parameters,
+            "constants": [list(item) for item in self.constants.items()],
+            "result_constants": [list(item) for item in self.result_constants.items()],
+        }
+        try:
+            data["arguments"] = pytree.treespec_dumps(self.arguments)
+            data["result"] = pytree.treespec_dumps(self.result)
+            plain = json.loads(json.dumps(data, allow_nan=False)) == data
+        except (TypeError, ValueError, NotImplementedError):
+            return None
+        return data if plain else None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CallSpec:
+        """The inverse of `to_json`."""
+        kinds = inspect._ParameterKind
+        parameters = [
+            inspect.Parameter(name, kinds[kind], default=default[0] if default else inspect.Parameter.empty)
+            for name, kind, default in data["parameters"]
+        ]
+        return cls(
+            inspect.Signature(parameters),
+            pytree.treespec_loads(data["arguments"]),
+            dict(data["constants"]),
+            pytree.treespec_loads(data["result"]),
+            dict(data["result_constants"]),
+        )
 
     def input_names(self) -> list[str]:
         """One name per graph input: the argument's, with keys and indices of nested ones: `past_0_key`."""

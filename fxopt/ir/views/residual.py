@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxopt.ir.graph import Graph
+from fxopt.ir.graph import Graph, shape_of
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.neutral import read
 from fxopt.ir.onnx.op import OnnxOp
@@ -41,7 +41,7 @@ def residual(graph: Graph, node: fx.Node) -> ResidualBlock | Refusal | None:
     for entry, branch in (operands, operands[::-1]):
         if not isinstance(entry, fx.Node) or not isinstance(branch, fx.Node) or not entry < branch:
             continue
-        if entry.op == "get_attr":
+        if entry.op == "get_attr" or _broadcasts(entry, node):
             continue
         inner = between(entry, branch)
         if not inner or not any(map(_mixes, inner)):
@@ -77,6 +77,12 @@ def between(entry: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
         if not reads_shape(node) and any(used is entry or used in found for used in node.all_input_nodes):
             found.add(node)
     return tuple(sorted(found)) if last in found else ()
+
+
+def _broadcasts(entry: fx.Node, node: fx.Node) -> bool:
+    """True when the entry is known to be smaller than the sum (an attention mask)."""
+    given, result = shape_of(entry), shape_of(node)
+    return given is not None and result is not None and str(given) != str(result)
 
 
 def _mixes(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from fxopt.errors import Unsupported
 from fxopt.ir.builder import Builder
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Refusal, Verdict
-from fxopt.ir.matching import accepted
+from fxopt.ir.matching import Readings, accepted
 from fxopt.ir.neutral import names_of
 from fxopt.ir.pattern import Match, Mismatch, Pattern, Rule, compiled
 from fxopt.passes.base import Context
@@ -71,9 +71,10 @@ class _Run:
         """Apply the first rule that fires at `node`; returns what replaced it."""
         if node.op != "call_function":
             return None
+        readings: Readings = {}
         for name in names_of(node):
             for pattern in self.by_root.get(name, ()):
-                verdict = accepted(self.graph, pattern, node, self.types)
+                verdict = accepted(self.graph, pattern, node, self.types, readings)
                 made = self.replaced(pattern.rule, verdict) if isinstance(verdict, Match) else verdict
                 if isinstance(made, fx.Node):
                     return made

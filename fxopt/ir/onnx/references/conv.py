@@ -98,7 +98,7 @@ def conv_transpose(
         totals = [size - want for size, want in zip(full, wanted[-rank:])]
         if output_shape is None:
             totals = [larger(total, 0) for total in totals]
-        require(all(total >= 0 for total in totals), f"ConvTranspose to output_shape {output_shape}: negative padding")
+        require(all(total >= -1 for total in totals), f"ConvTranspose to output_shape {output_shape}: negative padding")
         before, after = halves(totals, str(auto_pad) == "SAME_UPPER")
     else:
         before, after = spatial_pads([], w.shape[2:], stride, dilation, auto_pad, pads)
