@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     before, after = optimise("byte-lm", options.out, byte_lm_bits, console)
     console.print(f"byte-lm, bits per byte of Python's documentation: {-before:.4f} before, {-after:.4f} after\n")
-    before, after = optimise("digits-cnn", options.out, digits_accuracy, console)
-    console.print(f"digits-cnn, correct on the test images: {before:.2f} % before, {after:.2f} % after\n")
+    before, after = optimise("digits-vit", options.out, digits_accuracy, console)
+    console.print(f"digits-vit, correct on the test images: {before:.2f} % before, {after:.2f} % after\n")
     console.print(f"models, calibration data and reports (open the .html in a browser): {options.out}/")
 
 

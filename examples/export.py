@@ -74,7 +74,8 @@ def write_record(path: Path, record: dict[str, Any], model: nn.Module) -> None:
 def _metadata_owners(model: onnx.ModelProto) -> Iterator[Any]:
     """Yield every part of the model that can carry metadata_props."""
     yield model
-    for graph in (model.graph, *model.functions):
+    graphs: list[Any] = [model.graph, *model.functions]
+    for graph in graphs:
         yield graph
         yield from graph.node
         yield from graph.value_info

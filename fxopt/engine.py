@@ -273,7 +273,7 @@ class Optimizer:
         return _Lossy(graph, executable, chosen, error, loss)
 
     def _verify(self, exact: Graph, graph: Graph, chosen: Plan) -> None:
-        fresh = [node for node in graph.calls() if "val" not in node.meta]
+        fresh = [node for node in graph.nodes if "val" not in node.meta]  # new constants too
         try:
             verify_structure(graph, fresh, exact.nodes)
             check_output_types(graph, output_types(exact))

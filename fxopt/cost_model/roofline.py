@@ -124,10 +124,10 @@ def family(kind: str) -> str:
 
 def peak(target: Target, dtype: str) -> float:
     """Operations per second in this element type, or in the one that takes its place."""
-    if dtype in target.peak:
-        return target.peak[dtype]
-    family = "float8" if dtype.startswith("float8") else dtype
-    for name, factor in _INSTEAD.get(family, (("float32", 1.0),)):
+    known = "float8" if dtype.startswith("float8") else dtype
+    if known in target.peak:
+        return target.peak[known]
+    for name, factor in _INSTEAD.get(known, (("float32", 1.0),)):
         if name in target.peak:
             return target.peak[name] * factor
     return max(target.peak.values())

@@ -279,16 +279,45 @@ def tensor_value(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+@dataclass(frozen=True)
+class DynamicSize:
+    """A dimension of a named, dynamic size: its values at the two sizes that types are derived for."""
+
+    size: int
+    other: int
+
+    def __str__(self) -> str:
+        return f"{self.size}|{self.other}"
+
+
+def type_of(node: Node) -> tuple[Any, Any] | None:
+    """The node's fake values at both sizes of dynamic dimensions (`fxopt.ir.shapes`); None when unknown."""
+    value = node.meta.get("val")
+    return None if value is None else (value, node.meta.get("probe", value))
+
+
+def merged_shape(value: Any, probe: Any) -> tuple[Any, ...] | None:
+    """The shape of a tensor with an int where both values agree; None when they are no tensors of one rank."""
+    if not isinstance(value, torch.Tensor) or not isinstance(probe, torch.Tensor) or value.dim() != probe.dim():
+        return None
+    if value is probe:
+        return tuple(value.shape)
+    pairs = zip(value.shape, probe.shape, strict=True)
+    return tuple(size if size == other else DynamicSize(size, other) for size, other in pairs)
+
+
 def shape_of(node: object) -> tuple[Any, ...] | None:
-    """The node's shape with int or SymInt dimensions; None when unknown."""
-    value = tensor_value(node)
-    return None if value is None else tuple(value.shape)
+    """The node's shape: an int where a dimension is fixed, else a `DynamicSize` or SymInt; None when unknown."""
+    known = type_of(node) if isinstance(node, Node) else None
+    return None if known is None else merged_shape(*known)
 
 
 def hint(dim: Any) -> int:
     """A dimension as a number: itself, or the size of a symbolic one for which costs are computed (see `shapes.infer`)."""
     if isinstance(dim, int):
         return dim
+    if isinstance(dim, DynamicSize):
+        return dim.size
     from fxopt.ir.shapes import size_of
 
     return size_of(dim) or 1

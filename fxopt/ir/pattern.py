@@ -32,7 +32,7 @@ from torch import fx
 
 from fxopt.errors import InvalidOption, unknown
 from fxopt.ir.builder import Builder
-from fxopt.ir.graph import Graph, Origin
+from fxopt.ir.graph import Graph, Origin, merged_shape, type_of
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.neutral import AXES, COMMUTATIVE, COMPOSED, operators, parameters
 
@@ -134,14 +134,22 @@ class Match:
     root: fx.Node
     bound: Mapping[str, Any]
     inner: tuple[fx.Node, ...]
-    types: Mapping[fx.Node, Any] = field(default_factory=dict)  # fake values of nodes made in this run
+    types: Mapping[fx.Node, Any] = field(default_factory=dict)  # (val, probe) of nodes made in this run
+
+    def type(self, node: object) -> tuple[Any, Any] | None:
+        """The fake values of a node at the sizes of both of its runs (`fxopt.ir.shapes`); None when they are unknown.
+
+        Only what agrees in both holds for every size of the inputs.
+        """
+        if not isinstance(node, fx.Node):
+            return None
+        made: tuple[Any, Any] | None = self.types.get(node)
+        return type_of(node) if made is None else made
 
     def known(self, node: object) -> Any:
         """The fake value of a node (tensor, host array, tuple); None when it is unknown."""
-        if not isinstance(node, fx.Node):
-            return None
-        made = self.types.get(node)
-        return node.meta.get("val") if made is None else made
+        known = self.type(node)
+        return None if known is None else known[0]
 
     def value(self, node: object) -> torch.Tensor | None:
         """The fake tensor of a node; None when it is unknown."""
@@ -149,9 +157,9 @@ class Match:
         return known if isinstance(known, torch.Tensor) else None
 
     def shape(self, node: object) -> tuple[Any, ...] | None:
-        """The shape of a node, with int or SymInt dimensions; None when it is unknown."""
-        value = self.value(node)
-        return None if value is None else tuple(value.shape)
+        """The shape of a node, with an int where a dimension is fixed; None when it is unknown."""
+        known = self.type(node)
+        return None if known is None else merged_shape(*known)
 
     def dtype(self, node: object) -> torch.dtype | None:
         """The element type of a node; None when it is unknown."""

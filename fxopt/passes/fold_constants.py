@@ -23,6 +23,7 @@ from fxopt.ir.ledger import Refusal, Verdict
 from fxopt.ir.onnx.lane import has_symbol, to_tensor
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.onnx.records import ConstantRecord, NodeRecord
+from fxopt.ir.shapes import same_type
 from fxopt.ir.views.common import is_onnx
 from fxopt.passes.base import Context, ExactPass
 from fxopt.passes.rules.apply import drop_unused, record_once
@@ -99,7 +100,8 @@ class _Run:
                 return
         self.exact.add(node)
         value = node.meta.get("val")
-        if isinstance(value, np.ndarray) and not has_symbol(value) and self.ctx.excluded(label(node)) is None:
+        fixed = isinstance(value, np.ndarray) and same_type(value, node.meta.get("probe", value))
+        if fixed and not has_symbol(value) and self.ctx.excluded(label(node)) is None:
             self.values[node] = value
 
     def is_result_or_large_view(self, node: fx.Node) -> bool:

@@ -105,13 +105,13 @@ class PassManager:
                 check_output_types(graph, types)
             except VerificationError as error:
                 raise VerificationError(f"pass {step.name} (after {done}) broke the graph: {error}") from error
-            self._record(step, graph, ctx, changes, changed)
+            self._record(step, graph, ctx, changes, [node for node in changed if node not in before])
             self._dump(graph, step.name)
         self.runs.append(PassRun(step.name, changes, middle - begin, time.perf_counter() - middle))
         return changes
 
-    def _record(self, step: ExactPass, graph: Graph, ctx: Context, changes: int, changed: Sequence[fx.Node]) -> None:
-        mine = [node for node in changed if step.name in (node.meta.get("provenance") or ())[1:]]
+    def _record(self, step: ExactPass, graph: Graph, ctx: Context, changes: int, made: Sequence[fx.Node]) -> None:
+        mine = [node for node in made if step.name in (node.meta.get("provenance") or ())[1:]]
         for node in mine:
             if node.op != "call_function":
                 continue

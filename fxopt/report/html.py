@@ -18,7 +18,8 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .25rem .6rem; vertical-align: top; }
 th { border-bottom: 2px solid #888; position: sticky; top: 0; background: #fff; } td { border-bottom: 1px solid #ddd; }
-td.figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } code { font-size: .9em; }
+td.figure, th.figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+code { font-size: .9em; }
 .applied { color: #06703a; } .refused { color: #8a5a00; } .rolled-back { color: #8a1a6b; } .no-match { color: #777; }
 .outcome { padding: .6rem 1rem; background: #eef3f8; border-left: 4px solid #4a7ab0; } .warning { color: #8a5a00; }
 input { font: inherit; padding: .3rem .5rem; width: 24rem; max-width: 100%; }
@@ -127,13 +128,17 @@ def _work(report: Report) -> list[str]:
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], figures: Sequence[int] = (), name: str = "") -> str:
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in headers)
+    head = "".join(_heading(header, index in figures) for index, header in enumerate(headers))
     body = "".join(
         "<tr>" + "".join(_cell(cell, index in figures, headers[index]) for index, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
     identity = f' id="{name}"' if name else ""
     return f"<table{identity}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _heading(text: str, figure: bool) -> str:
+    return f'<th scope="col"{" class=figure" if figure else ""}>{escape(text)}</th>'
 
 
 def _cell(text: str, figure: bool, header: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def zeros(*shape: int, dtype: Any = np.float32) -> Any:
 def linears(rows: int, widths: Sequence[int], int8: bool = False) -> Graph:
     """Linears in a row, in float or in the dynamically quantised form that ONNX Runtime fuses."""
     nodes, constants, x = [], {}, "x"
-    for index, (inner, out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (inner, out) in enumerate(pairwise(widths)):
         last = index == len(widths) - 2
         y = "y" if last else f"y{index}"
         constants[f"b{index}"] = zeros(out)

@@ -100,7 +100,9 @@ class _Run:
                 builder.discard()
                 return refusal
         else:
-            self.types[made] = match.types.get(root, root.meta.get("val"))
+            known = match.type(root)
+            if known is not None:
+                self.types[made] = known
         inputs = list(root.all_input_nodes)
         self.graph.replace(root, made)
         self.gone.add(root)

@@ -22,12 +22,12 @@ def changed_type(match: Match, x: object) -> Refusal | None:
     """The refusal of a match whose root has another shape or element type than x, or an unknown one."""
     if not isinstance(x, fx.Node):
         return Mismatch("{} is a number", x)
-    before, after = match.known(x), match.known(match.root)
+    before, after = match.type(x), match.type(match.root)
     if before is None or after is None:
         return Refusal("the type of {} is unknown", label(x if before is None else match.root))
     if same_type(before, after):
         return None
-    return Refusal("{} changes {} to {}", label(match.root), _shown(before), _shown(after))
+    return Refusal("{} changes {} to {}", label(match.root), _shown(before[0]), _shown(after[0]))
 
 
 def _shown(value: object) -> str:
