@@ -1,0 +1,1 @@
+"""Benchmarks: each writes benchmarks/results/NAME.json; docs/benchmarks.md is generated from these files."""

@@ -82,7 +82,11 @@ def accuracy(folder: Path) -> dict[str, dict[str, float]]:
     found = {}
     for name, value in vectors.items():
         mean, least = mean_cosine(reference, value)
-        found[name] = {"mean_cosine": mean, "min_cosine": least, "megabytes": (folder / f"{name}.onnx").stat().st_size / 1e6}
+        found[name] = {
+            "mean_cosine": mean,
+            "min_cosine": least,
+            "megabytes": (folder / f"{name}.onnx").stat().st_size / 1e6,
+        }
     return found
 
 
@@ -97,7 +101,11 @@ def speed(folder: Path, threads: int, seconds: float) -> dict[str, dict[str, flo
     times = measure_many({name: (lambda s=session: s.run(None, feeds)) for name, session in sessions.items()}, seconds)
     base = times["onnxruntime_fp32"]
     return {
-        name: {"ratio_of_medians": base.median / row.median, "ratio_of_minima": base.minimum / row.minimum, "bursts": row.bursts}
+        name: {
+            "ratio_of_medians": base.median / row.median,
+            "ratio_of_minima": base.minimum / row.minimum,
+            "bursts": row.bursts,
+        }
         for name, row in times.items()
     }
 
@@ -118,7 +126,8 @@ result = fxopt.optimize(f"{folder}/onnxruntime_fp32.onnx", calibration=f"{folder
 total = time.perf_counter() - begin
 guard = result.report.stages.get("guard", 0.0)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"seconds_without_guard": total - guard, "added_peak_megabytes": after - before, "stages": result.report.stages}))
+found = {"seconds_without_guard": total - guard, "added_peak_megabytes": after - before}
+print(json.dumps({**found, "stages": result.report.stages}))
 """
 
 

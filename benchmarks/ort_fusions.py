@@ -27,7 +27,10 @@ def model(shape: tuple[int, int, int], fused: bool) -> onnx.ModelProto:
     """REPEATS times: h = LayerNorm(h + skip)."""
     width = shape[-1]
     generator = np.random.default_rng(0)
-    weights = {"g": generator.normal(size=width).astype(np.float32), "b": generator.normal(size=width).astype(np.float32)}
+    weights = {
+        "g": generator.normal(size=width).astype(np.float32),
+        "b": generator.normal(size=width).astype(np.float32),
+    }
     nodes = []
     for index in range(REPEATS):
         source, result = ("x" if index == 0 else f"h{index}"), ("y" if index == REPEATS - 1 else f"h{index + 1}")
@@ -69,7 +72,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = [compare(shape, Path(scratch)) for shape in SHAPES]
     for row in rows:
-        print(f"SkipLayerNormalization {row['shape']}: {row['fused_over_parts']:.2f}x the time of Sum + LayerNormalization")
+        print(
+            f"SkipLayerNormalization {row['shape']}: {row['fused_over_parts']:.2f}x of Sum + LayerNormalization"
+        )
     print(f"written: {write('ort_fusions', {'skip_layer_normalization': rows})}")
 
 

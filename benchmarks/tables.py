@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md from benchmarks/results/*.json: no number in the docs is typed by hand.
 
-    python -m benchmarks.tables
+python -m benchmarks.tables
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def cpu_int8(result: dict[str, Any]) -> list[str]:
         "",
         f"`python -m benchmarks.cpu_int8` on {where(result)}.",
         "",
-        "Speed-up over ONNX Runtime fp32 (ratio of medians of interleaved bursts); cosine to fp32 over 200 held-out sentences.",
+        "Speed-up over ONNX Runtime fp32 (ratio of medians of interleaved bursts);",
+        "cosine to fp32 over 200 held-out sentences.",
         "",
         "| file | 1 thread | 2 threads | cosine mean | min | MB |",
         "|---|---|---|---|---|---|",
@@ -47,7 +48,8 @@ def cpu_int8(result: dict[str, Any]) -> list[str]:
     for name, row in result["accuracy"].items():
         one, two = (result["speed"][threads][name]["ratio_of_medians"] for threads in ("1", "2"))
         lines.append(
-            f"| {name} | {one:.2f} | {two:.2f} | {row['mean_cosine']:.4f} | {row['min_cosine']:.4f} | {row['megabytes']:.1f} |"
+            f"| {name} | {one:.2f} | {two:.2f} | {row['mean_cosine']:.4f} | {row['min_cosine']:.4f} "
+            f"| {row['megabytes']:.1f} |"
         )
     cost = result["optimize"]
     lines += [

@@ -1,6 +1,6 @@
 """fxopt: priced, verified rewrites of neural networks.
 
-    fast = fxopt.optimize(model, target="host")
+fast = fxopt.optimize(model, target="host")
 """
 
 from __future__ import annotations
@@ -29,7 +29,18 @@ if TYPE_CHECKING:
 
 _PLACES = {
     **dict.fromkeys(
-        ("BenchRow", "Comparison", "Optimized", "bench", "capture", "compare", "explain", "load", "optimize", "predict"),
+        (
+            "BenchRow",
+            "Comparison",
+            "Optimized",
+            "bench",
+            "capture",
+            "compare",
+            "explain",
+            "load",
+            "optimize",
+            "predict",
+        ),
         "fxopt.api",
     ),
     "FxoptError": "fxopt.errors",

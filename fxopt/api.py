@@ -125,7 +125,7 @@ def optimize(
 
 
 class Optimized(torch.nn.Module):
-    """An optimised model: call it like the original; `report`, `ledger`, `graph` and `save` say and keep what was done."""
+    """An optimised model, called like the original; `report`, `ledger`, `graph` and `save` say what was done."""
 
     def __init__(self, model: Model, options: _Options | None) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Optimized(torch.nn.Module):
         self._source.clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the optimised model; a PyTorch model's structure of outputs is kept, an ONNX model gives a tensor or tuple."""
+        """Run the model; outputs have a PyTorch model's structure, or are a tensor or tuple of an ONNX model."""
         if self._outcome is None:
             if not self._source:
                 raise NotReady("the optimisation of the first call failed; call optimize again")
@@ -329,13 +329,13 @@ def _samples(graph: Graph, example_inputs: Any, options: _Options, notes: list[s
         if example_inputs is None:
             return []
         args, kwargs = _bound(example_inputs)
-        notes.append("calibrated and verified on the example inputs alone; give calibration data for a better judgement")
+        notes.append(
+            "calibrated and verified on the example inputs alone; give calibration data for a better judgement"
+        )
         return [_flat_inputs(graph, args, kwargs)]
     from fxopt.calibration import load
 
-    batches = load(
-        options.calibration, graph, seed=options.seed, input_shapes=options.input_shapes, warn=notes.append
-    )
+    batches = load(options.calibration, graph, seed=options.seed, input_shapes=options.input_shapes, warn=notes.append)
     if len(batches) == 1:
         notes.append("one calibration sample: it calibrates and verifies, which flatters the error")
     return [[batch[spec.name] for spec in graph.inputs] for batch in batches]
@@ -579,7 +579,10 @@ def bench(
 
     if not models:
         raise InvalidInput("bench needs at least one model")
-    named = [(str(model) if isinstance(model, (str, os.PathLike)) else f"model {index}", model) for index, model in enumerate(models)]
+    named = [
+        (str(model) if isinstance(model, (str, os.PathLike)) else f"model {index}", model)
+        for index, model in enumerate(models)
+    ]
     runs: dict[str, Callable[[], object]] = {}
     notes: list[str] = []
     for name, model in named:
@@ -589,4 +592,6 @@ def bench(
         runs[name if name not in runs else f"{name} ({len(runs)})"] = lambda run=run, sample=sample: run(sample)  # type: ignore[misc]
     times = measure_many(runs, seconds)
     first = times[next(iter(times))]
-    return [BenchRow(name, row.median, row.minimum, first.median / row.median, row.bursts) for name, row in times.items()]
+    return [
+        BenchRow(name, row.median, row.minimum, first.median / row.median, row.bursts) for name, row in times.items()
+    ]

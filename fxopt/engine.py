@@ -391,9 +391,7 @@ class Optimizer:
                 self._roll_back(kept, f"over budget without the slow ones: measured loss {lossy.loss:.3g}")
                 return None
 
-    def _against(
-        self, lossy: _Lossy, plain: Executable, sample: Sample, seconds: float
-    ) -> tuple[Timing, list[Timing]]:
+    def _against(self, lossy: _Lossy, plain: Executable, sample: Sample, seconds: float) -> tuple[Timing, list[Timing]]:
         """The timing against what came in, and all timings: also that against the exact result, where there is one."""
 
         def run() -> object:
@@ -433,7 +431,9 @@ class Optimizer:
         executable = lossy.executable if lossy is not None else self._compiled(exact)
         timing = None
         if sample is not None and not request.force:
-            timing = measure(lambda: self.baseline.run(sample), lambda: executable.run(sample), request.guard_seconds / 4)
+            timing = measure(
+                lambda: self.baseline.run(sample), lambda: executable.run(sample), request.guard_seconds / 4
+            )
         why = "not measured (--force)" if request.force else "smaller"
         return self._finish(graph, executable, before, "optimized", why, lossy.error if lossy else None, timing)
 
@@ -485,9 +485,7 @@ class Optimizer:
         for candidate, reason in chosen.refused:
             self._refuse(candidate, reason, prices[candidate].error if candidate in prices else None)
 
-    def _roll_back(
-        self, gone: Sequence[Candidate] | None, reason: str, groups: dict[str, str] | None = None
-    ) -> None:
+    def _roll_back(self, gone: Sequence[Candidate] | None, reason: str, groups: dict[str, str] | None = None) -> None:
         """Turn "applied" into "rolled-back": of these candidates (those of a group with its own reason), or of all."""
         reasons = {
             (candidate.pass_name, candidate.anchor, str(candidate.setting)): (groups or {}).get(candidate.group, reason)
@@ -564,9 +562,7 @@ def _naming(step: Pass, candidate: Candidate) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise PassError(
-            f"pass {step.name} failed at {candidate.anchor!r}: {type(error).__name__}: {error}"
-        ) from error
+        raise PassError(f"pass {step.name} failed at {candidate.anchor!r}: {type(error).__name__}: {error}") from error
 
 
 def as_function(executable: Executable) -> Callable[..., Any]:
@@ -584,9 +580,7 @@ def _measured(timing: Timing) -> str:
 
 
 def _refused(candidate: Candidate, reason: Refusal) -> Candidate:
-    return Candidate(
-        candidate.pass_name, candidate.node, candidate.anchor, candidate.setting, reason, candidate.group
-    )
+    return Candidate(candidate.pass_name, candidate.node, candidate.anchor, candidate.setting, reason, candidate.group)
 
 
 def _versions() -> dict[str, str]:

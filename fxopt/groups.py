@@ -76,7 +76,9 @@ def cut_out(graph: Graph, node_name: str, stats: Stats) -> tuple[Graph, list[tor
 
 def _entries(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     inside = set(nodes)
-    found = {used: None for node in nodes for used in node.all_input_nodes if used not in inside and used.op != "get_attr"}
+    found = {
+        used: None for node in nodes for used in node.all_input_nodes if used not in inside and used.op != "get_attr"
+    }
     return list(found)
 
 

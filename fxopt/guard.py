@@ -58,7 +58,9 @@ def measure(baseline: Callable[[], object], result: Callable[[], object], second
             second.append(_burst(result, size))
     ratios = _ratios(first, second)
     low, high = _interval(ratios)
-    return Timing(statistics.median(first), statistics.median(second), statistics.median(ratios), low, high, len(ratios))
+    return Timing(
+        statistics.median(first), statistics.median(second), statistics.median(ratios), low, high, len(ratios)
+    )
 
 
 def _ratios(first: list[float], second: list[float]) -> list[float]:

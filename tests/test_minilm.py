@@ -1,4 +1,4 @@
-"""Real weights: all-MiniLM-L6-v2 from its ONNX export and from PyTorch, judged on docstrings it was not calibrated on."""
+"""Real weights: all-MiniLM-L6-v2 from its ONNX export and from PyTorch, judged on other docstrings."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def test_from_pytorch(real: tuple[Any, Any], exported: Path, tmp_path: Path) -> 
         threads=1,
     )
     check(result, exported, tokenizer, tmp_path)
-    short = [torch.from_numpy(np.ascontiguousarray(samples[1][name][:, :32])) for name in ("input_ids", "attention_mask")]
+    short = [
+        torch.from_numpy(np.ascontiguousarray(samples[1][name][:, :32])) for name in ("input_ids", "attention_mask")
+    ]
     with torch.no_grad():
         expected = model(*short)
     assert torch.nn.functional.cosine_similarity(result(*short), expected).min() > 0.98

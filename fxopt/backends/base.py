@@ -45,18 +45,18 @@ class Backend(ABC):
 
     @abstractmethod
     def refuses(self, node: fx.Node, target: Target) -> str:
-        """"" when the backend runs the node, else the reason why not."""
+        """ "" when the backend runs the node, else the reason why not."""
 
     @abstractmethod
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
-        """"" when an operator that a pass wants to introduce runs fast here, else the reason why not."""
+        """ "" when an operator that a pass wants to introduce runs fast here, else the reason why not."""
 
     @abstractmethod
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Turn the graph into something that runs."""
 
     def prefers(self, op: str) -> str:
-        """"" when the backend's own fusion into `op` is fast, else the reason to avoid it (with what was measured)."""
+        """ "" when the backend's own fusion into `op` is fast, else the reason to avoid it (with what was measured)."""
         return ""
 
     @classmethod

@@ -177,9 +177,10 @@ def work(graph: Graph) -> list[NodeWork]:
 
 
 def predict_work(nodes: Sequence[NodeWork], target: Target) -> list[Prediction]:
-    """The times of nodes that run after each other; weights that together exceed the cache come from main memory."""
-    cold = sum(found.weight_bytes for found in nodes) > target.cache_bytes
-    return [predict(found.cost, target, found.weight_bytes if cold else 0.0) for found in nodes]
+    """The times of nodes that run after each other; of weights that exceed the cache, only that share stays in it."""
+    weights = sum(found.weight_bytes for found in nodes)
+    cold = 1 - target.cache_bytes / weights if weights > target.cache_bytes else 0.0
+    return [predict(found.cost, target, cold * found.weight_bytes) for found in nodes]
 
 
 def _share(part: Prediction, total: Prediction) -> float:

@@ -76,7 +76,7 @@ def _parse(content: bytes, path: Path) -> ModelProto:
         proto.ParseFromString(content)
     except DecodeError as error:
         raise InvalidModel(
-            f"{path} is not an ONNX model or is truncated ({len(content)} bytes): {error}; expected a protobuf ModelProto"
+            f"{path} is not an ONNX model, or is truncated ({len(content)} bytes): {error}; expected a ModelProto"
         ) from error
     if not proto.ir_version or not proto.HasField("graph"):
         raise InvalidModel(f"{path} is not an ONNX model: it holds no graph ({len(content)} bytes)")
@@ -189,7 +189,9 @@ class _Importer:
         offset = int(entries.get("offset", "0"))
         count = int(np.prod(proto.dims, dtype=np.int64))
         if file.stat().st_size < offset + count * dtype.itemsize:
-            raise InvalidModel(f"initializer {proto.name!r}: {file} is too short for {list(proto.dims)} at byte {offset}")
+            raise InvalidModel(
+                f"initializer {proto.name!r}: {file} is too short for {list(proto.dims)} at byte {offset}"
+            )
         if offset % dtype.itemsize or count == 0:
             content = file.read_bytes()[offset : offset + count * dtype.itemsize]
             return _tensor_over(content, proto)
@@ -277,7 +279,9 @@ class _Importer:
 
     def value(self, name: str, user: NodeProto) -> fx.Node:
         if name not in self.values:
-            raise InvalidModel(f"node {user.name or user.op_type!r} uses the value {name!r}, which nothing before it computes")
+            raise InvalidModel(
+                f"node {user.name or user.op_type!r} uses the value {name!r}, which nothing before it computes"
+            )
         return self.values[name]
 
 
@@ -319,7 +323,9 @@ def _tensor_over(content: bytes, proto: TensorProto) -> torch.Tensor:
         return torch.empty(tuple(proto.dims), dtype=dtype)
     expected = int(np.prod(proto.dims, dtype=np.int64)) * dtype.itemsize
     if len(content) != expected:
-        raise InvalidModel(f"initializer {proto.name!r} holds {len(content)} bytes; {list(proto.dims)} needs {expected}")
+        raise InvalidModel(
+            f"initializer {proto.name!r} holds {len(content)} bytes; {list(proto.dims)} needs {expected}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the buffer is not writable, and nobody writes
         return torch.frombuffer(content, dtype=dtype).reshape(tuple(proto.dims))

@@ -72,7 +72,12 @@ class Builder:
         """An int64 vector as a constant, such as a shape."""
         if any(not isinstance(value, int) for value in values):
             raise Unsupported(f"{hint} {list(values)} holds values that are computed at run time")
-        return self.const(torch.tensor(list(values), dtype=torch.int64), f"{label(self.like)}_{hint}")
+        wanted = torch.tensor(list(values), dtype=torch.int64)
+        for used in self.before.all_input_nodes:  # the node that is replaced may have it already
+            constant = self.graph.constant(used)
+            if constant is not None and constant.dtype == torch.int64 and torch.equal(constant, wanted):
+                return used
+        return self.const(wanted, f"{label(self.like)}_{hint}")
 
     def discard(self) -> None:
         """Erase what was made and is not used."""

@@ -154,6 +154,7 @@ class Graph:
         return node
 
     def _first_call(self) -> Node:
+        node: Node
         for node in self.fx.nodes:
             if node.op not in ("placeholder", "get_attr"):
                 return node
@@ -223,8 +224,16 @@ class Graph:
                 _set_attribute(root, str(node.target), self.attribute(str(node.target)))
         model = copy.copy(self.model) if self.model is not None else None
         return Graph(
-            fresh, root, self.origin, self.inputs, self.outputs, self.name, model, self.call_spec,
-            dict(self.sizes), self._constant_count,
+            fresh,
+            root,
+            self.origin,
+            self.inputs,
+            self.outputs,
+            self.name,
+            model,
+            self.call_spec,
+            dict(self.sizes),
+            self._constant_count,
         )
 
     # ---- running
@@ -313,7 +322,7 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
 
 
 def hint(dim: Any) -> int:
-    """A dimension as a number: itself, or the size of a symbolic one for which costs are computed (see `shapes.infer`)."""
+    """A dimension as a number: itself, or the size of a dynamic one for which costs are computed."""
     if isinstance(dim, int):
         return dim
     if isinstance(dim, DynamicSize):

@@ -137,7 +137,9 @@ def _widened(value: Any) -> Any:
     return value
 
 
-def _widened_casts(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _widened_casts(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Casts to a float type become casts to float64."""
     if getattr(target, "op_type", "") == "Cast" and kwargs.get("to") in _ONNX_LOW_FLOATS:
         return args, {**kwargs, "to": _ONNX_DOUBLE}

@@ -142,7 +142,7 @@ def _mode_of(graph: Graph, key: str) -> FakeTensorMode | None:
 
 
 def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[str, int]]) -> Any:
-    """The fake value of one node from those of its arguments, or UNKNOWN; `node.meta["failure"]` says what went wrong."""
+    """The fake value of a node from those of its arguments, or UNKNOWN; `meta["failure"]` says what went wrong."""
     key, mode, _ = run
     if key == "val":
         node.meta.pop("failure", None)
@@ -255,7 +255,7 @@ def _dimension_names(graph: Graph) -> list[str]:
 
 
 def _probe_sizes(graph: Graph) -> dict[str, int]:
-    """Another size for every named dimension: half where it is even and large (limits and strides still fit), else more."""
+    """Another size for every named dimension: half where it is even and large (limits still fit), else more."""
     sizes: dict[str, int] = {}
     for index, name in enumerate(_dimension_names(graph)):
         size = graph.sizes.get(name, 1)
@@ -275,7 +275,8 @@ def _pairs(graph: Graph) -> dict[tuple[int, int], str]:
 def _fake_value(spec: ValueSpec, sizes: Mapping[str, int]) -> Any:
     if spec.dtype is None or spec.shape is None or any(dim is None for dim in spec.shape):
         return UNKNOWN
-    return torch.empty([sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape], dtype=spec.dtype)
+    shape = [sizes.get(dim, 1) if isinstance(dim, str) else int(dim or 0) for dim in spec.shape]
+    return torch.empty(shape, dtype=spec.dtype)
 
 
 def _declared(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[str, int]]) -> Any:

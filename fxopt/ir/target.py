@@ -29,7 +29,9 @@ class Target:
     features: frozenset[str] = frozenset()  # instruction sets: "avx2", "avx512_vnni", "neon", "dotprod", ...
     cache_bytes: int = 0  # last level
     cache_bandwidth: float = 0.0  # while data stay in the last-level cache
-    efficiency: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # reached share of peak, per kind
+    efficiency: Mapping[str, float] = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # reached share of peak, per kind
     sparse_24: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # peak with 2:4 weights
     energy: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # joules per operation
     is_host: bool = False  # the machine this process runs on

@@ -55,13 +55,21 @@ class _Ties:
         self.parent: dict[Axis, Axis] = {}
         self.reason: dict[Axis, str] = {}
         self.constants: dict[str, fx.Node] = {}  # two nodes of one constant are one value
+        self.shapes: dict[fx.Node, tuple[Any, ...] | None] = {}
         self.touched: set[fx.Node] = set()  # by the handler that runs
 
     def shape(self, node: Any) -> tuple[Any, ...] | None:
-        """Fixed sizes as numbers, dynamic ones as symbols or pairs of sizes; None for what is no tensor of known shape."""
+        """Fixed sizes as numbers, dynamic ones as symbols or pairs; None for what is no tensor of known shape."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node not in self.shapes:
+            self.shapes[node] = self.shape_now(node)
+        return self.shapes[node]
+
+    def shape_now(self, node: fx.Node) -> tuple[Any, ...] | None:
         constant = self.graph.constant(node)
-        if constant is not None or not isinstance(node, fx.Node):
-            return None if constant is None else tuple(constant.shape)
+        if constant is not None:
+            return tuple(constant.shape)
         shape = getattr(node.meta.get("val"), "shape", None)
         probe = getattr(node.meta.get("probe"), "shape", shape)
         if shape is None or probe is None or len(shape) != len(probe):

@@ -33,9 +33,13 @@ def changed_nodes(graph: Graph, before: Snapshot) -> list[fx.Node]:
     changed = []
     for node in graph.fx.nodes:
         old = before.get(node)
-        if old is None or old[0] is not node.target or old[1] is not node.args or old[2] is not node.kwargs:
-            if old is None or old != (node.target, node.args, node.kwargs):
-                changed.append(node)
+        if old is None:
+            changed.append(node)
+            continue
+        target, args, kwargs = old
+        same = target is node.target and args is node.args and kwargs is node.kwargs
+        if not same and old != (node.target, node.args, node.kwargs):
+            changed.append(node)
     return changed
 
 
@@ -117,9 +121,13 @@ def _check_node(graph: Graph, node: fx.Node) -> None:
         try:
             graph.attribute(str(node.target))
         except AttributeError:
-            raise VerificationError(f"node {label(node)!r} refers to the constant {node.target!r}, which is gone") from None
+            raise VerificationError(
+                f"node {label(node)!r} refers to the constant {node.target!r}, which is gone"
+            ) from None
     elif node.op != "call_function" or not callable(node.target):
-        raise VerificationError(f"node {label(node)!r} is a {node.op} of {node.target!r}; expected a call of an operator")
+        raise VerificationError(
+            f"node {label(node)!r} is a {node.op} of {node.target!r}; expected a call of an operator"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -166,7 +174,7 @@ class NumericCheck:
         )
 
     def difference(self, graph: Graph, specs: Sequence[ValueSpec] | None = None) -> str:
-        """"" when the graph is no further from float64 than twice the original, else what differs and by how much."""
+        """ "" when the graph is no further from float64 than twice the original, else what differs and by how much."""
         now = graph.run(self.sample, evaluator=self.evaluator)
         for spec, exact, before, after in zip(graph.outputs, self.reference, self.before, now, strict=True):
             if not isinstance(before, torch.Tensor):
@@ -209,9 +217,10 @@ def first_divergence(before: Graph, after: Graph, sample: Sequence[Any], evaluat
         old = values.get(label(node))
         if found or node.target is operator.getitem or not isinstance(old, torch.Tensor):
             return
-        if isinstance(value, torch.Tensor) and (old.shape != value.shape or not torch.allclose(
-            old.double(), value.double(), rtol=1e-4, atol=1e-5, equal_nan=True
-        )):
+        if isinstance(value, torch.Tensor) and (
+            old.shape != value.shape
+            or not torch.allclose(old.double(), value.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        ):
             found.append(label(node))
 
     after.run(sample, evaluator=evaluator, observer=compare)

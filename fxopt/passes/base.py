@@ -35,7 +35,7 @@ class Capabilities(Protocol):
         ...
 
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
-        """"" when the backend runs `op` in `dtype` faster than a naive kernel would, else the reason why not."""
+        """ "" when the backend runs `op` in `dtype` faster than a naive kernel would, else the reason why not."""
         ...
 
 
@@ -51,7 +51,7 @@ class Context:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
-        """"" when the backend has a kernel for it on the target, else the reason."""
+        """ "" when the backend has a kernel for it on the target, else the reason."""
         return "" if self.capabilities is None else self.capabilities.supports(op, dtype, pattern)
 
     def excluded(self, name: str) -> Refusal | None:

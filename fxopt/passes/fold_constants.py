@@ -100,8 +100,9 @@ class _Run:
                 return
         self.exact.add(node)
         value = node.meta.get("val")
-        fixed = isinstance(value, np.ndarray) and same_type(value, node.meta.get("probe", value))
-        if fixed and not has_symbol(value) and self.ctx.excluded(label(node)) is None:
+        if not isinstance(value, np.ndarray) or not same_type(value, node.meta.get("probe", value)):
+            return
+        if not has_symbol(value) and self.ctx.excluded(label(node)) is None:
             self.values[node] = value
 
     def is_result_or_large_view(self, node: fx.Node) -> bool:

@@ -77,9 +77,7 @@ class QuantizeLinear(LossyPass):
             name = f"{op_name}_dynamic" if kind == "dynamic" else op_name
             yield self._candidate(ctx, view.node, group, kind, self._refusal(graph, ctx, view, name))
 
-    def _candidate(
-        self, ctx: Context, node: fx.Node, group: str, kind: str, refusal: Refusal | None
-    ) -> Candidate:
+    def _candidate(self, ctx: Context, node: fx.Node, group: str, kind: str, refusal: Refusal | None) -> Candidate:
         limit = 63 if _saturates(ctx) else 127
         setting = Setting.of(self.name, activations=kind, limit=limit)
         return Candidate(self.name, node.name, label(node), setting, refusal, group)
@@ -222,7 +220,9 @@ def _linear_on_sample(x: torch.Tensor, operands: tuple[Any, ...], seen: ValueSta
     codes, scales, bias, *fixed = operands
     x_scale, x_zero = fixed or static_range(ValueStats(minimum=seen.mean_minimum, maximum=seen.mean_maximum))
     levels = (torch.round(x / x_scale) + x_zero).clamp(0, 255) - x_zero
-    return torch.nn.functional.linear(levels, codes.float() * scales[:, None] * x_scale, None if bias is None else bias.float())
+    return torch.nn.functional.linear(
+        levels, codes.float() * scales[:, None] * x_scale, None if bias is None else bias.float()
+    )
 
 
 def _float_result(graph: Graph, view: Linear | Conv, x: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,10 @@ def plan(
             refused.append((candidate, Refusal("{} gives more per error", other.setting)))
         elif budget is not None and total + error > budget:
             refused.append(
-                (candidate, Refusal("its error {:.2g} exceeds what is left of the budget, {:.2g}", error, budget - total))
+                (
+                    candidate,
+                    Refusal("its error {:.2g} exceeds what is left of the budget, {:.2g}", error, budget - total),
+                )
             )
         else:
             taken[candidate.node] = candidate

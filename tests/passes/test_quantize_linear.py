@@ -66,7 +66,13 @@ def cnn(groups: int = 1, relu: bool = True) -> onnx.ModelProto:
     }
     nodes = [
         helper.make_node(
-            "Conv", ["x", "w", "b"], ["c" if relu else "y"], name="conv", pads=[1, 0, 1, 2], strides=[2, 1], group=groups
+            "Conv",
+            ["x", "w", "b"],
+            ["c" if relu else "y"],
+            name="conv",
+            pads=[1, 0, 1, 2],
+            strides=[2, 1],
+            group=groups,
         )
     ]
     if relu:
@@ -158,9 +164,7 @@ def test_refuses_a_weight_that_is_computed_at_run_time() -> None:
         helper.make_node("Gemm", ["x", "e"], ["y"], name="gemm", transB=1),
     ]
     info = helper.make_tensor_value_info
-    body = helper.make_graph(
-        nodes, "g", [info("x", TensorProto.FLOAT, [4, 4])], [info("y", TensorProto.FLOAT, [4, 4])]
-    )
+    body = helper.make_graph(nodes, "g", [info("x", TensorProto.FLOAT, [4, 4])], [info("y", TensorProto.FLOAT, [4, 4])])
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     found = list(QuantizeLinear().candidates(load(model), Context(VNNI)))
     assert [row.anchor for row in found] == ["gemm"]
@@ -199,7 +203,9 @@ def test_codes_leave_room_where_the_instruction_set_saturates() -> None:
     exponent=st.integers(-30, 30),
     seed=st.integers(0, 1000),
 )
-def test_weight_codes_reconstruct_within_half_a_step(out: int, inner: int, limit: int, exponent: int, seed: int) -> None:
+def test_weight_codes_reconstruct_within_half_a_step(
+    out: int, inner: int, limit: int, exponent: int, seed: int
+) -> None:
     weight = torch.randn(out, inner, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     codes, scales = quantize_weight(weight, limit)
     assert codes.dtype == torch.int8 and codes.abs().max() <= limit
@@ -232,7 +238,9 @@ def test_operators_agree_with_an_integer_computation(name: str) -> None:
     for arguments in declared.sample_arguments():
         result = declared(*arguments)
         assert result.dtype == arguments[0].dtype
-        assert torch.equal(result, declared(*(value.clone() if isinstance(value, torch.Tensor) else value for value in arguments)))
+        assert torch.equal(
+            result, declared(*(value.clone() if isinstance(value, torch.Tensor) else value for value in arguments))
+        )
         if name == "linear_w8a8" and arguments[0].numel():
             x, codes, scales, bias, scale, zero = arguments
             levels = (torch.round(x / scale) + zero).clamp(0, 255).long() - zero

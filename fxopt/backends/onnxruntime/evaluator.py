@@ -35,9 +35,7 @@ class OnnxEvaluator:
             raise MissingReference(f"node {label(node)!r}: {node.target} runs neither in torch nor in ONNX Runtime")
         names = list(record.proto.input) + list(kwargs.get("_captured_names", ()))
         values = list(args) + list(kwargs.get("_captured", ()))
-        feeds = {
-            name: _array(value) for name, value in zip(names, values, strict=True) if name and value is not None
-        }
+        feeds = {name: _array(value) for name, value in zip(names, values, strict=True) if name and value is not None}
         session = self._session(graph, record, feeds)
         results = session.run(None, feeds)
         self.nodes.add(label(node))

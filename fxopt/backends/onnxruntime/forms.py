@@ -86,7 +86,10 @@ def _requantized(emitter: Emitter, x: str, scale: float, zero: int) -> str:
 def _weight(emitter: Emitter, codes_name: str, scales: Any, axis: int) -> str:
     name = emitter.fresh(f"{codes_name}_dequantized")
     zero = _shared(
-        emitter, ("weight zero", scales), torch.zeros_like(_tensor(emitter, scales), dtype=torch.int8), f"{codes_name}_zero"
+        emitter,
+        ("weight zero", scales),
+        torch.zeros_like(_tensor(emitter, scales), dtype=torch.int8),
+        f"{codes_name}_zero",
     )
     emitter.node("DequantizeLinear", [codes_name, emitter.value(scales), zero], [name], axis=axis)
     return name

@@ -45,7 +45,9 @@ def make_session(
 class OnnxExecutable(Executable):
     """A model file in an ONNX Runtime session; the artifact is the file."""
 
-    def __init__(self, path: Path, threads: int | None, scratch: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(
+        self, path: Path, threads: int | None, scratch: tempfile.TemporaryDirectory[str] | None = None
+    ) -> None:
         self.path = path
         self.threads = threads
         self._scratch = scratch  # deleted with this object
@@ -62,7 +64,9 @@ class OnnxExecutable(Executable):
     def feeds(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Flat inputs as numpy views by name."""
         if len(inputs) != len(self.input_names):
-            raise InvalidInput(f"{len(inputs)} inputs given, the model takes {len(self.input_names)}: {self.input_names}")
+            raise InvalidInput(
+                f"{len(inputs)} inputs given, the model takes {len(self.input_names)}: {self.input_names}"
+            )
         return {name: _array(value) for name, value in zip(self.input_names, inputs, strict=True)}
 
     def save(self, path: str | os.PathLike[str]) -> None:

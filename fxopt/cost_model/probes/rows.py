@@ -5,6 +5,7 @@ The kinds and counts of `fxopt.cost_model.work` were chosen with all probes in v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,8 +158,11 @@ def _quantize(op: str, shape: Shape) -> ModelProto:
 
 def _two(op: str, shape: Shape) -> ModelProto:
     build = Build()
-    x, y = build.input(*shape), build.input(*shape)
-    return build.model(build.op(op, x, y, axis=0) if op == "Concat" else build.op(op, x, y))
+    results = []
+    for _ in range(8 if math.prod(shape) < 20_000 else 1):
+        x, y = build.input(*shape), build.input(*shape)
+        results.append(build.op(op, x, y, axis=0) if op == "Concat" else build.op(op, x, y))
+    return build.model(*results)
 
 
 def _transpose(shape: Shape, order: Shape) -> ModelProto:

@@ -12,7 +12,7 @@ from fxopt.cost_model.work.attention import ATTENTION
 from fxopt.cost_model.work.call import Call, count, dtype_name, nbytes, tensor_of
 from fxopt.cost_model.work.elementwise import NORMALISATION, SOFTMAX, per_element
 from fxopt.cost_model.work.fusion import absorbed, computes_in_integers, gives_codes, op_type, skips_into
-from fxopt.ir.onnx.lane import has_symbol
+from fxopt.ir.onnx.lane import HostArray, has_symbol
 from fxopt.ir.target import Cost
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size")  # a launch, no data
@@ -38,7 +38,7 @@ def onnx_cost(call: Call) -> Cost:
     if name in _GONE or (_is_folded(call.node) and name != "DequantizeLinear"):
         return Cost(0.0, 0.0, call.dtype, "shape", 0)
     if isinstance(value, np.ndarray):
-        return Cost(0.0, 0.0, "int64", "shape", int(has_symbol(value)))
+        return Cost(0.0, 0.0, "int64", "shape", int(_is_dynamic(call.node, value)))
     fused = absorbed(call.node)
     if fused is not None:
         flops = max(0.0, per_element(name) - 1) * count(call.output)  # what is cheap disappears in the producer
@@ -51,6 +51,11 @@ def onnx_cost(call: Call) -> Cost:
         return Cost(0.0, 0.0, call.dtype, "other", 1)
     rule = _RULES.get(name)
     return _elementwise(call) if rule is None else rule(call)
+
+
+def _is_dynamic(node: fx.Node, value: HostArray) -> bool:
+    """Whether shape arithmetic depends on dynamic dimensions; what does not is folded."""
+    return has_symbol(value) or not np.array_equal(value, node.meta.get("probe", value))
 
 
 def _is_folded(node: fx.Node) -> bool:

@@ -59,7 +59,7 @@ class CallSpec:
             [name, item.kind.name, [] if item.default is inspect.Parameter.empty else [item.default]]
             for name, item in self.signature.parameters.items()
         ]
-        data = {
+        data: dict[str, Any] = {
             "parameters": parameters,
             "constants": [list(item) for item in self.constants.items()],
             "result_constants": [list(item) for item in self.result_constants.items()],

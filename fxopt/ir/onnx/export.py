@@ -219,7 +219,11 @@ class Emitter:
         if not (same_attributes and same_constants):
             known = {attribute.name: attribute for attribute in proto.attribute}
             del adapted.attribute[:]
-            old = {name: known[name] for name, value in node.kwargs.items() if _kept(record.kwargs, name, value) and name in known}
+            old = {
+                name: known[name]
+                for name, value in node.kwargs.items()
+                if _kept(record.kwargs, name, value) and name in known
+            }
             adapted.attribute.extend(self._attributes(node, node.target, old))
         return adapted
 
@@ -246,7 +250,7 @@ class Emitter:
             return helper.make_attribute(name, numpy_helper.from_array(to_numpy(constant)))
         if isinstance(value, (list, tuple)) and not value:
             schema = onnx.defs.get_schema(target.op_type, target.since_version, target.domain)
-            return helper.make_attribute(name, list(value), attr_type=schema.attributes[name].type.value)
+            return helper.make_attribute(name, list(value), attr_type=_code(schema.attributes[name].type))
         if isinstance(value, str):
             return helper.make_attribute(name, value.encode("utf-8", "surrogateescape"))
         return helper.make_attribute(name, list(value) if isinstance(value, tuple) else value)
@@ -266,6 +270,11 @@ class Emitter:
         proto.metadata_props.add(key="fxopt.from", value=source)
         if passes:
             proto.metadata_props.add(key="fxopt.pass", value=passes[-1])
+
+
+def _code(kind: Any) -> int:
+    """The number of an attribute type (the bindings' enumeration has no public type)."""
+    return int(kind.value)
 
 
 def _kept(before: Mapping[str, Any], name: str, value: Any) -> bool:
@@ -316,7 +325,9 @@ def to_model(graph: Graph, forms: Forms | None = None) -> ModelProto:
     return proto
 
 
-def save(graph: Graph, path: str | os.PathLike[str], forms: Forms | None = None, *, external: bool | None = None) -> None:
+def save(
+    graph: Graph, path: str | os.PathLike[str], forms: Forms | None = None, *, external: bool | None = None
+) -> None:
     """Write the graph as `path`, with its weights in `path`.data when they exceed one message or the source did so.
 
     Written to temporary names and renamed: nothing half-written is left, an existing file stays until the end.

@@ -1,4 +1,4 @@
-"""Convolution with 8-bit weights (symmetric, per output channel), 8-bit input and 8-bit output (asymmetric, per tensor).
+"""Convolution with 8-bit weights (symmetric, per output channel), input and output (asymmetric, per tensor).
 
 Source: Krishnamoorthi (2018): y_q = clamp(round((sum q_w q_x + b_q) s_w s_x / s_y) + z_y), b_q = round(b / (s_w s_x)).
 """

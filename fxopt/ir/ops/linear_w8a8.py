@@ -53,9 +53,7 @@ def linear_w8a8_dynamic(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor |
 
 
 @op
-def linear_w8a8(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, x_scale: float, x_zero: int
-) -> Tensor:
+def linear_w8a8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, x_scale: float, x_zero: int) -> Tensor:
     """y = dequantize(quantize(x) @ codes.T) + bias, with the calibrated range x_scale * (0 - x_zero ... 255 - x_zero).
 
     Args:

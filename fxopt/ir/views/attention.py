@@ -168,9 +168,11 @@ def _softmax_below(graph: Graph, node: fx.Node, found: _Scores) -> tuple[fx.Node
     """(scores, axis) of a softmax below casts and the replacement of NaN by 0."""
     for _ in range(4):
         found.inner.append(node)
-        softmax = read(graph, node, "softmax")
+        softmax: Any = read(graph, node, "softmax")
+        if is_aten(node, aten.softmax.int):
+            softmax = node.args[:2]  # with an element type for the result, too
         if softmax is not None:
-            return softmax
+            return softmax[0], softmax[1]
         below = _nan_to_zero(graph, node, found) or read(graph, node, "cast")
         if below is None or not isinstance(below[0], fx.Node):
             return None
@@ -243,7 +245,7 @@ def _masked(graph: Graph, node: fx.Node, found: _Scores) -> fx.Node | Refusal | 
         if first and _reaches_product(graph, mask):
             return Refusal("two products are added before the softmax (a relative position term)")
         return _with_mask(found, value, mask, True)
-    choice = read(graph, node, "where")
+    choice: Any = read(graph, node, "where")
     if choice is None and is_aten(node, aten.masked_fill.Scalar):
         choice = (node.args[1], node.args[2], node.args[0])
     for position in (1, 2) if choice is not None else ():
@@ -321,6 +323,6 @@ def _swaps_last(perm: Any) -> bool:
 
 
 def mask_is_boolean(view: Attention) -> bool | None:
-    """Whether the mask is boolean (keeps or hides) or numbers that are added; None when it is unknown or there is none."""
+    """Whether the mask keeps or hides, instead of being added; None when it is unknown or there is none."""
     value = tensor_value(view.mask)
     return None if value is None else value.dtype == torch.bool

@@ -76,9 +76,10 @@ def norms(graph: Graph) -> Iterator[Norm | tuple[fx.Node, Refusal]]:
 
 
 def _whole(node: fx.Node) -> Norm | Refusal | None:
-    source, inner = node, ()
+    source: Any = node
+    inner: tuple[fx.Node, ...] = ()
     if node.target is operator.getitem:
-        source = node.args[0]  # type: ignore[assignment]
+        source = node.args[0]
         if node.args[1] != 0 or not _returns_statistics(source):
             return None
         inner = (source,)
@@ -98,7 +99,7 @@ def _whole(node: fx.Node) -> Norm | Refusal | None:
 
 def _returns_statistics(node: fx.Node) -> bool:
     if is_onnx(node, "LayerNormalization", "SimplifiedLayerNormalization"):
-        return node.kwargs.get("_outputs", 1) != 1
+        return bool(node.kwargs.get("_outputs", 1) != 1)
     return is_aten(node, aten.native_layer_norm.default, aten._fused_rms_norm.default)
 
 
@@ -137,7 +138,7 @@ def _rms(node: fx.Node, source: fx.Node, inner: tuple[fx.Node, ...]) -> Norm | R
 
 
 def _spelled_out(graph: Graph, node: fx.Node) -> Norm | None:
-    """d / sqrt(mean(d * d) + eps), where d is x or x - mean(x); then a cast, a weight and a bias where there are some."""
+    """d / sqrt(mean(d * d) + eps), d being x or x - mean(x), then cast, multiplied and shifted by constants."""
     inner: list[fx.Node] = []
     core = node
     shifted, bias = _with_constant(graph, core, "add")
@@ -243,8 +244,8 @@ def _centred(graph: Graph, d: fx.Node, axes: int, owned: set[fx.Node]) -> tuple[
     difference = read(graph, d, "sub")
     mean = None if difference is None else read(graph, difference[1], "mean")
     if difference is not None and mean is not None and mean[0] is difference[0] and mean[2]:
-        if trailing_axes(mean[0], mean[1]) == axes:
-            kind, between, d = "layer", (d, difference[1]), difference[0]
+        centred = trailing_axes(mean[0], mean[1]) == axes
+        kind, between, d = ("layer", (d, difference[1]), difference[0]) if centred else (kind, between, d)
     widened = read(graph, d, "cast")
     if widened is not None and isinstance(widened[0], fx.Node) and set(d.users) <= owned | set(between):
         between, d = (*between, d), widened[0]

@@ -14,7 +14,19 @@ from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.views.common import escapes, reads_shape
 
 _MIXING_ONNX = ("MatMul", "Gemm", "Conv", "Attention", "MultiHeadAttention", "GroupQueryAttention", "Einsum")
-_MIXING_ATEN = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "convolution", "conv1d", "conv2d", "conv3d", "einsum")
+_MIXING_ATEN = (
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "einsum",
+)
 _MIXING_ATEN_PREFIX = ("scaled_dot_product", "_scaled_dot_product")
 
 
@@ -54,7 +66,7 @@ def residual(graph: Graph, node: fx.Node) -> ResidualBlock | Refusal | None:
 
 
 def residuals(graph: Graph) -> Iterator[ResidualBlock | tuple[fx.Node, Refusal]]:
-    """Every residual block of the graph in execution order (nested ones too), and what is almost one with the reason."""
+    """Every residual block of the graph in execution order, and what is almost one with the reason."""
     for node in list(graph.calls()):
         view = residual(graph, node)
         if isinstance(view, ResidualBlock):
@@ -64,7 +76,7 @@ def residuals(graph: Graph) -> Iterator[ResidualBlock | tuple[fx.Node, Refusal]]
 
 
 def between(entry: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes on paths from `entry` (not included) to `last` (included), in execution order; none when there is no path."""
+    """The nodes on paths from `entry` (left out) to `last` (included), in execution order."""
     behind: set[fx.Node] = set()
     pending = [last]
     while pending:
