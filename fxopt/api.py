@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxopt.errors import InvalidInput, InvalidOption, NotReady, Unsupported, unknown
+from fxopt.errors import FxoptError, InvalidInput, InvalidOption, NotReady, Unsupported, unknown
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
 
@@ -54,6 +54,16 @@ class _Options:
     seed: int = 0
     dump: Path | None = None
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        if self.budget is not None and not self.budget >= 0:
+            raise InvalidOption(f"budget={self.budget}; expected a number of at least 0, or None")
+        if self.threads is not None and self.threads < 1:
+            raise InvalidOption(f"threads={self.threads}; expected a number of at least 1, or None for all cores")
+        if not self.guard_seconds > 0:
+            raise InvalidOption(f"guard_seconds={self.guard_seconds}; expected more than 0")
 
 
 def optimize(
@@ -107,16 +117,12 @@ def optimize(
     Raises:
         FxoptError: in its subclasses: unknown names, invalid models, inputs and options, failed captures.
     """
-    if objective not in OBJECTIVES:
-        raise unknown("objective", objective, OBJECTIVES)
-    if budget is not None and not budget >= 0:
-        raise InvalidOption(f"budget={budget}; expected a number of at least 0, or None")
     options = _Options(
         target, dynamic_shapes, calibration, evaluate, budget, objective, passes, backend, include, exclude, threads,
         force, require_speedup, tuple(require_passes), input_shapes, guard_seconds, seed,
         None if dump is None else Path(dump), progress,
     )  # fmt: skip
-    _target(target, threads)  # unknown names fail now, not at the first call
+    _backend(backend, _target(target, threads), [])  # unknown names fail now, not at the first call
     _passes(passes)
     result = Optimized(model, options)
     if _is_onnx(model) or example_inputs is not None or _is_exported(model):
@@ -149,7 +155,16 @@ class Optimized(torch.nn.Module):
         flat = _flat_inputs(outcome.graph, args, kwargs)
         if outcome.report.executed_on.startswith("eager") and outcome.report.target != "host":
             self._warn_once(outcome)
-        return _structured(outcome.graph, outcome.executable.run(flat))
+        try:
+            results = outcome.executable.run(flat)
+        except FxoptError:
+            raise
+        except Exception as error:
+            misfit = _misfit(outcome.graph, flat)
+            if misfit:
+                raise InvalidInput(misfit) from error
+            raise
+        return _structured(outcome.graph, results)
 
     def _warn_once(self, outcome: Outcome) -> None:
         if not getattr(self, "_warned", False):
@@ -256,9 +271,16 @@ def _backend(name: str | None, target: Target, notes: list[str]) -> Backend:
 def _passes(passes: Sequence[Any] | None) -> list[Any] | None:
     if passes is None:
         return None
+    if isinstance(passes, str) or not isinstance(passes, Sequence):
+        raise InvalidOption(f"passes={passes!r}; expected a list of passes or texts")
     from fxopt.catalog import pass_from_text
+    from fxopt.passes.base import Pass
 
-    return [pass_from_text(item) if isinstance(item, str) else item for item in passes]
+    found = [pass_from_text(item) if isinstance(item, str) else item for item in passes]
+    for index, item in enumerate(found):
+        if not isinstance(item, Pass):
+            raise InvalidOption(f"passes[{index}] is {item!r}; expected a pass or its text")
+    return found
 
 
 def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
@@ -306,14 +328,32 @@ def _flat_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if graph.call_spec is not None:
         flat: list[Any] = graph.call_spec.flatten(args, kwargs)
         return flat
-    given = list(args)
-    for name in names[len(given) :]:
-        if name in kwargs:
-            given.append(kwargs[name])
     for name in kwargs:
         if name not in names:
             raise InvalidInput(f"{unknown('input', name, names)}")
-    return given
+        if name in names[: len(args)]:
+            raise InvalidInput(f"input {name!r} was given twice, by position and by name")
+    return [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+
+
+def _misfit(graph: Graph, flat: Sequence[Any]) -> str:
+    """Which input does not fit the model; "" when all do."""
+    sizes: dict[str, int] = {}
+    for spec, value in zip(graph.inputs, flat, strict=True):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if spec.dtype is not None and value.dtype != spec.dtype:
+            given, expected = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, spec.dtype))
+            return f"input {spec.name!r} has element type {given}, expected {expected}"
+        if spec.shape is None:
+            continue
+        wanted = [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape]
+        pairs = list(zip(wanted, value.shape, strict=False))
+        if len(wanted) != value.dim() or any(isinstance(dim, int) and dim != size for dim, size in pairs):
+            shown = ", ".join("?" if dim is None else str(dim) for dim in wanted)
+            return f"input {spec.name!r} has shape {list(value.shape)}, expected [{shown}]"
+        sizes.update((dim, size) for dim, size in pairs if isinstance(dim, str))
+    return ""
 
 
 def _structured(graph: Graph, results: list[Any]) -> Any:
@@ -525,6 +565,10 @@ def compare(
     notes: list[str] = []
     options = _Options("host", calibration="random" if data is None else data, seed=seed, input_shapes=input_shapes)
     samples = _samples(graph_a, None, options, notes)
+    for sample in samples:
+        misfit = _misfit(graph_b, sample)
+        if misfit:
+            raise InvalidInput(f"the second model does not take the data: {misfit}")
     results_a, results_b = [run_a(sample) for sample in samples], [run_b(sample) for sample in samples]
     if len(results_a[0]) != len(results_b[0]):
         raise InvalidInput(f"the models have {len(results_a[0])} and {len(results_b[0])} outputs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -73,7 +74,7 @@ def _metadata(outcome: Outcome) -> dict[str, str]:
 def _save_folder(outcome: Outcome, path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; give the name of a folder, or of an .onnx file")
-    if path.is_dir() and any(path.iterdir()) and not (path / _MANIFEST).exists():
+    if path.is_dir() and not _is_ours(path):
         raise OutputError(f"{path} is a folder with other content; give an empty or a new one")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: the folder {path.parent} does not exist")
@@ -81,6 +82,7 @@ def _save_folder(outcome: Outcome, path: Path) -> None:
         scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             _fill(outcome, scratch)
+            scratch.chmod(0o777 & ~_umask())  # temporary folders are private
             if path.exists():
                 shutil.rmtree(path)
             scratch.rename(path)
@@ -88,6 +90,22 @@ def _save_folder(outcome: Outcome, path: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether everything in the folder was written by `save`."""
+    names = {entry.name for entry in folder.iterdir()}
+    try:
+        written = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"] if names else []
+        return names <= {_MANIFEST, *written}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no other way to read it
+    os.umask(mask)
+    return mask
 
 
 def _fill(outcome: Outcome, folder: Path) -> None:
@@ -103,6 +121,7 @@ def _fill(outcome: Outcome, folder: Path) -> None:
     manifest = {
         "call": call,
         "format": FORMAT,
+        "files": sorted(entry.name for entry in folder.iterdir()),
         "graph": kind,
         "target": outcome.report.target,
         "backend": outcome.report.backend,
@@ -122,11 +141,15 @@ def load(path: Path, threads: int | None = None) -> Outcome:
     if not manifest_file.is_file():
         raise InvalidModel(f"{path} holds no {_MANIFEST}; expected a folder that fxopt saved")
     try:
-        manifest: dict[str, Any] = json.loads(manifest_file.read_text(encoding="utf-8"))
+        manifest: Any = json.loads(manifest_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InvalidModel(f"{manifest_file} is not JSON: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise InvalidModel(f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise InvalidModel(f"{path} has format {found}; this version reads format {FORMAT}")
+    lacking = [key for key in ("graph", "report", "ledger") if key not in manifest]
+    if lacking:
+        raise InvalidModel(f"{manifest_file} lacks {lacking[0]!r}; save the result again")
     if manifest["graph"] == "onnx":
         return _load_onnx(path / "model.onnx", threads, manifest)
     from fxopt.backends.eager import EagerExecutable
@@ -151,13 +174,17 @@ def _outcome(graph: Graph, executable: Any, manifest: dict[str, Any] | None) -> 
     from fxopt.report.report import Report, Summary
 
     if manifest is not None:
-        if manifest.get("call") is not None:
-            from fxopt.frontends.capture.call_spec import CallSpec
+        from fxopt.frontends.capture.call_spec import CallSpec
 
-            graph.call_spec = CallSpec.from_json(manifest["call"])
-        report = Report.from_json(manifest["report"])
+        try:
+            if manifest.get("call") is not None:
+                graph.call_spec = CallSpec.from_json(manifest["call"])
+            report = Report.from_json(manifest["report"])
+            ledger = Ledger.from_json(manifest["ledger"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidModel(f"{_MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
         report.executed_on = executable.executed_on
-        return Outcome(graph, executable, report, Ledger.from_json(manifest["ledger"]))
+        return Outcome(graph, executable, report, ledger)
     operators = sum(1 for _ in graph.calls())
     summary = Summary(operators, {}, graph.size_bytes(), 0)
     report = Report(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from fxopt.errors import InvalidInput, MissingReference
 from fxopt.ir.graph import Graph, Opaque, label
@@ -99,7 +100,7 @@ def evaluate(
     if target is operator.getitem:
         return args[0][args[1]]
     if graph.origin == "onnx" and not hasattr(target, "op_type"):
-        args, kwargs = fx.node.map_aggregate(args, _tensor), fx.node.map_aggregate(kwargs, _tensor)
+        args, kwargs = map_aggregate(args, _tensor), map_aggregate(kwargs, _tensor)
     if widen:
         args, kwargs = _widened_casts(target, args, kwargs)
     try:

@@ -143,19 +143,22 @@ class Emitter:
         if not isinstance(record, ConstantRecord) or record.kind == "attribute":
             return  # written where it is used
         value = self.graph.attribute(str(node.target))
-        unchanged = record.proto is not None and value is record.tensor
         self.names[node] = record.name
-        if record.kind == "sparse" and unchanged:
-            self.sparse.append(record.proto)
-        elif record.kind == "node" and unchanged:
-            self.nodes.append(record.proto)
-        elif unchanged:
-            self.initializers.append((record.proto, value if record.stripped else None))
+        if record.proto is not None and value is record.tensor:
+            self._untouched(record, record.proto)
         elif isinstance(value, torch.Tensor):
             proto = TensorProto(name=record.name, data_type=FROM_TORCH[value.dtype], dims=list(value.shape))
             self.initializers.append((proto, value))
         else:
             raise Unsupported(f"constant {record.name!r} was changed to a value that has no ONNX form")
+
+    def _untouched(self, record: ConstantRecord, proto: Any) -> None:
+        if record.kind == "sparse":
+            self.sparse.append(proto)
+        elif record.kind == "node":
+            self.nodes.append(proto)
+        else:
+            self.initializers.append((proto, record.tensor if record.stripped else None))
 
     def _call(self, node: fx.Node) -> None:
         target: Any = node.target
@@ -277,6 +280,11 @@ def _code(kind: Any) -> int:
     return int(kind.value)
 
 
+def _plain(value: torch.Tensor) -> Any:
+    """The bytes as numpy holds them."""
+    return to_numpy(value)
+
+
 def _kept(before: Mapping[str, Any], name: str, value: Any) -> bool:
     return name in before and (before[name] is value or before[name] == value)
 
@@ -365,7 +373,7 @@ def save(
 
 def _write_external(pending: list[tuple[TensorProto, torch.Tensor]], folder: Path, name: str) -> None:
     """Stream the tensors to one data file and refer to it."""
-    tensors = [onnx_ir.Tensor(to_numpy(value), name=tensor.name) for tensor, value in pending]
+    tensors = [onnx_ir.Tensor(_plain(value), name=tensor.name) for tensor, value in pending]
     placed = onnx_ir.external_data.convert_tensors_to_external(tensors, folder, name)
     for (tensor, _), where in zip(pending, placed, strict=True):
         tensor.ClearField("external_data")
