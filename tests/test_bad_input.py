@@ -90,7 +90,7 @@ def _no_external_data(path: Path) -> None:
     ("damage", "message"),
     [
         (Path.unlink, r"model\.onnx: no such file"),
-        (_truncated, r"model\.onnx is not an ONNX model or is truncated"),
+        (_truncated, r"model\.onnx is not an ONNX model, or is truncated"),
         (_random, r"model\.onnx is not an ONNX model"),
         (_empty, r"model\.onnx is not an ONNX model"),
         (_text, r"model\.onnx is not an ONNX model"),
@@ -257,9 +257,8 @@ def test_the_input_is_not_overwritten(cli: Cli, model_file: Path) -> None:
     assert digest(model_file) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(cli: Cli, model_file: Path, work: Path) -> None:
-    work.chmod(0o500)
+def test_a_folder_without_permission(cli: Cli, model_file: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
     assert_refused(cli(model_file, "-o", work / "out.onnx"), "permission denied")
 
 
@@ -320,7 +319,7 @@ def test_in_a_process(spawn: Cli, model_file: Path, work: Path) -> None:
     _truncated(model_file)
     before = digest(model_file)
     ran = spawn(model_file, "-o", work / "out.onnx", cwd=work)
-    assert_refused(ran, "is not an ONNX model or is truncated")
+    assert_refused(ran, "is not an ONNX model, or is truncated")
     assert not ran.out and digest(model_file) == before and not everything(work)
     assert "Traceback" in spawn(model_file, "--debug", cwd=work).err
 
