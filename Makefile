@@ -32,8 +32,11 @@ unit: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(PYTEST) -m slow
 
-wheel: $(VENV)/.dev
+wheel: $(VENV)/.wheel
+
+$(VENV)/.wheel: $(VENV)/.dev tools/check_wheel.py $(shell find fxopt -name '*.py')
 	$(BIN)/python tools/check_wheel.py
+	touch $@
 
 $(VENV)/.torch: pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed; try make PYTHON=python3.12"'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fxopt.cli.options import budget_from, shapes_from
 from fxopt.cli.progress import ProgressReporter
 from fxopt.cli.run import with_command
 from fxopt.errors import InvalidOption
-from tests.conftest import mlp
+from tests.conftest import ROOT, mlp
 
 Cli = Callable[..., Any]
 QUICK = ("--guard-seconds", "0.2")
@@ -73,7 +74,8 @@ def test_every_command_has_help_json_and_debug(cli: Cli, command: str) -> None:
 
 
 def test_version(cli: Cli) -> None:
-    assert cli("--version").out.startswith("fxopt")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cli("--version").out == f"fxopt {project['version']}\n"
 
 
 # ---- lists

@@ -25,12 +25,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
+        from fxopt import __version__
 
-        try:
-            typer.echo(f"fxopt {version('fxopt')}")
-        except PackageNotFoundError:
-            typer.echo("fxopt, run from its source folder without being installed")
+        typer.echo(f"fxopt {__version__}")
         raise typer.Exit
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-from fxopt.ir.graph import label
+from fxopt.ir.graph import label, merged_shape
 from fxopt.ir.pattern import Match, Mismatch, Refusal
 from fxopt.ir.shapes import same_type
 from fxopt.ir.views.common import is_onnx
 
-_EXACT = (  # on shapes; no comparisons, whose answer under fake tensors is a guess about symbolic sizes
-    "Add", "Cast", "Concat", "Div", "Expand", "Gather", "Identity", "Max", "Min", "Mul", "Neg", "ReduceProd",
-    "ReduceSum", "Reshape", "Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+_EXACT = (  # on sizes: polynomials and selections. Comparisons, minima and quotients may agree at two sizes by chance
+    "Add", "Cast", "Concat", "Expand", "Gather", "Identity", "Mul", "Neg", "ReduceProd", "ReduceSum", "Reshape", "Slice",
+    "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 )  # fmt: skip
 _MOST_NODES = 256
 
@@ -27,18 +29,25 @@ def changed_type(match: Match, x: object) -> Refusal | None:
         return Refusal("the type of {} is unknown", label(x if before is None else match.root))
     if same_type(before, after):
         return None
-    return Refusal("{} changes {} to {}", label(match.root), _shown(before[0]), _shown(after[0]))
+    return Refusal("{} changes {} to {}", label(match.root), _Type(*before), _Type(*after))
 
 
-def _shown(value: object) -> str:
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is None:
-        return type(value).__name__
-    return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
+@dataclass(frozen=True)
+class _Type:
+    """A type that is written only when somebody reads it."""
+
+    value: Any
+    probe: Any
+
+    def __str__(self) -> str:
+        shape = merged_shape(self.value, self.probe)
+        if shape is None:
+            return type(self.value).__name__
+        return f"{str(self.value.dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
 
 
 def is_exact_shape(node: object) -> bool:
-    """Whether an ONNX shape computed at run time is known for every size: no comparison of sizes is behind it."""
+    """Whether an ONNX shape computed at run time is known for every size when it is known for two."""
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
@@ -54,5 +63,5 @@ def is_exact_shape(node: object) -> bool:
 
 
 def is_exact_on_sizes(node: fx.Node) -> bool:
-    """Whether the operator computes with symbolic sizes without comparing them."""
+    """Whether what the operator makes of sizes is known for every size when it is known for two."""
     return node.target is operator.getitem or is_onnx(node, *_EXACT)
