@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from torch import nn
+
+from fxopt.frontends.capture.program import Program, export
+from fxopt.frontends.to_onnx import onnx_graph_of
+from fxopt.frontends.torch_export import graph_of
+from fxopt.ir.graph import Graph
+from fxopt.ir.shapes import infer
 
 BATCH, SEQUENCE = 2, 12
 
@@ -155,3 +162,24 @@ def case(name: str) -> Case:
     """The architecture of this name, with the same weights each time."""
     torch.manual_seed(0)
     return BUILDERS[name]()
+
+
+ORIGINS = ("torch", "opset 20", "opset 23")
+
+
+@cache
+def program(name: str) -> Program:
+    """The architecture, captured with its dynamic dimensions."""
+    made = case(name)
+    return export(made.model, made.inputs, made.dynamic)
+
+
+@cache
+def graph(name: str, origin: str) -> Graph:
+    """The architecture as a graph of one of the `ORIGINS`, shapes inferred; do not change it, take a copy."""
+    if origin == "torch":
+        made = graph_of(program(name), name)
+    else:
+        made, _ = onnx_graph_of(program(name), name, int(origin.split()[1]), verify=False)
+    infer(made, {"batch": BATCH, "seq": SEQUENCE})
+    return made

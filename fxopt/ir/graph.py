@@ -221,7 +221,7 @@ class Graph:
             mapping[node] = fresh.node_copy(node, mapping.__getitem__)
             mapping[node].meta = dict(node.meta)
             if node.op == "get_attr":
-                _set_attribute(root, str(node.target), self.attribute(str(node.target)))
+                set_attribute(root, str(node.target), self.attribute(str(node.target)))
         model = copy.copy(self.model) if self.model is not None else None
         return Graph(
             fresh,
@@ -245,7 +245,8 @@ class Graph:
         return run(self, inputs, **options)
 
 
-def _set_attribute(root: torch.nn.Module, target: str, value: Any) -> None:
+def set_attribute(root: torch.nn.Module, target: str, value: Any) -> None:
+    """Put a constant under a dotted name, making the modules between."""
     *path, last = target.split(".")
     for part in path:
         if not hasattr(root, part):

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import InvalidInput
-from fxopt.ir.graph import Graph, ValueSpec, _set_attribute, label
+from fxopt.ir.graph import Graph, ValueSpec, label, set_attribute
 from fxopt.ir.interpreter import constant_value
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.onnx.lane import to_tensor
@@ -167,7 +167,7 @@ def extract(graph: Graph, region: Region) -> Graph:
         mapping[node] = body.node_copy(node, mapping.__getitem__)
         mapping[node].meta = dict(node.meta)
         if node.op == "get_attr":
-            _set_attribute(root, str(node.target), graph.attribute(str(node.target)))
+            set_attribute(root, str(node.target), graph.attribute(str(node.target)))
     body.output(tuple(mapping[node] for node in region.outputs))
     inputs, outputs = (
         tuple(_value_spec(graph, node, names[node], dims) for node in nodes)

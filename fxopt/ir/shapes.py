@@ -51,14 +51,15 @@ def infer(graph: Graph, sizes: Mapping[str, int] | None = None) -> None:
     Args:
         sizes: the size of each named dimension for which costs are computed; 1 if not given.
     """
-    if graph.origin == "onnx":
+    captured = graph.origin == "torch" and any("val" in node.meta for node in graph.placeholders)
+    if not captured:
         graph.sizes = dict(sizes or {})
         _fake_inputs(graph)
     runs = _runs(graph)
     with _quiet():
         for node in graph.fx.nodes:
             if node.op in ("get_attr", "call_function"):
-                if graph.origin == "torch" and "val" in node.meta:
+                if captured and "val" in node.meta:
                     continue  # torch.export knows
                 for run in runs:
                     _set(node, run[0], _value_of(graph, node, run))

@@ -21,7 +21,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import GraphSyntaxError, unknown
-from fxopt.ir.graph import Graph, Opaque, ValueSpec, _set_attribute
+from fxopt.ir.graph import Graph, Opaque, ValueSpec, set_attribute
 from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.structural_hash import FUNCTIONS, TORCH_CONSTANTS, expression, quoted
@@ -176,7 +176,7 @@ class _Reader:
             value = to_numpy(self.constants[target]) if host else self.constants[target]
         if target not in self.registered:
             try:
-                _set_attribute(self.root, target, value)
+                set_attribute(self.root, target, value)
             except (KeyError, AttributeError, TypeError) as error:
                 raise _refused(node, f"{target!r} cannot be the name of a constant: {error}") from error
             self.registered.add(target)

@@ -38,8 +38,9 @@ def cases(kind: str) -> Iterator[tuple[str, ModelProto]]:
             yield case.name, onnx.load(ROOT / case.url)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "node" else ()) for kind in KINDS]
+)
 def test_suite(kind: str) -> None:
     checked, different = 0, []
     for name, model in cases(kind):
@@ -109,7 +110,11 @@ def corner_cases() -> ModelProto:
     weights[-1].doc_string = "a large one"
     inputs = [value("x", kinds.FLOAT, ["batch", 3]), value("c1", kinds.BOOL, []), value("c2", kinds.BOOL, [])]
     inputs += [value("w", kinds.FLOAT, [3]), helper.make_tensor_sequence_value_info("many", kinds.FLOAT, ["n", None])]
-    outputs = [value("out", kinds.FLOAT, ["batch", 3]), value("mask", kinds.BOOL, None), value("large", kinds.FLOAT, [64, 64])]
+    outputs = [
+        value("out", kinds.FLOAT, ["batch", 3]),
+        value("mask", kinds.BOOL, None),
+        value("large", kinds.FLOAT, [64, 64]),
+    ]
     graph = helper.make_graph(
         nodes, "corner cases", inputs, outputs, weights, "a graph", [value("outer", kinds.FLOAT, ["batch", 3])]
     )
@@ -145,7 +150,9 @@ def test_names_are_kept() -> None:
 
 def test_large_weights_are_held_once() -> None:
     graph = load(corner_cases(), check=False)
-    (record,) = [node.meta["onnx"] for node in graph.nodes if node.op == "get_attr" and node.meta["onnx"].name == "large"]
+    (record,) = [
+        node.meta["onnx"] for node in graph.nodes if node.op == "get_attr" and node.meta["onnx"].name == "large"
+    ]
     assert record.stripped
     assert not record.proto.raw_data
 

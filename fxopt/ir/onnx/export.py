@@ -209,7 +209,9 @@ class Emitter:
         self, proto: NodeProto, record: NodeRecord, node: fx.Node, inputs: list[str], outputs: list[str]
     ) -> NodeProto:
         """The node's message with new inputs, outputs and attributes where they differ; itself when nothing does."""
-        same_attributes = node.kwargs is record.kwargs or node.kwargs == record.kwargs
+        same_attributes = node.kwargs.keys() == record.kwargs.keys() and all(
+            name == "_captured" or _kept(record.kwargs, name, value) for name, value in node.kwargs.items()
+        )
         same_constants = all(
             self._attribute_unchanged(value) for value in node.kwargs.values() if isinstance(value, fx.Node)
         )
@@ -286,7 +288,11 @@ def _plain(value: torch.Tensor) -> Any:
 
 
 def _kept(before: Mapping[str, Any], name: str, value: Any) -> bool:
-    return name in before and (before[name] is value or before[name] == value)
+    """Whether an attribute has the value that it had at import; a copy of the graph has nodes of its own."""
+    old = before.get(name)
+    if isinstance(old, fx.Node) and isinstance(value, fx.Node):
+        return old is value or (old.op == value.op == "get_attr" and old.target == value.target)
+    return name in before and (old is value or old == value)
 
 
 def _emit(graph: Graph, forms: Forms) -> tuple[ModelProto, list[tuple[TensorProto, torch.Tensor]]]:

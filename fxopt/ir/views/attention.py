@@ -42,6 +42,12 @@ class Attention:
     inner: tuple[fx.Node, ...] = ()
 
     @property
+    def mask_is_boolean(self) -> bool | None:
+        """Whether the mask keeps or hides, instead of being added; None when it is unknown or there is none."""
+        value = tensor_value(self.mask)
+        return None if value is None else value.dtype == torch.bool
+
+    @property
     def factor(self) -> float | None:
         """The scale as a number; None when the width is unknown."""
         if self.scale is not None:
@@ -248,7 +254,9 @@ def _masked(graph: Graph, node: fx.Node, found: _Scores) -> fx.Node | Refusal | 
     choice: Any = read(graph, node, "where")
     if choice is None and is_aten(node, aten.masked_fill.Scalar):
         choice = (node.args[1], node.args[2], node.args[0])
-    for position in (1, 2) if choice is not None else ():
+    if choice is None:
+        return None
+    for position in (1, 2):
         filler = scalar_constant(graph, choice[3 - position])
         if filler is not None and filler <= _HIDDEN_BELOW and isinstance(choice[position], fx.Node):
             return _with_mask(found, choice[position], choice[0], position == 1)
@@ -320,9 +328,3 @@ def _untransposed(graph: Graph, node: fx.Node, found: _Scores) -> tuple[fx.Node,
 def _swaps_last(perm: Any) -> bool:
     count = len(perm)
     return count >= 2 and tuple(perm) == (*range(count - 2), count - 1, count - 2)
-
-
-def mask_is_boolean(view: Attention) -> bool | None:
-    """Whether the mask keeps or hides, instead of being added; None when it is unknown or there is none."""
-    value = tensor_value(view.mask)
-    return None if value is None else value.dtype == torch.bool

@@ -13,9 +13,9 @@ from fxopt.ir.pattern import Match, Mismatch, Refusal
 from fxopt.ir.shapes import same_type
 from fxopt.ir.views.common import is_onnx
 
-_EXACT = (  # on sizes: polynomials and selections. Comparisons, minima and quotients may agree at two sizes by chance
-    "Add", "Cast", "Concat", "Expand", "Gather", "Identity", "Mul", "Neg", "ReduceProd", "ReduceSum", "Reshape", "Slice",
-    "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+_EXACT = (  # polynomials and selections; comparisons, minima and quotients may agree at two sizes by chance
+    "Add", "Cast", "Concat", "Expand", "Gather", "Identity", "Mul", "Neg", "ReduceProd", "ReduceSum", "Reshape",
+    "Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 )  # fmt: skip
 _MOST_NODES = 256
 
