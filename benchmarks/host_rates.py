@@ -77,7 +77,7 @@ def machine() -> dict[str, Any]:
         "threads": 1,
         "load": round(os.getloadavg()[1], 1) if hasattr(os, "getloadavg") else None,
         "clock": "processor time of the thread",
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in ("onnxruntime", "onnx", "torch", "numpy")},
     }
 

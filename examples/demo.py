@@ -1,6 +1,6 @@
-"""Optimise two example models for this machine, and print what was gained, what was refused, and why.
+"""Optimise the example models for this machine, and print what was gained, what was refused, and why.
 
-`python examples/demo.py` (or `make demo`) takes about a minute; the results are written to `out/`.
+`python examples/demo.py` (or `make demo`) takes a minute or two; the results are written to `out/`.
 """
 
 from __future__ import annotations

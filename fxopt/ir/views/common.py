@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from fxopt.ir.graph import Graph, shape_of
+from fxopt.ir.graph import Graph, has_effect, shape_of
 from fxopt.ir.onnx.op import OnnxOp
 
 aten = torch.ops.aten
@@ -55,7 +55,8 @@ def escapes(inner: tuple[fx.Node, ...], node: fx.Node) -> tuple[fx.Node, fx.Node
     owned = {*inner, node}
     for each in inner:
         for user in each.users:
-            if user not in owned and not reads_shape(user):
+            dead = user.op == "call_function" and not user.users and not has_effect(user)
+            if user not in owned and not dead and not reads_shape(user):
                 return each, user
     return None
 
