@@ -107,6 +107,7 @@ class Optimizer:
     def run(self) -> Outcome:
         """Exact passes, plan, rewrite, budget, guard."""
         request = self.request
+        self._check_names(self.original)
         before = self._summary(self.original)
         if request.passes is not None and not request.passes:
             return self._finish(self.original, self.baseline, before, "unchanged", "no passes were asked for")
@@ -118,6 +119,7 @@ class Optimizer:
 
     def explain(self) -> Ledger:
         """Plan and price only: nothing is rewritten lossily or measured."""
+        self._check_names(self.original)
         if self.request.passes is not None and not self.request.passes:
             return self.ledger
         exact = self._exact()
@@ -175,7 +177,6 @@ class Optimizer:
         passes = self._lossy_passes()
         with self._stage("candidates"):
             offered = [(step, candidate) for step in passes for candidate in step.candidates(exact, self.context)]
-        self._check_names(exact)
         if not self.request.samples:
             for _, candidate in offered:
                 self._refuse(candidate, candidate.refusal or NO_DATA)

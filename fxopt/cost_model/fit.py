@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fxopt.cost_model.roofline import NodeWork, predict_work, work
 from fxopt.ir.graph import Graph
@@ -32,7 +33,8 @@ PLAN: Mapping[str, tuple[str, ...]] = {
     "quantize": ("quantize",),
     "other": ("pool",),
 }
-_SCALARS = ("launch_seconds", "cache_bandwidth", "bandwidth")
+_FIRST = {"launch_seconds": 1e-6, "cache_bandwidth": 40e9, "bandwidth": 10e9, "cache_bytes": 2**23}
+_FIRST_EFFICIENCY = 0.3
 _CACHE_SIZES = tuple(2**power for power in range(20, 27))
 _STEPS = (0.2, 0.04, 0.01)  # of the natural logarithm, coarse to fine
 _REACH = 8  # steps to either side
@@ -65,20 +67,28 @@ class Measured:
 def fit(start: Target, rows: Sequence[Measured], plan: Mapping[str, tuple[str, ...]] = PLAN) -> Target:
     """The target whose figures make the mean |log(predicted / measured)| of their rows smallest.
 
-    Figure by figure, each on a grid around its value, coarse to fine, in sweeps until none changes. Figures that the
-    target lacks or that no row shows, and all peaks, are kept.
+    Figure by figure, each on a grid around its value, coarse to fine, in sweeps until none changes; the first values are
+    the same whatever `start` holds. Figures that the target lacks or that no row shows, and all peaks, are kept.
     """
-    best = start
+    known = {row.group for row in rows}
+    shown = {figure for figure, groups in plan.items() if known & set(groups)}
+    best = _neutral(start, shown)
     for step in _STEPS:
         for _ in range(_SWEEPS):
             before = best
-            for figure, groups in plan.items():
-                shown = [row for row in rows if row.group in groups]
-                if shown and (figure == "cache_bytes" or figure in _SCALARS or figure in best.efficiency):
-                    best = min(_around(best, figure, step), key=lambda target: mean_log_error(target, shown))
+            for figure in (figure for figure in plan if figure in shown):
+                used = [row for row in rows if row.group in plan[figure]]
+                if figure in _FIRST or figure in best.efficiency:
+                    best = min(_around(best, figure, step), key=lambda target: mean_log_error(target, used))
             if best == before:
                 break
     return best
+
+
+def _neutral(target: Target, figures: Collection[str]) -> Target:
+    factors = {name: _FIRST_EFFICIENCY if name in figures else value for name, value in target.efficiency.items()}
+    first: dict[str, Any] = {name: value for name, value in _FIRST.items() if name in figures}
+    return dataclasses.replace(target, efficiency=factors, **first)
 
 
 def mean_log_error(target: Target, rows: Sequence[Measured]) -> float:

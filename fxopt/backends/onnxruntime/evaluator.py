@@ -22,7 +22,7 @@ class OnnxEvaluator:
 
     def __init__(self) -> None:
         self.nodes: set[str] = set()
-        self._sessions: dict[Any, Any] = {}
+        self._sessions: dict[Any, tuple[NodeRecord, Any]] = {}  # with the record: its id is part of the key
 
     def __call__(self, graph: Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The node's value.
@@ -35,19 +35,33 @@ class OnnxEvaluator:
             raise MissingReference(f"node {label(node)!r}: {node.target} runs neither in torch nor in ONNX Runtime")
         names = list(record.proto.input) + list(kwargs.get("_captured_names", ()))
         values = list(args) + list(kwargs.get("_captured", ()))
-        feeds = {name: _array(value) for name, value in zip(names, values, strict=True) if name and value is not None}
-        session = self._session(graph, record, feeds)
-        results = session.run(None, feeds)
+        pairs = [(name, value) for name, value in zip(names, values, strict=True) if name and value is not None]
+        results = self._results(graph, node, record, pairs)
         self.nodes.add(label(node))
-        given = iter(_value(item) for item in results)
+        given = iter(results)
         outputs = tuple(next(given) if name else None for name in record.proto.output)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _results(
+        self, graph: Graph, node: fx.Node, record: NodeRecord, values: list[tuple[str, Any]]
+    ) -> list[Any]:
+        """The outputs; operators that do not take widened inputs get them in the model's own type."""
+        feeds = {name: _array(value) for name, value in values}
+        try:
+            return [_value(item) for item in self._session(graph, record, feeds).run(None, feeds)]
+        except MissingReference:
+            dtype = _own_float(node)
+            if not any(_is_double(value) for _, value in values) or dtype == torch.float64:
+                raise
+        feeds = {name: _array(value.to(dtype) if _is_double(value) else value) for name, value in values}
+        results = [_value(item) for item in self._session(graph, record, feeds).run(None, feeds)]
+        return [item.double() if isinstance(item, torch.Tensor) and item.dtype == dtype else item for item in results]
 
     def _session(self, graph: Graph, record: NodeRecord, feeds: dict[str, Any]) -> Any:
         signature = tuple((name, str(getattr(value, "dtype", "")), np.ndim(value)) for name, value in feeds.items())
         key = (id(record), signature)
         if key in self._sessions:
-            return self._sessions[key]
+            return _session_or_raise(self._sessions[key][1])
         import onnxruntime
 
         assert record.proto is not None and graph.model is not None
@@ -68,9 +82,29 @@ class OnnxEvaluator:
             )
         except Exception as error:  # onnxruntime's exceptions share no public base class
             reason = " ".join(str(error).split())
-            raise MissingReference(f"node {record.name!r}: ONNX Runtime cannot run it either: {reason}") from error
-        self._sessions[key] = session
-        return session
+            session = MissingReference(f"node {record.name!r}: ONNX Runtime cannot run it either: {reason}")
+            session.__cause__ = error
+        self._sessions[key] = record, session
+        return _session_or_raise(session)
+
+
+def _session_or_raise(found: Any) -> Any:
+    if isinstance(found, MissingReference):
+        raise found
+    return found
+
+
+def _own_float(node: fx.Node) -> torch.dtype:
+    """The floating-point type of the node's inputs in the model."""
+    for used in node.all_input_nodes:
+        value = used.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            return value.dtype
+    return torch.float32
+
+
+def _is_double(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float64
 
 
 def _array(value: Any) -> Any:

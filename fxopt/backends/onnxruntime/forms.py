@@ -2,8 +2,8 @@
 
 Dynamic linear: DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul -> Add becomes DynamicQuantizeMatMul or, where
 several linears share the quantised input, MatMulIntegerToFloat. Static linear: Q/DQ around MatMul becomes
-MatMulIntegerToFloat. Convolution: Q/DQ around Conv becomes QLinearConv. Activations are uint8 and weights int8: the
-kernels for int8 activations are an order of magnitude slower on x86.
+MatMulIntegerToFloat, the bias is added apart. Convolution: Q/DQ around Conv becomes QLinearConv. Activations are uint8
+and weights int8: the kernels for int8 activations are an order of magnitude slower on x86.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto
 from torch import fx
 
+from fxopt.ir.graph import shape_of
 from fxopt.ir.onnx.export import Emitter, Forms
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
@@ -105,8 +106,14 @@ def _linear_static(emitter: Emitter, node: fx.Node) -> str:
         return y
     product = emitter.fresh(f"{y}_product")
     emitter.node("MatMul", [levels, weight], [product])
-    emitter.node("Add", [product, emitter.value(bias)], [y])
+    emitter.node(_addition(x), [product, emitter.value(bias)], [y])
     return y
+
+
+def _addition(x: Any) -> str:
+    """The operator that adds the bias: MatMul and Add of matrices would become a float Gemm first."""
+    shape = shape_of(x)
+    return "Add" if shape is not None and len(shape) > 2 else "Sum"
 
 
 def _conv(emitter: Emitter, node: fx.Node) -> str:

@@ -87,7 +87,7 @@ def _export_module(
     examples = enlarge(flat.tensors, dimensions)
     title = type(model).__name__
     with evaluation(model), quiet():
-        exported = functional(_export(flat, examples, dimensions), title, PREFIX)
+        exported = functional(_export(flat, examples, dimensions), title, PREFIX, names)
     values = [node.meta.get("val") for node in user_inputs(exported)]
     dimensions.learn(values)
     call = flat.call()
@@ -103,7 +103,7 @@ def _export_module(
     )
 
 
-def functional(exported: ExportedProgram, title: str, prefix: str = "") -> ExportedProgram:
+def functional(exported: ExportedProgram, title: str, prefix: str = "", names: Sequence[str] = ()) -> ExportedProgram:
     """The program without in-place operators and grad-mode regions; operators that a pass thinks in stay whole.
 
     Raises:
@@ -115,7 +115,9 @@ def functional(exported: ExportedProgram, title: str, prefix: str = "") -> Expor
         raise explain(error, title) from error
     for spec in exported.graph_signature.output_specs:
         if spec.kind in _MUTATIONS:
-            what = f"{_MUTATIONS[spec.kind]} {str(spec.target).removeprefix(prefix)!r}"
+            inputs = dict(zip(exported.graph_signature.user_inputs, names))
+            target = inputs.get(spec.target, str(spec.target).removeprefix(prefix))
+            what = f"{_MUTATIONS[spec.kind]} {target!r}"
             node = next((node for node in exported.graph.nodes if node.name == spec.arg.name), None)
             line = source_line(node.meta.get("stack_trace")) if node is not None else ""
             raise CaptureError(

@@ -1,0 +1,78 @@
+"""Graph operations cost linear time: 20,000 nodes are imported, typed, verified, rewritten and exported in a minute."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fxopt.cost_model.targets import get_target
+from fxopt.frontends.onnx import load
+from fxopt.ir.onnx.export import to_model
+from fxopt.ir.shapes import infer
+from fxopt.ir.verify import NumericCheck, synthetic_sample
+from fxopt.passes.base import Context
+from fxopt.passes.manager import PassManager
+from fxopt.passes.pipelines import exact_pipeline
+
+
+def network(nodes: int) -> onnx.ModelProto:
+    """Blocks of ten operators: a linear with bias, things to fold, to merge, to remove, and a residual."""
+    generator = np.random.default_rng(0)
+    made: list[Any] = []
+    weights: list[Any] = []
+    x = "x"
+    for index in range(nodes // 10):
+        names = [f"v{index}_{step}" for step in range(10)]
+        weights.append(numpy_helper.from_array(generator.normal(0, 0.2, (16, 16)).astype(np.float32), f"w{index}"))
+        weights.append(numpy_helper.from_array(generator.normal(size=16).astype(np.float32), f"b{index}"))
+        steps = [
+            ("MatMul", [x, f"w{index}"]),
+            ("Add", [names[0], f"b{index}"]),
+            ("Relu", [names[1]]),
+            ("Identity", [names[2]]),
+            ("Neg", [f"b{index}"]),  # a constant
+            ("Mul", [names[3], names[4]]),
+            ("Tanh", [names[5]]),
+            ("Tanh", [names[5]]),  # the same again
+            ("Add", [names[6], names[7]]),
+            ("Add", [names[8], x]),
+        ]
+        made += [
+            helper.make_node(op_type, inputs, [name], name=f"{op_type}_{name}")
+            for (op_type, inputs), name in zip(steps, names, strict=True)
+        ]
+        x = names[-1]
+    made[-1].output[0] = "y"
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 16]) for name in "xy"]
+    body = helper.make_graph(made, "large", values[:1], values[1:], weights)
+    return helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def seconds(proto: onnx.ModelProto) -> float:
+    """CPU time of import, types, exact passes with verification, and export."""
+    begin = time.process_time()
+    graph = load(proto)
+    infer(graph, {"n": 2})
+    sample = synthetic_sample(graph.inputs, {"n": 2})
+    assert sample is not None
+    manager = PassManager(exact_pipeline())
+    manager.run(graph, Context(get_target("x86-avx2")), NumericCheck.of(graph, sample))
+    result = to_model(graph)
+    spent = time.process_time() - begin
+    assert len(result.graph.node) == 0.7 * len(proto.graph.node)
+    return spent
+
+
+@pytest.mark.slow
+def test_time_is_linear_and_below_a_minute() -> None:
+    small, large = network(10_000), network(20_000)
+    pairs = [(seconds(small), seconds(large)) for _ in range(3)]
+    half, whole = (statistics.median(times) for times in zip(*pairs, strict=True))
+    assert whole < 60, f"{whole:.1f} s"
+    assert whole <= 2 * 1.2 * half, f"{half:.1f} s for 10,000 nodes, {whole:.1f} s for 20,000"
