@@ -19,7 +19,7 @@ import fxopt.guard as guard
 from fxopt.backends.onnxruntime.session import OnnxExecutable
 from fxopt.errors import UnknownName, VerificationError
 from fxopt.ir.graph import Graph
-from fxopt.ir.ledger import Refusal, Verdict
+from fxopt.ir.ledger import Verdict
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.target import Cost, Target
 from fxopt.passes.base import Candidate, Context, Estimate, ExactPass, LossyPass, Setting

@@ -67,7 +67,7 @@ class Measured:
 def fit(start: Target, rows: Sequence[Measured], plan: Mapping[str, tuple[str, ...]] = PLAN) -> Target:
     """The target whose figures make the mean |log(predicted / measured)| of their rows smallest.
 
-    Figure by figure, each on a grid around its value, coarse to fine, in sweeps until none changes; the first values are
+    Figure by figure, each on a grid around its value, coarse to fine, in sweeps until none changes; the first ones are
     the same whatever `start` holds. Figures that the target lacks or that no row shows, and all peaks, are kept.
     """
     known = {row.group for row in rows}

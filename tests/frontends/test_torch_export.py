@@ -419,7 +419,7 @@ def test_an_exported_program_with_nested_arguments() -> None:
     args, kwargs = rich_arguments()
     exported = torch.export.export(model, args, {**kwargs, "flag": True}, strict=False)
     captured = load(exported)
-    assert [spec.name for spec in captured.inputs][0] == "input"
+    assert captured.inputs[0].name == "input"
     given = call(captured, *args, flag=True, **kwargs)
     torch.testing.assert_close(given[0]["pair"], model(*args, **kwargs)[0]["pair"], atol=0, rtol=0)
     assert export(exported).run([*captured.call_spec.flatten(args, {**kwargs, "flag": True})])[0].shape == (2, 4)
