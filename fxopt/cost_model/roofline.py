@@ -162,7 +162,7 @@ def predict_graph(graph: Graph, target: Target) -> GraphPrediction:
         NodePrediction(label(found.node), op_text(found.node), found.cost, prediction, _share(prediction, total))
         for found, prediction in zip(nodes, predictions, strict=True)
     )
-    macs = sum(found.cost.flops / 2 for found in nodes if family(found.cost.kind) in PRODUCTS)
+    macs = sum(found.cost.multiply_adds for found in nodes if family(found.cost.kind) in PRODUCTS)
     return GraphPrediction(total, rows, macs, graph.size_bytes())
 
 

@@ -147,11 +147,15 @@ def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[
     key, mode, _ = run
     if key == "val":
         node.meta.pop("failure", None)
+    cache: dict[Any, Any] = mode.__dict__.setdefault("_fxopt_results", {})
     if node.op == "get_attr":
         value = constant_value(graph, node)
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
-        return mode.from_tensor(value, static_shapes=True)
+        signature = _signature(value)
+        if signature not in cache:
+            cache[signature] = mode.from_tensor(value, static_shapes=True)
+        return cache[signature]
     known: dict[fx.Node, Any] = {}
     for used in node.all_input_nodes:
         value = used.meta.get(key, UNKNOWN)
@@ -164,7 +168,6 @@ def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[
         source: Any = args[0]
         return source[args[1]]
     signature = _signature((node.target, args, kwargs))
-    cache: dict[Any, Any] = mode.__dict__.setdefault("_fxopt_results", {})
     if signature is not None and signature in cache:
         return cache[signature]
     try:

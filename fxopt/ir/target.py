@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -46,13 +47,35 @@ class Cost:
     dtype: str = "float32"
     kind: str = "elementwise"  # "linear", "conv", "attention", "norm", "elementwise", "shape", "quantize"
     launches: int = 1
+    macs: float | None = None  # multiply-adds of a product, where they are not half of `flops`
 
     def __add__(self, other: Cost) -> Cost:
         """Both, one after the other, in the terms of the larger one."""
         main = self if self.flops >= other.flops else other
         return Cost(
-            self.flops + other.flops, self.bytes + other.bytes, main.dtype, main.kind, self.launches + other.launches
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            main.dtype,
+            main.kind,
+            self.launches + other.launches,
+            self.multiply_adds + other.multiply_adds,
         )
+
+    @property
+    def multiply_adds(self) -> float:
+        """Multiply-adds of a product."""
+        return self.flops / 2 if self.macs is None else self.macs
+
+
+_NARROW = 64  # products per result
+
+
+def conv_kind(weight: Sequence[int]) -> str:
+    """The kind of a convolution [out, in / groups, *kernel]: "conv.narrow" where few products make a result.
+
+    Depthwise convolutions and those of few channels: kernels starve there (benchmarks/host_rates.py).
+    """
+    return "conv.narrow" if math.prod(weight[1:]) < _NARROW else "conv"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fxopt.ir.ledger import Refusal
 from fxopt.ir.op import Op
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
-from fxopt.ir.target import Cost
+from fxopt.ir.target import Cost, conv_kind
 from fxopt.ir.views.common import aten, is_aten, is_onnx, only_user
 from fxopt.ir.views.conv import Conv, conv, convs
 from fxopt.ir.views.linear import Linear, linear, linears
@@ -262,7 +262,7 @@ def _float_cost(view: Linear | Conv, weight: torch.Tensor) -> Cost:
     inner = weight.numel() // weight.shape[0]
     moved = (_count(x) + weight.numel() + outputs) * itemsize
     extra = len(getattr(view, "inner", ()))
-    kind = "linear" if isinstance(view, Linear) else "conv"
+    kind = "linear" if isinstance(view, Linear) else conv_kind(weight.shape)
     return Cost(2.0 * outputs * inner, moved, dtype, kind, 1 + extra)
 
 

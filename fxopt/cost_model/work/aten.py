@@ -12,7 +12,7 @@ from torch import fx
 from fxopt.cost_model.work import products
 from fxopt.cost_model.work.call import Call, count, dtype_name, nbytes, sizes, tensor_of, tensors
 from fxopt.cost_model.work.elementwise import NORMALISATION, SOFTMAX, per_element
-from fxopt.ir.target import Cost
+from fxopt.ir.target import Cost, conv_kind
 
 _NOTHING = ("dropout", "detach", "alias", "lift_fresh_copy", "sym_size", "_assert_tensor_metadata", "_assert_scalar")
 _MOVES = (
@@ -115,7 +115,7 @@ def _convolution(call: Call) -> Cost:
     transposed = "transpose" in _name(call.node.target) or call.argument(6, "transposed", False) is True
     if transposed:
         return call.cost(products.transposed_convolution(x, weight), "conv")
-    return call.cost(products.convolution(sizes(call.output), weight), products.convolution_kind(weight))
+    return call.cost(products.convolution(sizes(call.output), weight), conv_kind(weight))
 
 
 def _attention(call: Call) -> Cost:

@@ -13,7 +13,7 @@ from fxopt.cost_model.work.call import Call, count, dtype_name, nbytes, tensor_o
 from fxopt.cost_model.work.elementwise import NORMALISATION, SOFTMAX, per_element
 from fxopt.cost_model.work.fusion import absorbed, computes_in_integers, gives_codes, op_type, skips_into
 from fxopt.ir.onnx.lane import HostArray, has_symbol
-from fxopt.ir.target import Cost
+from fxopt.ir.target import Cost, conv_kind
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size")  # a launch, no data
 _GONE = ("Identity", "Dropout", "Constant")  # removed before the run
@@ -125,7 +125,7 @@ def _conv(call: Call, x: int = 0, w: int = 1, dtype: str = "") -> Cost:
     if weight is None or output is None:
         return call.cost(0.0, "conv", dtype=dtype)
     flops = products.convolution([count(output)], weight)
-    kind = products.convolution_kind(weight)
+    kind = conv_kind(weight)
     return call.cost(flops, kind, dtype=dtype) if dtype else _floats_or_codes(call, flops, kind)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 Shape = Sequence[int]
-_NARROW = 64  # products per result
 _SIGNED, _UNSIGNED = torch.int8, torch.uint8
 
 
@@ -28,11 +27,6 @@ def matmul(a: Shape, b: Shape) -> float:
 def convolution(output: Shape, weight: Shape) -> float:
     """Every output element sums C / groups * kernel products; weight [out, C / groups, *kernel]."""
     return 2.0 * math.prod(output) * math.prod(weight[1:])
-
-
-def convolution_kind(weight: Shape) -> str:
-    """The kind: "conv.narrow" where few products make a result (depthwise, or few channels); kernels starve there."""
-    return "conv.narrow" if math.prod(weight[1:]) < _NARROW else "conv"
 
 
 def transposed_convolution(x: Shape, weight: Shape) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxopt.ir.op import op
 from fxopt.ir.ops.linear_w8a8 import quantized
-from fxopt.ir.target import Cost
+from fxopt.ir.target import Cost, conv_kind
 
 _CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 
@@ -84,7 +84,9 @@ def _(
     for dim in x.shape:
         moved *= hint(dim)
     out = codes.shape[0]
-    return Cost(2.0 * positions * codes.numel(), moved + codes.numel() + positions * out, "int8", "conv", 1)
+    return Cost(
+        2.0 * positions * codes.numel(), moved + codes.numel() + positions * out, "int8", conv_kind(codes.shape), 1
+    )
 
 
 @conv_w8a8.samples

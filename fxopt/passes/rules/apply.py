@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,11 +128,15 @@ def drop_unused(graph: Graph, nodes: Iterable[fx.Node], keep: fx.Node | None = N
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node in erased or node is keep or node.users or node.op in ("placeholder", "output") or effectful(node):
+        if node in erased or node is keep or node.op in ("placeholder", "output") or effectful(node):
+            continue
+        parts = list(node.users)
+        if any(part.users or part is keep or part.target is not operator.getitem for part in parts):
             continue
         stack.extend(node.all_input_nodes)
-        graph.erase(node)
-        erased.add(node)
+        for unused in (*parts, node):
+            graph.erase(unused)
+            erased.add(unused)
     return erased
 
 
