@@ -87,7 +87,7 @@ def onnx_graph_of(
             unproven = unproven or graph
             notes.append(f"{form} does not run on the example inputs: {_first_line(error)}")
             continue
-        fault = _difference(expected, given, program.outputs)
+        fault = difference(expected, given, program.outputs)
         if not fault:
             return graph, [*notes, f"exported as {form}"] if notes else []
         notes.append(f"{form} computes something else than the module: {fault}")
@@ -252,7 +252,7 @@ def run_onnxruntime(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.
     return [from_numpy(np.asarray(result)) for result in session.run(None, feed)]
 
 
-def _difference(expected: Sequence[Any], given: Sequence[torch.Tensor], names: Sequence[str]) -> str:
+def difference(expected: Sequence[Any], given: Sequence[torch.Tensor], names: Sequence[str]) -> str:
     """What is wrong with the outputs; "" when they are those of the module up to rounding."""
     for name, right, value in zip(names, expected, given, strict=True):
         if not isinstance(right, torch.Tensor):

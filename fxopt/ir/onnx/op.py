@@ -64,6 +64,9 @@ class OnnxOp:
                     return result
         if not reference.raw and any(isinstance(value, np.ndarray) for value in inputs):
             inputs = tuple(to_tensor(value) for value in inputs)
-            if any(isinstance(value, np.ndarray) for value in inputs):
-                raise MissingReference(f"{self!r}: torch has no element type for one of its inputs")
-        return reference.torch(call, *inputs, **attributes)
+        try:
+            return reference.torch(call, *inputs, **attributes)
+        except (TypeError, AttributeError) as error:
+            if reference.raw or not any(isinstance(value, np.ndarray) for value in inputs):
+                raise
+            raise MissingReference(f"{self!r}: torch has no element type for one of its inputs") from error
