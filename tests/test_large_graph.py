@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import fxopt
 from fxopt.cost_model.targets import get_target
 from fxopt.frontends.onnx import load
 from fxopt.ir.onnx.export import to_model
@@ -76,3 +79,22 @@ def test_time_is_linear_and_below_a_minute() -> None:
     half, whole = (statistics.median(times) for times in zip(*pairs, strict=True))
     assert whole < 60, f"{whole:.1f} s"
     assert whole <= 2 * 1.2 * half, f"{half:.1f} s for 10,000 nodes, {whole:.1f} s for 20,000"
+
+
+@pytest.mark.slow
+def test_a_whole_optimisation_is_linear() -> None:
+    """Candidates, statistics, prices, rewriting and the file: every tenth operator is a linear, and all are changed."""
+    target = replace(get_target("x86-avx2"), is_host=True, peak={"float32": 1e9, "int8": 1e12})
+    samples = [torch.randn(2, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+    def spent(proto: onnx.ModelProto) -> float:
+        begin = time.process_time()
+        result = fxopt.optimize(proto, target, calibration=samples, force=True, budget=None, threads=1)
+        applied = result.ledger.counts()["quantize-linear"]["applied"]
+        assert applied == len(proto.graph.node) // 10
+        return time.process_time() - begin
+
+    small, large = network(3_000), network(6_000)
+    pairs = [(spent(small), spent(large)) for _ in range(3)]
+    half, whole = (statistics.median(times) for times in zip(*pairs, strict=True))
+    assert whole <= 2 * 1.2 * half, f"{half:.1f} s for 3,000 nodes, {whole:.1f} s for 6,000"

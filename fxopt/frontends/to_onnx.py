@@ -30,6 +30,7 @@ from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 Runner = Callable[[Graph, Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 FORMS = ((23, True), (20, True), (20, False))  # (opset, whether torch's optimiser runs), best first
 SHARED_BYTES = 1024  # initializers of more bytes share the module's memory instead of being written to the message
+BESIDE_BYTES = 1 << 26  # weights of more bytes lie beside the model that is verified: they are then not held twice
 _PATH_KEY, _OLD_NAMES = "fxopt.from", re.compile(r"^(val_\d+|)$")
 _MAX_NOISE = {torch.float64: 1e-8, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -246,7 +247,7 @@ def run_onnxruntime(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        save(graph, path)
+        save(graph, path, external=graph.size_bytes() > BESIDE_BYTES)
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     feed = {spec.name: to_numpy(tensor) for spec, tensor in zip(graph.inputs, inputs, strict=True)}
     return [from_numpy(np.asarray(result)) for result in session.run(None, feed)]

@@ -73,6 +73,8 @@ class Graph:
     call_spec: Any = None  # how a torch-born model's forward is called (`fxopt.frontends.capture.call_spec.CallSpec`)
     sizes: dict[str, int] = field(default_factory=dict)  # of named dimensions, for which costs are computed
     _constant_count: int = field(default=0, repr=False)
+    _by_name: dict[str, Node] = field(default_factory=dict, repr=False, compare=False)  # see `find`
+    _anchor: Node | None = field(default=None, repr=False, compare=False)  # see `_first_call`
 
     @property
     def module(self) -> GraphModule:
@@ -124,11 +126,17 @@ class Graph:
 
     def find(self, name: str) -> Node | None:
         """The node of this fx name or ONNX node name."""
-        for node in self.fx.nodes:
-            if node.name == name or label(node) == name:
-                found: Node = node
-                return found
-        return None
+        found = self._by_name.get(name)
+        if found is None or not self._holds(found) or name not in (found.name, label(found)):
+            self._by_name.clear()
+            for node in self.fx.nodes:
+                self._by_name.setdefault(node.name, node)
+                self._by_name.setdefault(label(node), node)
+            found = self._by_name.get(name)
+        return found
+
+    def _holds(self, node: Node) -> bool:
+        return node.graph is self.fx and not node._erased
 
     def size_bytes(self) -> int:
         """Bytes of all constants that a node refers to, each counted once."""
@@ -154,11 +162,14 @@ class Graph:
         return node
 
     def _first_call(self) -> Node:
-        node: Node
-        for node in self.fx.nodes:
-            if node.op not in ("placeholder", "get_attr"):
-                return node
-        raise AssertionError("a graph has an output node")
+        """The first operator; the one found last is still it unless an operator was put right before it."""
+        leading = ("placeholder", "get_attr")
+        last = self._anchor
+        if last is None or not self._holds(last) or last.op in leading or last.prev.op not in leading:
+            last = next((node for node in self.fx.nodes if node.op not in leading), None)
+            assert last is not None, "a graph has an output node"
+            self._anchor = last
+        return last
 
     def call(
         self,

@@ -22,7 +22,7 @@ from fxopt.frontends.torch_export import load
 from fxopt.ir.graph import Graph, provenance
 from tests.zoo import BUILDERS, Mlp, case, graph
 
-QUICK = ("mlp", "cnn", "bert")
+QUICK = ("mlp", "cnn")
 architectures = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUILDERS]
 )
@@ -318,6 +318,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert captured.out == captured.err == ""
 
 
+@pytest.mark.slow
 def test_a_compiled_module_is_unwrapped() -> None:
     model = torch.compile(Mlp().eval())
     assert provenance(next(load(model, torch.ones(2, 16)).calls()))[0] == "first"  # type: ignore[arg-type]

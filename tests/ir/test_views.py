@@ -40,7 +40,7 @@ COUNTS = {  # linear, conv, norm, attention, residual block
     "vit": (13, 1, 5, 2, 4),
     "deit": (13, 1, 5, 2, 4),
 }
-QUICK = ("mlp", "cnn", "bert")
+QUICK = ("mlp", "cnn")
 architectures = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUILDERS]
 )

@@ -101,21 +101,21 @@ class Norms(nn.Module):
 
 
 LAYERS = {
-    "conv": (nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), (2, 3, 7, 6)),
-    "no bias": (nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), (1, 3, 5, 5)),
-    "depthwise": (nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8), (2, 4, 6, 5)),
-    "one dimension": (nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), (2, 3, 9)),
-    "linear": (nn.Linear(6, 4), nn.BatchNorm1d(4), (3, 6)),
+    "conv": lambda: (nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), (2, 3, 7, 6)),
+    "no bias": lambda: (nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), (1, 3, 5, 5)),
+    "depthwise": lambda: (nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8), (2, 4, 6, 5)),
+    "one dimension": lambda: (nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), (2, 3, 9)),
+    "linear": lambda: (nn.Linear(6, 4), nn.BatchNorm1d(4), (3, 6)),
 }
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
 @both_floats
 def test_batch_norms_of_torch_graphs(name: str, dtype: torch.dtype) -> None:
-    layer, norm, shape = LAYERS[name]
     torch.manual_seed(0)
+    layer, norm, shape = LAYERS[name]()
     graph = torch_graph(Norms(layer, norm).to(dtype), torch.randn(shape).to(dtype))
-    after, count = applied(FoldBatchNorm(), graph, samples_of(graph))
+    after, count = applied(FoldBatchNorm(), graph, samples_of(graph), factor=4.0)  # weights are rounded once more
     assert count == 1
     assert not any("batch_norm" in operator for operator in operators(after))
 
@@ -131,7 +131,7 @@ def test_batch_norms_of_onnx_graphs() -> None:
         b=floats(4, seed=5),
         **VECTORS,
     )
-    after, count = applied(FoldBatchNorm(), graph, samples_of(graph, n=2))
+    after, count = applied(FoldBatchNorm(), graph, samples_of(graph, n=2), factor=4.0)
     assert count == 1 and operators(after) == ["Conv", "Relu"]
 
 

@@ -53,7 +53,7 @@ def test_constants_of_equal_content() -> None:
     after = check(onnx_graph(text, u=np.float32([1, 2, 3]), v=np.float32([1, 2, 3])), ["Mul", "Add"], 1)
     assert constants(after) == ["u"]
     check(onnx_graph(text, u=np.float32([1, 2, 3]), v=np.float32([1, 2, 4])), ["Mul", "Mul", "Add"], 0)
-    check(onnx_graph(text, u=np.float32([[1, 2, 3]]), v=np.float32([1, 2, 3]), check=False), ["Mul", "Mul", "Add"], 0)
+    assert PASS.run(onnx_graph(text, u=np.float32([[1, 2, 3]]), v=np.float32([1, 2, 3]), check=False), context()) == 0
     check(onnx_graph(text, u=np.float32([0.0]), v=np.float32([-0.0])), ["Mul", "Mul", "Add"], 0)
 
 
@@ -151,14 +151,15 @@ def test_several_outputs() -> None:
 
 
 def test_an_output_that_one_node_omits_and_another_names() -> None:
-    text = "g (float[4] x) => (float[2] y) { t, u = TopK(x, k) v, j = TopK(x, k) f = Cast<to = 1>(j) y = Add(t, f) }"
-    graph = onnx_graph(text, k=np.int64([2]))
-    for node in graph.calls():
-        if node.name == "n_t":
-            record = node.meta["onnx"]
-            record.outputs = ("t", "")
-            record.proto.output[1] = ""
-    check(graph, ["TopK", "TopK", "Cast", "Add"], 0)
+    text = """g (float[2, 3] x) => (float[2, 3] y) {
+        t, u = LayerNormalization(x, s) v, j = LayerNormalization(x, s) y = Add(t, j) }"""
+    graph = onnx_graph(text, s=np.float32([1, 2, 3]))
+    node = graph.find("n_t")
+    assert node is not None
+    record = node.meta["onnx"]
+    record.outputs = ("t", "")
+    record.proto.output[1] = ""
+    check(graph, ["LayerNormalization", "LayerNormalization", "Add"], 0)
 
 
 def test_captured_values_keep_their_names() -> None:
