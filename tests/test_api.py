@@ -107,7 +107,9 @@ def test_without_example_inputs_the_first_call_captures() -> None:
     model = Net().eval()
     fast = fxopt.optimize(model, **QUICK)
     for name in ("report", "ledger", "graph"):
-        with pytest.raises(NotReady, match=re.escape("not been captured yet: give optimize(example_inputs=...) or call")):
+        with pytest.raises(
+            NotReady, match=re.escape("not been captured yet: give optimize(example_inputs=...) or call")
+        ):
             getattr(fast, name)
     with pytest.raises(NotReady):
         fast.save("nowhere.onnx")
@@ -214,7 +216,9 @@ def test_unknown_names_suggest_near_ones(options: dict[str, Any], message: str) 
         fxopt.optimize(mlp(), **options)
 
 
-@pytest.mark.parametrize("options", [{"target": "a10"}, {"passes": ["fold"]}, {"objective": "fast"}, {"backend": "ort"}])
+@pytest.mark.parametrize(
+    "options", [{"target": "a10"}, {"passes": ["fold"]}, {"objective": "fast"}, {"backend": "ort"}]
+)
 def test_unknown_names_are_found_before_the_first_call(options: dict[str, Any]) -> None:
     with pytest.raises(UnknownName):
         fxopt.optimize(Net(), **options)
@@ -298,7 +302,9 @@ def test_saving_for_an_absent_target(on_a100: fxopt.Optimized, work: Path) -> No
 
 
 def test_a_torch_graph_for_a_gpu_has_no_onnx_form(on_a100: fxopt.Optimized, work: Path) -> None:
-    with pytest.raises(Unsupported, match=r"optimised for a100 has no ONNX form \(it holds .*fxopt.linear_w8a8.*save it as a folder"):
+    with pytest.raises(
+        Unsupported, match=r"optimised for a100 has no ONNX form \(it holds .*fxopt.linear_w8a8.*save it as a folder"
+    ):
         on_a100.save(work / "out.onnx")
     assert not list(work.iterdir())
 
@@ -492,7 +498,9 @@ def test_predict(target: str) -> None:
 
 def test_predict_a_module_and_a_graph() -> None:
     graph = fxopt.capture(Net().eval(), (X,))
-    assert fxopt.predict(graph, "a100").macs == fxopt.predict(Net(), "a100", example_inputs=(X,)).macs == 4 * 2 * 16 * 32
+    assert (
+        fxopt.predict(graph, "a100").macs == fxopt.predict(Net(), "a100", example_inputs=(X,)).macs == 4 * 2 * 16 * 32
+    )
 
 
 # ---- compare and bench
@@ -543,7 +551,9 @@ def test_compare_refuses_other_signatures(model_file: Path) -> None:
     more.graph.output.append(helper.make_tensor_value_info("a", TensorProto.FLOAT, ["batch", 32]))
     with pytest.raises(InvalidInput, match="the models have 1 and 2 outputs"):
         fxopt.compare(model_file, more)
-    with pytest.raises(InvalidInput, match="the second model does not take the data: input 'x' has shape .*16.*, expected .*8"):
+    with pytest.raises(
+        InvalidInput, match="the second model does not take the data: input 'x' has shape .*16.*, expected .*8"
+    ):
         fxopt.compare(model_file, mlp(8), seconds=0.1)
 
 

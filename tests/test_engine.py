@@ -60,7 +60,9 @@ class Machine:
             graph = onnx.load(path).graph
             shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
             self.known[path] = 1e-5 + sum(
-                self.seconds(node.op_type, next((shapes[name] for name in node.input if len(shapes.get(name, ())) > 1), []))
+                self.seconds(
+                    node.op_type, next((shapes[name] for name in node.input if len(shapes.get(name, ())) > 1), [])
+                )
                 for node in graph.node
             )
         self.now += self.known[path]
@@ -386,7 +388,9 @@ class Coarse(LossyPass):
         assert weight is not None
         scale = weight.abs().max() / self.levels
         codes = graph.add_constant(torch.round(weight / scale) * scale, "coarse")
-        made = graph.call(node.target, (node.args[0], codes, *node.args[2:]), dict(node.kwargs), before=node, made_by=self.name)
+        made = graph.call(
+            node.target, (node.args[0], codes, *node.args[2:]), dict(node.kwargs), before=node, made_by=self.name
+        )
         last = made
         if self.inserted:
             last = graph.call(OnnxOp("", self.inserted, 13), (made,), before=node, made_by=self.name)
@@ -421,7 +425,9 @@ def test_a_group_that_is_slow_alone_is_dropped_and_another_kept(machine: Machine
     """Integers pay for fc1 [32, 16] only: its weight is stored as [16, 32]."""
 
     def seconds(op_type: str, weight: list[int]) -> float:
-        return 1e-3 * (10 if op_type == "Gemm" else (1 if weight == [16, 32] else 90) if op_type == "MatMulInteger" else 0)
+        return 1e-3 * (
+            10 if op_type == "Gemm" else (1 if weight == [16, 32] else 90) if op_type == "MatMulInteger" else 0
+        )
 
     machine.seconds = seconds
     result = optimized(mlp(), passes=["quantize-linear{activations=dynamic}"])
@@ -487,7 +493,9 @@ def test_a_slow_group_of_convolutions_is_dropped(machine: Machine, slow: list[in
 
 
 def test_a_lossy_pass_that_changes_a_shape_is_caught(machine: Machine) -> None:
-    with pytest.raises(VerificationError, match=r"output 'y' was float32\['4', '8'\] and became float32\['1', '4', '8'\]"):
+    with pytest.raises(
+        VerificationError, match=r"output 'y' was float32\['4', '8'\] and became float32\['1', '4', '8'\]"
+    ):
         optimized(mlp(), passes=[Coarse(rank=1)], budget=None, include="fc2")
 
 
@@ -567,12 +575,12 @@ def test_the_objective_size_without_gain(machine: Machine, tmp_path: Path) -> No
 def test_a_prediction_that_does_not_improve_is_undone(tmp_path: Path) -> None:
     """The pass says it pays, the whole model is predicted to be slower: the ledger may not say "applied"."""
     model = mlp(512, 512)
-    result = fxopt.optimize(
-        model, CHIP, calibration=batches(2, 4, 512), passes=[Coarse(inserted="Ceil")], budget=None
-    )
+    result = fxopt.optimize(model, CHIP, calibration=batches(2, 4, 512), passes=[Coarse(inserted="Ceil")], budget=None)
     assert result.report.outcome == "nothing paid" and re.match(r"predicted 0\.\d+x on chip", result.report.why)
     assert {row.outcome for row in rows(result, "coarse")} == {"rolled-back"}
-    assert all(re.fullmatch(r"predicted 0\.\d+x on chip, for the whole model", row.reason) for row in rows(result, "coarse"))
+    assert all(
+        re.fullmatch(r"predicted 0\.\d+x on chip, for the whole model", row.reason) for row in rows(result, "coarse")
+    )
     assert saved(result, tmp_path) == model
 
 
@@ -591,9 +599,15 @@ def test_the_report_is_complete(machine: Machine) -> None:
     machine.seconds = INTEGERS_PAY
     result = optimized(with_identity())
     report = result.report
-    assert {"exact passes", "candidates", "calibration", "estimates", "rewriting", "measuring the error", "guard"} <= set(
-        report.stages
-    )
+    assert {
+        "exact passes",
+        "candidates",
+        "calibration",
+        "estimates",
+        "rewriting",
+        "measuring the error",
+        "guard",
+    } <= set(report.stages)
     assert {run.name: run.changes for run in report.pass_runs}["remove-identities"] == 0 or any(
         run.name == "remove-identities" and run.changes == 1 for run in report.pass_runs
     )

@@ -30,7 +30,9 @@ class Clock:
         self.now += seconds
         self.rested += seconds
 
-    def takes(self, seconds: Callable[[], float] | float, log: list[str] | None = None, name: str = "") -> Callable[[], None]:
+    def takes(
+        self, seconds: Callable[[], float] | float, log: list[str] | None = None, name: str = ""
+    ) -> Callable[[], None]:
         """A function that takes so long."""
 
         def call() -> None:
@@ -89,7 +91,9 @@ def test_a_drift_of_the_machine_hits_both(clock: Clock) -> None:
     """Everything becomes slower all the time: the ratio stays."""
     start = clock.now
     found = measure(
-        clock.takes(lambda: 2e-3 * (1 + (clock.now - start))), clock.takes(lambda: 1e-3 * (1 + (clock.now - start))), 5.0
+        clock.takes(lambda: 2e-3 * (1 + (clock.now - start))),
+        clock.takes(lambda: 1e-3 * (1 + (clock.now - start))),
+        5.0,
     )
     assert found.ratio == pytest.approx(2.0, rel=0.02)
     assert found.low == pytest.approx(2.0, rel=0.2)

@@ -412,7 +412,9 @@ def test_capabilities() -> None:
     assert backend.name == "onnxruntime"
     for name in ("linear_w8a8", "linear_w8a8_dynamic", "conv_w8a8"):
         assert backend.supports(name, "int8") == ""
-    assert backend.supports("linear_w3a3", "int3") == "operator linear_w3a3 has no ONNX form that ONNX Runtime runs fast"
+    assert (
+        backend.supports("linear_w3a3", "int3") == "operator linear_w3a3 has no ONNX form that ONNX Runtime runs fast"
+    )
     graph = quantized(linears(), "dynamic")
     assert {backend.refuses(node, AVX2) for node in graph.calls()} == {""}
     torch_graph = fxopt.capture(torch.nn.Linear(4, 4), (torch.ones(2, 4),))
@@ -506,7 +508,9 @@ def branching() -> onnx.ModelProto:
     def branch(name: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
         return helper.make_graph(nodes, name, [], [info(f"{name}_out", TensorProto.FLOAT, ["n", 4])])
 
-    then = branch("then", [helper.make_node("Relu", ["h"], ["then_r"]), helper.make_node("Add", ["then_r", "one"], ["then_out"])])
+    then = branch(
+        "then", [helper.make_node("Relu", ["h"], ["then_r"]), helper.make_node("Add", ["then_r", "one"], ["then_out"])]
+    )
     other = branch("else", [helper.make_node("Identity", ["h"], ["else_out"])])
     nodes = [
         helper.make_node("Mul", ["x", "one"], ["h"], name="h"),

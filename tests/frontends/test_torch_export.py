@@ -148,6 +148,17 @@ def test_calls_that_do_not_fit(change: Any, reason: str) -> None:
         captured.call_spec.flatten(args, kwargs)
 
 
+def test_what_the_capture_fixed_may_be_left_out() -> None:
+    model = Rich().eval()
+    args, kwargs = rich_arguments()
+    captured = load(model, args, kwargs={**kwargs, "flag": False, "scale": 3.0})
+    expected = model(*args, False, 3.0, **kwargs)[0]["y"]
+    assert torch.equal(call(captured, *args, **kwargs)[0]["y"], expected)
+    assert torch.equal(call(captured, *args, flag=False, **kwargs)[0]["y"], expected)
+    with pytest.raises(InvalidInput, match="'scale' is 2.0; the model was captured with 3.0"):
+        call(captured, *args, scale=2.0, **kwargs)
+
+
 def test_a_result_that_is_an_input_gets_a_name_of_its_own() -> None:
     class Same(nn.Module):
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -380,7 +391,7 @@ class Numpy(nn.Module):
             ["Counter.forward changes the buffer 'count' in place", "test_torch_export.py:", "return the new"],
         ),
         (InPlace(), None, ["InPlace.forward changes its input 'x' in place"]),
-        (Unknown(), None, ["forward returned a Cache", "use_cache = False"]),
+        (Unknown(), None, ["forward returned a Cache", "use_cache=False"]),
         (Numpy(), None, ["test_torch_export.py:", "x.numpy() * 2", "stay in torch"]),
         (nn.Linear(5, 5), None, ["same reduction dim", "[2, 6] X [5, 5]", "example inputs"]),
     ],

@@ -30,7 +30,12 @@ from fxopt.passes.manager import PassManager
 from fxopt.testing import PLAIN_CPU
 from tests.conftest import ROOT
 
-RELU, ADD, MUL, RESHAPE = OnnxOp("", "Relu", 14), OnnxOp("", "Add", 14), OnnxOp("", "Mul", 14), OnnxOp("", "Reshape", 19)
+RELU, ADD, MUL, RESHAPE = (
+    OnnxOp("", "Relu", 14),
+    OnnxOp("", "Add", 14),
+    OnnxOp("", "Mul", 14),
+    OnnxOp("", "Reshape", 19),
+)
 
 
 def model(relus: int = 3) -> onnx.ModelProto:
@@ -192,7 +197,9 @@ def test_a_pass_that_must_run_later_is_refused_at_once() -> None:
     class Late(Idle):
         after: ClassVar[tuple[str, ...]] = ("idle",)
 
-    with pytest.raises(PassError, match=re.escape("pass late must run after idle, but comes before it in ['late', 'idle']")):
+    with pytest.raises(
+        PassError, match=re.escape("pass late must run after idle, but comes before it in ['late', 'idle']")
+    ):
         PassManager([Late(), Idle()])
     PassManager([Idle(), Late()])
     PassManager([Late()])  # nothing to come after
@@ -212,7 +219,9 @@ def test_an_exception_is_wrapped_with_what_ran_before(graph: Graph) -> None:
         raise ZeroDivisionError("by accident")
 
     steps = (DropOneRelu(), Idle(), Swap(change=fail))
-    with pytest.raises(PassError, match=re.escape("pass swap failed after ['drop-one-relu']: ZeroDivisionError: by accident")) as caught:
+    with pytest.raises(
+        PassError, match=re.escape("pass swap failed after ['drop-one-relu']: ZeroDivisionError: by accident")
+    ) as caught:
         run(graph, *steps)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -221,7 +230,9 @@ def test_an_error_of_ours_is_wrapped_too(graph: Graph) -> None:
     def fail(graph: Graph, node: Any) -> None:
         raise InvalidModel("the model is odd")
 
-    with pytest.raises(PassError, match=re.escape("pass swap failed after []: InvalidModel: the model is odd")) as caught:
+    with pytest.raises(
+        PassError, match=re.escape("pass swap failed after []: InvalidModel: the model is odd")
+    ) as caught:
         run(graph, Swap(change=fail))
     assert isinstance(caught.value.__cause__, InvalidModel)
 
@@ -232,7 +243,9 @@ def test_the_number_of_changes_must_be_a_number(graph: Graph, result: Any) -> No
         def run(self, graph: Graph, ctx: Context) -> int:
             return result  # type: ignore[no-any-return]
 
-    with pytest.raises(PassError, match=rf"pass talkative returned {re.escape(repr(result))}; expected the number of changes"):
+    with pytest.raises(
+        PassError, match=rf"pass talkative returned {re.escape(repr(result))}; expected the number of changes"
+    ):
         run(graph, Talkative())
 
 
@@ -242,7 +255,10 @@ def test_topology(graph: Graph) -> None:
         assert early is not None
         early.args = (node,)
 
-    with pytest.raises(VerificationError, match=r"pass swap \(after \[\]\) broke the graph: node 'relu0' uses 'plus_one', which is not computed before it"):
+    with pytest.raises(
+        VerificationError,
+        match=r"pass swap \(after \[\]\) broke the graph: node 'relu0' uses 'plus_one', which is not computed before it",
+    ):
         run(graph, Swap(change=change))
 
 
@@ -273,15 +289,19 @@ def test_the_number_of_outputs(graph: Graph) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda graph, node: replaced(OnnxOp("", "Cast", 19))(graph, node) or _set_kwargs(graph, "plus_one", to=11),
-         r"'y' was float32\['24'\] and became float64\['24'\]"),
+        (
+            lambda graph, node: replaced(OnnxOp("", "Cast", 19))(graph, node) or _set_kwargs(graph, "plus_one", to=11),
+            r"'y' was float32\['24'\] and became float64\['24'\]",
+        ),
         (replaced(RESHAPE, constant=torch.tensor([2, -1])), r"'y' was float32\['24'\] and became float32\['2', '12'\]"),
     ],
     ids=["dtype", "shape"],
 )
 @pytest.mark.parametrize("numbers", [False, True])
 def test_an_output_of_another_type(graph: Graph, change: Any, message: str, numbers: bool) -> None:
-    with pytest.raises(VerificationError, match=rf"pass swap \(after \['drop-one-relu'.*\]\) broke the graph: .*{message}"):
+    with pytest.raises(
+        VerificationError, match=rf"pass swap \(after \['drop-one-relu'.*\]\) broke the graph: .*{message}"
+    ):
         run(graph, DropOneRelu(), Swap(change=change), numbers=numbers)
 
 
@@ -296,7 +316,9 @@ def test_an_inner_value_of_another_type_is_found_at_the_output(graph: Graph) -> 
         made = graph.add_constant(torch.randn(4, 4), "other")
         node.args = (made, node.args[1])
 
-    with pytest.raises(VerificationError, match=r"pass swap .*'plus_one' was float32\['24'\] and became float32\['16'\]"):
+    with pytest.raises(
+        VerificationError, match=r"pass swap .*'plus_one' was float32\['24'\] and became float32\['16'\]"
+    ):
         run(graph, Swap("product", change))
 
 
@@ -305,13 +327,18 @@ def test_an_inner_value_of_another_type_is_found_at_the_output(graph: Graph) -> 
 
 def test_other_numbers_name_the_pass_and_the_node(graph: Graph) -> None:
     step = Swap("relu2", replaced(OnnxOp("", "Neg", 13)))
-    with pytest.raises(VerificationError, match=r"pass swap .*changed what the model computes: output 'y': largest error .* the first node that differs is 'relu2'"):
+    with pytest.raises(
+        VerificationError,
+        match=r"pass swap .*changed what the model computes: output 'y': largest error .* the first node that differs is 'relu2'",
+    ):
         run(graph, DropOneRelu(), step)
 
 
 def test_rounding_is_not_a_difference(graph: Graph) -> None:
     def change(graph: Graph, node: Any) -> None:  # (x + 1) + tiny
-        made = graph.call(ADD, (node, graph.add_constant(torch.tensor([1e-8]), "tiny")), before=graph.output, made_by="swap")
+        made = graph.call(
+            ADD, (node, graph.add_constant(torch.tensor([1e-8]), "tiny")), before=graph.output, made_by="swap"
+        )
         node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
 
     run(graph, Swap(change=change))
@@ -478,7 +505,9 @@ def test_a_type_that_differs_is_followed_as_far_as_it_differs(derived: list[str]
         user.args = (narrow,)
 
     run(graph, Swap("relu10", change), numbers=False)
-    assert {"relu10"} <= set(derived) <= {"relu10", "relu11", "cast", "cast_1", "cast_default", "cast_default_1", "Cast"}
+    assert (
+        {"relu10"} <= set(derived) <= {"relu10", "relu11", "cast", "cast_1", "cast_default", "cast_default_1", "Cast"}
+    )
 
 
 def test_nothing_is_derived_when_nothing_changed(graph: Graph, derived: list[str]) -> None:

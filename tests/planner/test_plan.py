@@ -146,8 +146,14 @@ TIMES = st.floats(0.0, 1e3)
 @st.composite
 def priced(draw: st.DrawFn) -> tuple[list[Candidate], dict[Candidate, Price]]:
     """Up to twelve candidates on up to five nodes."""
-    keys = draw(st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["dynamic", "static", "weights"])), max_size=12, unique=True))
-    found = [candidate(f"n{node}", kind, draw(st.sampled_from([None, None, None, Refusal("no")]))) for node, kind in keys]
+    keys = draw(
+        st.lists(
+            st.tuples(st.integers(0, 4), st.sampled_from(["dynamic", "static", "weights"])), max_size=12, unique=True
+        )
+    )
+    found = [
+        candidate(f"n{node}", kind, draw(st.sampled_from([None, None, None, Refusal("no")]))) for node, kind in keys
+    ]
     return found, {
         row: price(draw(TIMES), draw(TIMES), draw(ERRORS), draw(st.integers(-5, 1000)))
         for row in found

@@ -19,6 +19,8 @@ from fxopt.ir.target import Target
 # that was measured (benchmarks/ort_fusions.py).
 _SLOW_FUSIONS = {"SkipLayerNormalization": ((1, 32), "slower than Add followed by LayerNormalization")}
 
+_BESIDE_BYTES = 1 << 24  # weights of more bytes lie beside a temporary model: written in a stream, read as a memory map
+
 
 class OnnxRuntime(Backend):
     """ONNX Runtime on the CPU."""
@@ -62,7 +64,7 @@ class OnnxRuntime(Backend):
         self.require()
         scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
         path = Path(scratch.name) / "model.onnx"
-        save(graph, path, FORMS)
+        save(graph, path, FORMS, external=graph.size_bytes() > _BESIDE_BYTES)
         return OnnxExecutable(path, threads, scratch)
 
 

@@ -42,9 +42,7 @@ class OnnxEvaluator:
         outputs = tuple(next(given) if name else None for name in record.proto.output)
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def _results(
-        self, graph: Graph, node: fx.Node, record: NodeRecord, values: list[tuple[str, Any]]
-    ) -> list[Any]:
+    def _results(self, graph: Graph, node: fx.Node, record: NodeRecord, values: list[tuple[str, Any]]) -> list[Any]:
         """The outputs; operators that do not take widened inputs get them in the model's own type."""
         feeds = {name: _array(value) for name, value in values}
         try:

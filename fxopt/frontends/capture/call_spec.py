@@ -25,13 +25,16 @@ class CallSpec:
     result_constants: Mapping[int, Any]
 
     def flatten(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[torch.Tensor]:
-        """The graph's inputs from a call's arguments.
+        """The graph's inputs from a call's arguments; those that the capture fixed may be left out.
 
         Raises:
             InvalidInput: the arguments do not fit the signature, their structure or the values fixed by the capture.
         """
         try:
-            leaves = self.arguments.flatten_up_to(bound(self.signature, args, kwargs or {}))
+            binding = self.signature.bind(*args, **(kwargs or {}))
+            binding.arguments = {**self._fixed(), **binding.arguments}
+            binding.apply_defaults()
+            leaves = self.arguments.flatten_up_to(dict(binding.arguments))
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"the arguments do not fit the captured call {self.signature}: {error}") from error
         tensors = []
@@ -45,6 +48,17 @@ class CallSpec:
                     f"argument {name!r} is a {type(leaf).__name__}; the model was captured with a tensor"
                 )
         return tensors
+
+    def _fixed(self) -> dict[str, Any]:
+        """The arguments that hold no tensor, with the values that the capture fixed."""
+        found: dict[str, Any] = {}
+        first = 0
+        for name, child in zip(self.arguments.context, self.arguments.children(), strict=True):
+            positions = range(first, first + child.num_leaves)
+            first += child.num_leaves
+            if all(position in self.constants for position in positions):
+                found[name] = pytree.tree_unflatten([self.constants[position] for position in positions], child)
+        return found
 
     def unflatten(self, values: Sequence[Any]) -> Any:
         """What `forward` returns, from the graph's results."""

@@ -33,7 +33,7 @@ _ADVICE = (
     (
         r"not a known type|register a pytree|unsupported (input|output) type|Unsupported input type",
         "wrap the model in a module whose forward takes and returns tensors, tuples and dicts of tensors "
-        "(Hugging Face models: model.config.use_cache = False)",
+        "(Hugging Face models: pass use_cache=False)",
     ),
     (
         r"missing a required argument|missing \d+ required|unexpected keyword|too many positional",
