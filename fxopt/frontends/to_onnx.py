@@ -22,7 +22,6 @@ from torch.export import ExportedProgram
 
 from fxopt.errors import CaptureError
 from fxopt.frontends import onnx as onnx_frontend
-from fxopt.frontends.capture.failures import explain
 from fxopt.frontends.capture.program import Examples, Program, export, quiet
 from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
@@ -78,7 +77,7 @@ def onnx_graph_of(
             graph = _exported(program, name, version, optimize)
         except Exception as error:
             cause = error
-            notes.append(f"torch cannot export {name} to {form}: {_first_line(error)}")
+            notes.append(f"torch cannot export {name} to {form}: {_first_line(_root(error))}")
             continue
         if not runner:
             return graph, notes
@@ -94,10 +93,20 @@ def onnx_graph_of(
         notes.append(f"{form} computes something else than the module: {fault}")
     if unproven is not None:
         return unproven, [*notes, "the exported graph could not be verified"]
-    if cause is not None and len(notes) == len(forms):
-        told = explain(cause.__cause__ or cause, name)
-        raise CaptureError("\n  ".join([str(told), *notes])) from cause
+    if cause is not None:
+        advice = (
+            "To fix it: write the operator with others that have an ONNX form (mixtures of experts of Hugging Face: "
+            "config._experts_implementation = 'batched_mm'), or choose another backend."
+        )
+        raise CaptureError("\n  ".join([f"{name} could not be exported to ONNX:", *notes, advice])) from cause
     raise CaptureError("\n  ".join([f"{name} could not be exported to ONNX:", *notes]))
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the exporter's errors were raised from, at last."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _first_line(error: BaseException) -> str:

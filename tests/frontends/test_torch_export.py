@@ -228,6 +228,22 @@ def test_a_range_that_the_model_demands_is_found() -> None:
     assert captured.run([torch.ones(2, 9)])[0].shape == (2, 9)
 
 
+def test_a_slice_of_something_larger_is_an_example() -> None:
+    """Its strides are no condition on the dynamic size."""
+    captured = load(Mlp().eval(), torch.ones(2, 3, 20)[..., :16], {"x": {0: "batch", 1: "length"}})
+    assert captured.run([torch.ones(4, 20, 16)])[0].shape == (4, 20, 10)
+
+
+def test_constraints_are_told_in_the_users_names() -> None:
+    class Odd(nn.Module):
+        def forward(self, first: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return first + (x if x.shape[0] != 5 else -x).sum()
+
+    with pytest.raises(CaptureError, match=r"(?s)Constraints violated \(n\).*x.size\(\)\[0\] != 5.*range") as raised:
+        load(Odd().eval(), (torch.ones(1), torch.ones(4)), {"x": {0: "n"}})
+    assert "tensors" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("dynamic", "error", "reason"),
     [

@@ -158,14 +158,20 @@ def _check_equal_sizes(names: list[str], tensors: list[torch.Tensor], axes: list
 def enlarge(tensors: Sequence[torch.Tensor], dimensions: Dimensions) -> list[torch.Tensor]:
     """Examples whose named dynamic dimensions are at least 2: torch would take a size of 1 for a constant.
 
-    The tensors are new objects: `torch.export` leaves marks on those that it is given.
+    The tensors are new objects (`torch.export` leaves marks on those that it is given), and dense: the strides of a
+    slice of something larger would become conditions on sizes.
     """
     found = []
     for tensor, axes in zip(tensors, dimensions.axes, strict=True):
-        fresh = tensor.detach()
+        fresh = _dense(tensor.detach())
         for axis, dim in axes.items():
             named = type(dim) is Dim or getattr(getattr(dim, "type", None), "name", "") == "DYNAMIC"
             if named and fresh.shape[axis] == 1:
                 fresh = fresh.repeat_interleave(2, axis)
         found.append(fresh)
     return found
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor if last else tensor.contiguous()

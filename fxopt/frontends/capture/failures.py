@@ -6,6 +6,7 @@ import linecache
 import re
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -54,9 +55,11 @@ _HINTS = re.compile(
 )
 
 
-def explain(error: BaseException, name: str) -> CaptureError:
+def explain(error: BaseException, name: str, inputs: Sequence[str] = ()) -> CaptureError:
     """The error to raise `from` whatever `torch.export` raised for the model called `name`."""
     text = str(getattr(error, "msg", None) or error)
+    for index, given in enumerate(inputs):
+        text = text.replace(f"L['tensors'][{index}]", given)
     where = user_line(error)
     place = f"\n  at {where}" if where else ""
     advice = _advice(error, text)

@@ -220,7 +220,7 @@ def _export(flat: _Flat, examples: list[torch.Tensor], dimensions: Dimensions) -
         except Exception as error:
             narrowed = _narrowed(error, shapes) if attempt < 2 else None
             if narrowed is None:
-                raise explain(error, name) from error
+                raise explain(error, name, dimensions.names) from error
             shapes = narrowed
     raise AssertionError("the last attempt returns or raises")
 
