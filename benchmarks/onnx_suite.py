@@ -112,7 +112,12 @@ def table(outcomes: dict[str, Outcome]) -> dict[str, dict[str, int]]:
     return rows
 
 
+def _why(outcome: Outcome) -> str:
+    return outcome.reason or f"ran outside torch: {', '.join(outcome.fallback)}"
+
+
 def main() -> None:
+    """Run the suite and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", default="", help="run the cases whose kind/name matches")
     parser.add_argument("--json", help="write every outcome to this file instead of the summary to results/")
@@ -127,18 +132,14 @@ def main() -> None:
     if options.failures:
         for name, outcome in outcomes.items():
             if not outcome.is_native:
-                print(f"{name}: {outcome.state} {outcome.reason or 'ran outside torch: ' + ', '.join(outcome.fallback)}")
+                print(f"{name}: {outcome.state} {_why(outcome)}")
     if options.json:
         with open(options.json, "w") as file:
             json.dump({name: asdict(outcome) for name, outcome in outcomes.items()}, file, indent=1)
     elif not options.only:
         from benchmarks.common import machine, write
 
-        not_native = {
-            name: outcome.reason or f"ran outside torch: {', '.join(outcome.fallback)}"
-            for name, outcome in outcomes.items()
-            if not outcome.is_native
-        }
+        not_native = {name: _why(outcome) for name, outcome in outcomes.items() if not outcome.is_native}
         write("onnx_suite", {"machine": machine(), "kinds": rows, "not_native": not_native})
 
 

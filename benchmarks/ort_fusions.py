@@ -72,9 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = [compare(shape, Path(scratch)) for shape in SHAPES]
     for row in rows:
-        print(
-            f"SkipLayerNormalization {row['shape']}: {row['fused_over_parts']:.2f}x of Sum + LayerNormalization"
-        )
+        print(f"SkipLayerNormalization {row['shape']}: {row['fused_over_parts']:.2f}x of Sum + LayerNormalization")
     print(f"written: {write('ort_fusions', {'skip_layer_normalization': rows})}")
 
 
