@@ -10,39 +10,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fxopt.api import (
-        BenchRow,
-        Comparison,
-        Optimized,
-        bench,
-        capture,
-        compare,
-        explain,
-        load,
-        optimize,
-        predict,
-    )
+    from fxopt.api import Optimized, capture, explain, load, optimize, predict
+    from fxopt.comparison import BenchRow, Comparison, bench, compare
     from fxopt.errors import FxoptError
     from fxopt.ir.graph import Graph
     from fxopt.ir.ledger import Ledger, Verdict
     from fxopt.ir.target import Target
 
 _PLACES = {
-    **dict.fromkeys(
-        (
-            "BenchRow",
-            "Comparison",
-            "Optimized",
-            "bench",
-            "capture",
-            "compare",
-            "explain",
-            "load",
-            "optimize",
-            "predict",
-        ),
-        "fxopt.api",
-    ),
+    **dict.fromkeys(("Optimized", "capture", "explain", "load", "optimize", "predict"), "fxopt.api"),
+    **dict.fromkeys(("BenchRow", "Comparison", "bench", "compare"), "fxopt.comparison"),
     "FxoptError": "fxopt.errors",
     "Graph": "fxopt.ir.graph",
     "Ledger": "fxopt.ir.ledger",

@@ -14,7 +14,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
 
 if TYPE_CHECKING:
-    from fxopt.engine import Outcome
+    from fxopt.request import Outcome
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -170,8 +170,8 @@ def _load_onnx(path: Path, threads: int | None, manifest: dict[str, Any] | None)
 
 
 def _outcome(graph: Graph, executable: Any, manifest: dict[str, Any] | None) -> Outcome:
-    from fxopt.engine import Outcome
     from fxopt.report.report import Report, Summary
+    from fxopt.request import Outcome
 
     if manifest is not None:
         from fxopt.frontends.capture.call_spec import CallSpec

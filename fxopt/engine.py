@@ -3,79 +3,34 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fxopt.backends.base import Backend, Executable
-from fxopt.cost_model.roofline import GraphPrediction, predict, predict_graph
+from fxopt.backends.base import Executable
+from fxopt.cost_model.roofline import predict, predict_graph
+from fxopt.decisions import Decision
 from fxopt.errors import FxoptError, PassError, Unsupported, VerificationError, unknown
-from fxopt.groups import slow_groups
-from fxopt.guard import Timing, measure
+from fxopt.guard import Timing
 from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
-from fxopt.ir.ledger import Ledger, Refusal, Verdict
+from fxopt.ir.ledger import Ledger, Refusal
 from fxopt.ir.shapes import infer
-from fxopt.ir.target import Target
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
 from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
 from fxopt.passes.stats import Stats, collect
 from fxopt.planner.plan import Plan, Price, plan
 from fxopt.report.report import ErrorReport, Measurement, PassRun, Report, Summary
+from fxopt.report.summary import summary, versions
+from fxopt.request import Lossy, Outcome, Request, Sample
+from fxopt.verdicts import record, refuse
 
-Progress = Callable[[str, int, int], None]
-Sample = list[Any]
 NO_DATA = Refusal("no data to measure the budget; give --calibration, or --calibration random")
-
-
-@dataclass
-class Request:
-    """What the user asked for, resolved."""
-
-    target: Target
-    backend: Backend
-    samples: list[Sample] = field(default_factory=list)
-    passes: Sequence[Pass] | None = None
-    evaluate: Callable[[Any], float] | None = None
-    budget: float | None = 0.02
-    objective: str = "latency"
-    include: re.Pattern[str] | None = None
-    exclude: re.Pattern[str] | None = None
-    threads: int | None = None
-    force: bool = False
-    guard_seconds: float = 10.0
-    dump: Path | None = None
-    progress: Progress | None = None
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Outcome:
-    """The result of an optimisation."""
-
-    graph: Graph
-    executable: Executable
-    report: Report
-    ledger: Ledger
-
-
-@dataclass
-class _Lossy:
-    """A rewritten graph with its plan and measured error."""
-
-    graph: Graph
-    executable: Executable
-    plan: Plan
-    error: ErrorReport
-    loss: float  # what the budget limits
 
 
 _Priced = tuple[list[Candidate], dict[Candidate, Price], dict[Candidate, LossyPass], Stats]
@@ -100,7 +55,7 @@ class Optimizer:
         self.verification = request.samples[half:] or request.samples
         self._references: list[list[Any]] | None = None
         self._metric_before: float | None = None
-        self._remember: _Priced = ([], {}, {}, Stats())
+        self.priced: _Priced = ([], {}, {}, Stats())
 
     # ---- the flow
 
@@ -108,14 +63,14 @@ class Optimizer:
         """Exact passes, plan, rewrite, budget, guard."""
         request = self.request
         self._check_names(self.original)
-        before = self._summary(self.original)
+        before = self.summary(self.original)
         if request.passes is not None and not request.passes:
-            return self._finish(self.original, self.baseline, before, "unchanged", "no passes were asked for")
+            return self.finish(self.original, self.baseline, before, "unchanged", "no passes were asked for")
         exact = self._exact()
         lossy = self._lossy(exact)
         if not request.target.is_host:
-            return self._decide_by_prediction(exact, lossy, before)
-        return self._decide_by_measurement(exact, lossy, before)
+            return Decision(self).by_prediction(exact, lossy, before)
+        return Decision(self).by_measurement(exact, lossy, before)
 
     def explain(self) -> Ledger:
         """Plan and price only: nothing is rewritten lossily or measured."""
@@ -126,7 +81,7 @@ class Optimizer:
         priced = self._candidates(exact)
         if priced is not None:
             candidates, prices, _, _ = priced
-            self._record(plan(candidates, self.request.budget, prices, objective=self.request.objective), prices)
+            record(self.ledger, plan(candidates, self.request.budget, prices, objective=self.request.objective), prices)
         return self.ledger
 
     def _exact(self) -> Graph:
@@ -137,7 +92,7 @@ class Optimizer:
         usual = [wanted.pop(step.name, step) for step in exact_pipeline()]  # with the options that were given
         graph = self.original.copy()
         dumped = 0
-        with self._stage("exact passes"):
+        with self.stage("exact passes"):
             check = self._numeric_check()
             for steps in ([*usual, *wanted.values()], spelling_pipeline()):
                 manager = PassManager(steps, dump=self.request.dump, dumped=dumped)
@@ -149,7 +104,7 @@ class Optimizer:
         return graph
 
     def _numeric_check(self) -> NumericCheck | None:
-        sample = self._any_sample()
+        sample = self.any_sample()
         if sample is None:
             self.ledger.note("exact passes were verified by structure only: the input types are not fully known")
             return None
@@ -167,7 +122,7 @@ class Optimizer:
         self.ledger.note("exact passes were verified by structure only: a made-up sample does not run")
         return None
 
-    def _lossy(self, exact: Graph) -> _Lossy | None:
+    def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""
         priced = self._candidates(exact)
         return None if priced is None else self._within_budget(exact, *priced)
@@ -175,20 +130,20 @@ class Optimizer:
     def _candidates(self, exact: Graph) -> _Priced | None:
         """Candidates, prices, owners and statistics; None without data (every candidate is then refused)."""
         passes = self._lossy_passes()
-        with self._stage("candidates"):
+        with self.stage("candidates"):
             offered = [(step, candidate) for step in passes for candidate in step.candidates(exact, self.context)]
         if not self.request.samples:
             for _, candidate in offered:
-                self._refuse(candidate, candidate.refusal or NO_DATA)
+                refuse(self.ledger, candidate, candidate.refusal or NO_DATA)
             return None
         legal = [(step, candidate) for step, candidate in offered if candidate.refusal is None]
-        with self._stage("calibration"):
+        with self.stage("calibration"):
             nodes = {node for step, candidate in legal for node in step.observed(exact, candidate)}
             stats = collect(exact, self.calibration, nodes, evaluator=self.evaluator, progress=self.request.progress)
-        with self._stage("estimates"):
+        with self.stage("estimates"):
             candidates, prices = self._priced(exact, offered, stats)
-        self._remember = candidates, prices, {candidate: step for step, candidate in offered}, stats
-        return self._remember
+        self.priced = candidates, prices, {candidate: step for step, candidate in offered}, stats
+        return self.priced
 
     def _lossy_passes(self) -> list[LossyPass]:
         from fxopt.passes.pipelines import lossy_passes
@@ -232,7 +187,7 @@ class Optimizer:
         prices: dict[Candidate, Price],
         owner: dict[Candidate, LossyPass],
         stats: Stats,
-    ) -> _Lossy | None:
+    ) -> Lossy | None:
         """Everything that pays first; while the measured loss exceeds the budget, a smaller plan."""
         budget = self.request.budget
         chosen = plan(candidates, None, prices, objective=self.request.objective)
@@ -240,9 +195,9 @@ class Optimizer:
         for attempt in range(2 + math.ceil(math.log2(max(2, len(chosen.chosen))))):
             if not chosen.chosen:
                 break
-            lossy = self._applied(exact, chosen, owner, stats)
+            lossy = self.applied(exact, chosen, owner, stats)
             if budget is None or lossy.loss <= budget:
-                self._record(chosen, prices)
+                record(self.ledger, chosen, prices)
                 return lossy
             lossy.executable.close()
             predicted = sum(prices[candidate].error for candidate in chosen.chosen)
@@ -257,21 +212,21 @@ class Optimizer:
                 f" {len(chosen.chosen)} changes"
             )
         over = tuple((candidate, Refusal("over budget")) for candidate in chosen.chosen)
-        self._record(Plan((), (*chosen.refused, *over), 0.0, 0.0), prices)
+        record(self.ledger, Plan((), (*chosen.refused, *over), 0.0, 0.0), prices)
         return None
 
-    def _applied(self, exact: Graph, chosen: Plan, owner: dict[Candidate, LossyPass], stats: Stats) -> _Lossy:
-        with self._stage("rewriting"):
+    def applied(self, exact: Graph, chosen: Plan, owner: dict[Candidate, LossyPass], stats: Stats) -> Lossy:
+        with self.stage("rewriting"):
             graph = exact.copy()
             for candidate in chosen.chosen:
                 with _naming(owner[candidate], candidate):
                     owner[candidate].apply(graph, candidate, stats)
             graph.prune()
             self._verify(exact, graph, chosen)
-            executable = self._compiled(graph)
-        with self._stage("measuring the error"):
+            executable = self.compiled(graph)
+        with self.stage("measuring the error"):
             error, loss = self._error(executable)
-        return _Lossy(graph, executable, chosen, error, loss)
+        return Lossy(graph, executable, chosen, error, loss)
 
     def _verify(self, exact: Graph, graph: Graph, chosen: Plan) -> None:
         fresh = [node for node in graph.nodes if "val" not in node.meta]  # new constants too
@@ -303,213 +258,28 @@ class Optimizer:
         )
         return report, loss
 
-    # ---- decisions
+    # ---- what decisions need
 
-    def _decide_by_prediction(self, exact: Graph, lossy: _Lossy | None, before: Summary) -> Outcome:
-        request = self.request
-        graph = lossy.graph if lossy is not None else exact
-        if lossy is None and not self._exact_changed():
-            return self._finish(self.original, self.baseline, before, "nothing paid", self._why_nothing())
-        after = self._summary(graph)
-        assert before.predicted is not None and after.predicted is not None
-        gain = before.predicted.seconds / max(after.predicted.seconds, 1e-12)
-        why = f"predicted {gain:.2f}x on {request.target.name}"
-        pays = gain >= 1.0
-        if request.objective == "size":
-            why = f"{why}, {after.size_bytes} bytes of constants instead of {before.size_bytes}"
-            pays = after.size_bytes < before.size_bytes
-        if not pays and not request.force:
-            self._roll_back(None if lossy is None else lossy.plan.chosen, f"{why}, for the whole model")
-            if lossy is None:
-                return self._finish(self.original, self.baseline, before, "nothing paid", why)
-            lossy.executable.close()
-            return self._decide_by_prediction(exact, None, before)
-        executable = lossy.executable if lossy is not None else self._compiled(exact)
-        why = f"{why}, +-{100 * request.target.interval:.0f} % ({request.target.error})"
-        return self._finish(graph, executable, before, "optimized", why, lossy.error if lossy else None)
-
-    def _exact_changed(self) -> bool:
+    def exact_changed(self) -> bool:
+        """Whether an exact pass changed something."""
         return any(run.changes for run in self.pass_runs)
 
-    def _compiled(self, graph: Graph) -> Executable:
+    def compiled(self, graph: Graph) -> Executable:
+        """The graph, ready to run in the backend."""
         return self.request.backend.compile(graph, self.request.target, threads=self.request.threads)
 
-    def _decide_by_measurement(self, exact: Graph, lossy: _Lossy | None, before: Summary) -> Outcome:
-        request = self.request
-        sample = self._timing_sample()
-        if sample is None or request.force or request.objective != "latency":
-            return self._without_guard(exact, lossy, before, sample)
-        plain = self._compiled(exact) if self._exact_changed() else self.baseline
-        share = request.guard_seconds / (2 if lossy is not None and plain is not self.baseline else 1)
-        if lossy is not None:
-            with self._stage("guard"):
-                found = self._paying(lossy, plain, sample, exact, share)
-            if found is not None and plain is not self.baseline:
-                plain.close()
-            if found is not None:
-                lossy, timing = found
-                return self._finish(
-                    lossy.graph, lossy.executable, before, "optimized", _measured(timing), lossy.error, timing
-                )
-        if plain is self.baseline:
-            return self._finish(self.original, self.baseline, before, "nothing paid", self._why_nothing())
-        with self._stage("guard"):
-            timing = measure(lambda: self.baseline.run(sample), lambda: plain.run(sample), share)
-        if timing.low >= 1.0:
-            return self._finish(exact, plain, before, "optimized", _measured(timing), None, timing)
-        plain.close()
-        why = f"{_measured(timing)}: not surely faster"
-        self._roll_back(None, why)
-        return self._finish(self.original, self.baseline, before, "nothing paid", why, timing=timing)
-
-    def _paying(
-        self, lossy: _Lossy, plain: Executable, sample: Sample, exact: Graph, seconds: float
-    ) -> tuple[_Lossy, Timing] | None:
-        """The lossy result if it is measured to be faster than the exact one and than what came in.
-
-        While it is not, groups of changes that are slow by themselves are dropped.
-        """
-        deadline = time.perf_counter() + seconds * 2
-        budget = self.request.budget
-        while True:
-            timing, rivals = self._against(lossy, plain, sample, seconds / 2)
-            if all(rival.low >= 1.0 for rival in rivals):
-                return lossy, timing
-            chosen = lossy.plan.chosen
-            dropped = slow_groups(exact, lossy.graph, chosen, self._representative, seconds / 2)
-            kept = tuple(candidate for candidate in chosen if candidate.group not in dropped)
-            lossy.executable.close()
-            if not kept or len(kept) == len(chosen) or time.perf_counter() > deadline:
-                worst = min(rivals, key=lambda rival: rival.low)
-                self._roll_back(chosen, f"{_measured(worst)} for the whole model: not surely faster", dropped)
-                return None
-            self._roll_back([candidate for candidate in chosen if candidate.group in dropped], "", dropped)
-            _, prices, owner, stats = self._remember
-            error, gain = (sum(getattr(prices[candidate], name) for candidate in kept) for name in ("error", "gain"))
-            lossy = self._applied(exact, Plan(kept, (), error, gain), owner, stats)
-            if budget is not None and not lossy.loss <= budget:
-                lossy.executable.close()
-                self._roll_back(kept, f"over budget without the slow ones: measured loss {lossy.loss:.3g}")
-                return None
-
-    def _against(self, lossy: _Lossy, plain: Executable, sample: Sample, seconds: float) -> tuple[Timing, list[Timing]]:
-        """The timing against what came in, and all timings: also that against the exact result, where there is one."""
-
-        def run() -> object:
-            return lossy.executable.run(sample)
-
-        timing = measure(lambda: self.baseline.run(sample), run, seconds)
-        if plain is self.baseline:
-            return timing, [timing]
-        return timing, [measure(lambda: plain.run(sample), run, seconds), timing]
-
-    def _representative(self, graph: Graph, node_name: str) -> Callable[[], object] | None:
-        """One candidate's operator alone, compiled, on a sample of its input (None when it cannot be cut out)."""
-        from fxopt.groups import cut_out
-
-        part = cut_out(graph, node_name, self._remember[3])
-        if part is None:
-            return None
-        small, inputs = part
-        executable = self._compiled(small)
-        return lambda: executable.run(inputs)
-
-    def _without_guard(self, exact: Graph, lossy: _Lossy | None, before: Summary, sample: Sample | None) -> Outcome:
-        request = self.request
-        if lossy is None and not self._exact_changed():
-            return self._finish(self.original, self.baseline, before, "nothing paid", self._why_nothing())
-        graph = lossy.graph if lossy is not None else exact
-        reason = ""
-        if sample is None and not request.force and request.objective == "latency":
-            reason = "no input to measure with; give --calibration or example inputs, or --force"
-        if request.objective == "size" and not request.force and graph.size_bytes() >= self.original.size_bytes():
-            reason = "the result is not smaller"
-        if reason:
-            if lossy is not None:
-                lossy.executable.close()
-            self._roll_back(None, reason)
-            return self._finish(self.original, self.baseline, before, "nothing paid", reason)
-        executable = lossy.executable if lossy is not None else self._compiled(exact)
-        timing = None
-        if sample is not None and not request.force:
-            timing = measure(
-                lambda: self.baseline.run(sample), lambda: executable.run(sample), request.guard_seconds / 4
-            )
-        why = "not measured (--force)" if request.force else "smaller"
-        return self._finish(graph, executable, before, "optimized", why, lossy.error if lossy else None, timing)
-
-    def _any_sample(self) -> Sample | None:
+    def any_sample(self) -> Sample | None:
         """The user's first one, or one that is made up; None when the inputs are not fully known."""
         if self.request.samples:
             return self.request.samples[0]
         return synthetic_sample(self.original.inputs, self.original.sizes)
 
-    def _timing_sample(self) -> Sample | None:
-        if self.request.samples:
-            return self.request.samples[0]
-        sample = self._any_sample()
-        if sample is None or any(value.dtype not in (torch.float32, torch.float64) for value in sample):
-            return None
-        return sample
+    def summary(self, graph: Graph) -> Summary:
+        """The model's figures, with its predicted time on the target."""
+        predicted = predict_graph(graph, self.request.target)
+        return summary(graph, int(predicted.macs), predicted.total)
 
-    def _why_nothing(self) -> str:
-        reasons: dict[str, int] = {}
-        for verdict in self.ledger.verdicts:
-            if verdict.outcome in ("refused", "rolled-back"):
-                reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
-        if not reasons:
-            return "no pass found anything to do"
-        most = max(reasons, key=lambda reason: reasons[reason])
-        return f"{most} ({reasons[most]} of {sum(reasons.values())} verdicts)"
-
-    # ---- the ledger
-
-    def _refuse(self, candidate: Candidate, reason: Refusal, error: float | None = None) -> None:
-        self.ledger.add(
-            Verdict(candidate.pass_name, candidate.anchor, "refused", str(reason), str(candidate.setting), error=error)
-        )
-
-    def _record(self, chosen: Plan, prices: dict[Candidate, Price]) -> None:
-        for candidate in chosen.chosen:
-            price = prices[candidate]
-            self.ledger.add(
-                Verdict(
-                    candidate.pass_name,
-                    candidate.anchor,
-                    "applied",
-                    f"predicted {price.before.seconds * 1e6:.3g} -> {price.after.seconds * 1e6:.3g} us",
-                    str(candidate.setting),
-                    predicted_gain=price.gain,
-                    error=price.error,
-                )
-            )
-        for candidate, reason in chosen.refused:
-            self._refuse(candidate, reason, prices[candidate].error if candidate in prices else None)
-
-    def _roll_back(self, gone: Sequence[Candidate] | None, reason: str, groups: dict[str, str] | None = None) -> None:
-        """Turn "applied" into "rolled-back": of these candidates (those of a group with its own reason), or of all."""
-        reasons = {
-            (candidate.pass_name, candidate.anchor, str(candidate.setting)): (groups or {}).get(candidate.group, reason)
-            for candidate in gone or ()
-        }
-        for index, verdict in enumerate(self.ledger.verdicts):
-            key = (verdict.pass_name, verdict.node, verdict.setting)
-            if verdict.outcome == "applied" and (gone is None or key in reasons):
-                self.ledger.verdicts[index] = replace(
-                    verdict, outcome="rolled-back", reason=reason if gone is None else reasons[key]
-                )
-
-    # ---- the report
-
-    def _summary(self, graph: Graph) -> Summary:
-        predicted: GraphPrediction = predict_graph(graph, self.request.target)
-        counts: dict[str, int] = {}
-        for node in graph.calls():
-            name = getattr(node.target, "op_type", None) or str(node.target)
-            counts[name] = counts.get(name, 0) + 1
-        return Summary(sum(counts.values()), counts, graph.size_bytes(), int(predicted.macs), predicted.total)
-
-    def _finish(
+    def finish(
         self,
         graph: Graph,
         executable: Executable,
@@ -536,18 +306,18 @@ class Optimizer:
             objective=request.objective,
             budget=request.budget,
             before=before,
-            after=before if graph is self.original else self._summary(graph),
+            after=before if graph is self.original else self.summary(graph),
             measured=measured,
             error=error,
             pass_runs=self.pass_runs,
             stages=self.stages,
-            versions=_versions(),
+            versions=versions(),
             warnings=[*request.warnings, *self.ledger.notes],
         )
         return Outcome(graph, executable, report, self.ledger)
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Iterator[None]:
         if self.request.progress is not None:
             self.request.progress(name, 0, 1)
         begin = time.perf_counter()
@@ -576,26 +346,8 @@ def as_function(executable: Executable) -> Callable[..., Any]:
     return call
 
 
-def _measured(timing: Timing) -> str:
-    return f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f})"
-
-
 def _refused(candidate: Candidate, reason: Refusal) -> Candidate:
     return Candidate(candidate.pass_name, candidate.node, candidate.anchor, candidate.setting, reason, candidate.group)
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    import fxopt
-
-    found = {"fxopt": fxopt.__version__}
-    for name in ("torch", "onnx", "onnxruntime"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def bind_sizes(graph: Graph, sample: Sample | None, overrides: dict[str, int] | None = None) -> None:

@@ -121,7 +121,12 @@ def test_batch_norms_of_torch_graphs(name: str, dtype: torch.dtype) -> None:
 
 
 BATCH_NORM = "BatchNormalization(c, scale, shift, mean, var)"
-VECTORS = {"scale": floats(4), "shift": floats(4, seed=1), "mean": floats(4, seed=2), "var": np.abs(floats(4, seed=3)) + 1}
+VECTORS = {
+    "scale": floats(4),
+    "shift": floats(4, seed=1),
+    "mean": floats(4, seed=2),
+    "var": np.abs(floats(4, seed=3)) + 1,
+}
 
 
 def test_batch_norms_of_onnx_graphs() -> None:

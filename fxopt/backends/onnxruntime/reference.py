@@ -42,5 +42,3 @@ def evaluate(graph: Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         raise MissingReference(f"node {label(node)!r}: ONNX's reference evaluator cannot run it: {reason}") from error
     found = tuple(from_array(next(results)) if name else None for name in record.proto.output)
     return found[0] if len(found) == 1 else found
-
-

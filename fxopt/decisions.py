@@ -1,0 +1,179 @@
+"""Whether a rewritten model goes out: by prediction where the target is absent, by measurement where it is here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxopt.backends.base import Executable
+from fxopt.groups import cut_out, slow_groups
+from fxopt.guard import Timing, measure
+from fxopt.ir.graph import Graph
+from fxopt.planner.plan import Plan
+from fxopt.report.report import Summary
+from fxopt.request import Lossy, Outcome, Sample
+from fxopt.verdicts import roll_back, why_nothing
+
+if TYPE_CHECKING:
+    from fxopt.engine import Optimizer
+
+
+class Decision:
+    """Decides about the results of one `Optimizer`; what does not pay is rolled back, with the reason."""
+
+    def __init__(self, job: Optimizer) -> None:
+        self.job = job
+
+    def by_prediction(self, exact: Graph, lossy: Lossy | None, before: Summary) -> Outcome:
+        """Take what is predicted to be no slower (or smaller, when that is the objective) for the whole model."""
+        request = self.job.request
+        graph = lossy.graph if lossy is not None else exact
+        if lossy is None and not self.job.exact_changed():
+            return self.job.finish(
+                self.job.original, self.job.baseline, before, "nothing paid", why_nothing(self.job.ledger)
+            )
+        after = self.job.summary(graph)
+        assert before.predicted is not None and after.predicted is not None
+        gain = before.predicted.seconds / max(after.predicted.seconds, 1e-12)
+        why = f"predicted {gain:.2f}x on {request.target.name}"
+        pays = gain >= 1.0
+        if request.objective == "size":
+            why = f"{why}, {after.size_bytes} bytes of constants instead of {before.size_bytes}"
+            pays = after.size_bytes < before.size_bytes
+        if not pays and not request.force:
+            roll_back(self.job.ledger, None if lossy is None else lossy.plan.chosen, f"{why}, for the whole model")
+            if lossy is None:
+                return self._nothing(before, why)
+            lossy.executable.close()
+            return self.by_prediction(exact, None, before)
+        executable = lossy.executable if lossy is not None else self.job.compiled(exact)
+        why = f"{why}, +-{100 * request.target.interval:.0f} % ({request.target.error})"
+        return self.job.finish(graph, executable, before, "optimized", why, lossy.error if lossy else None)
+
+    def by_measurement(self, exact: Graph, lossy: Lossy | None, before: Summary) -> Outcome:
+        """Take what is measured to be surely faster: the lossy result, else the exact one, else what came in."""
+        request = self.job.request
+        sample = self._timing_sample()
+        if sample is None or request.force or request.objective != "latency":
+            return self._without_guard(exact, lossy, before, sample)
+        plain = self.job.compiled(exact) if self.job.exact_changed() else self.job.baseline
+        share = request.guard_seconds / (2 if lossy is not None and plain is not self.job.baseline else 1)
+        if lossy is not None:
+            with self.job.stage("guard"):
+                found = self._paying(lossy, plain, sample, exact, share)
+            if found is not None and plain is not self.job.baseline:
+                plain.close()
+            if found is not None:
+                lossy, timing = found
+                return self.job.finish(
+                    lossy.graph, lossy.executable, before, "optimized", _measured(timing), lossy.error, timing
+                )
+        if plain is self.job.baseline:
+            return self.job.finish(
+                self.job.original, self.job.baseline, before, "nothing paid", why_nothing(self.job.ledger)
+            )
+        with self.job.stage("guard"):
+            timing = measure(lambda: self.job.baseline.run(sample), lambda: plain.run(sample), share)
+        if timing.low >= 1.0:
+            return self.job.finish(exact, plain, before, "optimized", _measured(timing), None, timing)
+        plain.close()
+        why = f"{_measured(timing)}: not surely faster"
+        roll_back(self.job.ledger, None, why)
+        return self._nothing(before, why, timing)
+
+    def _paying(
+        self, lossy: Lossy, plain: Executable, sample: Sample, exact: Graph, seconds: float
+    ) -> tuple[Lossy, Timing] | None:
+        """The lossy result if it is measured to be faster than the exact one and than what came in.
+
+        While it is not, groups of changes that are slow by themselves are dropped.
+        """
+        deadline = time.perf_counter() + seconds * 2
+        budget = self.job.request.budget
+        while True:
+            timing, rivals = self._against(lossy, plain, sample, seconds / 2)
+            if all(rival.low >= 1.0 for rival in rivals):
+                return lossy, timing
+            chosen = lossy.plan.chosen
+            dropped = slow_groups(exact, lossy.graph, chosen, self._representative, seconds / 2)
+            kept = tuple(candidate for candidate in chosen if candidate.group not in dropped)
+            lossy.executable.close()
+            if not kept or len(kept) == len(chosen) or time.perf_counter() > deadline:
+                worst = min(rivals, key=lambda rival: rival.low)
+                roll_back(
+                    self.job.ledger, chosen, f"{_measured(worst)} for the whole model: not surely faster", dropped
+                )
+                return None
+            roll_back(self.job.ledger, [candidate for candidate in chosen if candidate.group in dropped], "", dropped)
+            _, prices, owner, stats = self.job.priced
+            error, gain = (sum(getattr(prices[candidate], name) for candidate in kept) for name in ("error", "gain"))
+            lossy = self.job.applied(exact, Plan(kept, (), error, gain), owner, stats)
+            if budget is not None and not lossy.loss <= budget:
+                lossy.executable.close()
+                roll_back(self.job.ledger, kept, f"over budget without the slow ones: measured loss {lossy.loss:.3g}")
+                return None
+
+    def _against(self, lossy: Lossy, plain: Executable, sample: Sample, seconds: float) -> tuple[Timing, list[Timing]]:
+        """The timing against what came in, and all timings: also that against the exact result, where there is one."""
+
+        def run() -> object:
+            return lossy.executable.run(sample)
+
+        timing = measure(lambda: self.job.baseline.run(sample), run, seconds)
+        if plain is self.job.baseline:
+            return timing, [timing]
+        return timing, [measure(lambda: plain.run(sample), run, seconds), timing]
+
+    def _representative(self, graph: Graph, node_name: str) -> Callable[[], object] | None:
+        """One candidate's operator alone, compiled, on a sample of its input (None when it cannot be cut out)."""
+        part = cut_out(graph, node_name, self.job.priced[3])
+        if part is None:
+            return None
+        small, inputs = part
+        executable = self.job.compiled(small)
+        return lambda: executable.run(inputs)
+
+    def _without_guard(self, exact: Graph, lossy: Lossy | None, before: Summary, sample: Sample | None) -> Outcome:
+        request = self.job.request
+        if lossy is None and not self.job.exact_changed():
+            return self.job.finish(
+                self.job.original, self.job.baseline, before, "nothing paid", why_nothing(self.job.ledger)
+            )
+        graph = lossy.graph if lossy is not None else exact
+        reason = ""
+        if sample is None and not request.force and request.objective == "latency":
+            reason = "no input to measure with; give --calibration or example inputs, or --force"
+        if request.objective == "size" and not request.force and graph.size_bytes() >= self.job.original.size_bytes():
+            reason = "the result is not smaller"
+        if reason:
+            if lossy is not None:
+                lossy.executable.close()
+            roll_back(self.job.ledger, None, reason)
+            return self._nothing(before, reason)
+        executable = lossy.executable if lossy is not None else self.job.compiled(exact)
+        timing = None
+        if sample is not None and not request.force:
+            timing = measure(
+                lambda: self.job.baseline.run(sample), lambda: executable.run(sample), request.guard_seconds / 4
+            )
+        why = "not measured (--force)" if request.force else "smaller"
+        return self.job.finish(graph, executable, before, "optimized", why, lossy.error if lossy else None, timing)
+
+    def _nothing(self, before: Summary, why: str, timing: Timing | None = None) -> Outcome:
+        """What came in goes out."""
+        return self.job.finish(self.job.original, self.job.baseline, before, "nothing paid", why, timing=timing)
+
+    def _timing_sample(self) -> Sample | None:
+        if self.job.request.samples:
+            return self.job.request.samples[0]
+        sample = self.job.any_sample()
+        if sample is None or any(value.dtype not in (torch.float32, torch.float64) for value in sample):
+            return None
+        return sample
+
+
+def _measured(timing: Timing) -> str:
+    return f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f})"

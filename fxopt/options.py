@@ -1,0 +1,108 @@
+"""What a user may ask of `optimize`, checked; names resolved to targets, backends and passes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxopt.errors import InvalidOption, unknown
+
+if TYPE_CHECKING:
+    from fxopt.backends.base import Backend
+    from fxopt.ir.target import Target
+
+OBJECTIVES = ("latency", "size")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keywords of `optimize`, kept for a capture at the first call."""
+
+    target: str | Target
+    dynamic_shapes: Any = None
+    calibration: Any = None
+    evaluate: Callable[[Any], float] | None = None
+    budget: float | None = 0.02
+    objective: str = "latency"
+    passes: Sequence[Any] | None = None
+    backend: str | None = None
+    include: str | None = None
+    exclude: str | None = None
+    threads: int | None = None
+    force: bool = False
+    require_speedup: float | None = None
+    require_passes: tuple[str, ...] = ()
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+    guard_seconds: float = 10.0
+    seed: int = 0
+    dump: Path | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        if self.budget is not None and not self.budget >= 0:
+            raise InvalidOption(f"budget={self.budget}; expected a number of at least 0, or None")
+        if self.threads is not None and self.threads < 1:
+            raise InvalidOption(f"threads={self.threads}; expected a number of at least 1, or None for all cores")
+        if not self.guard_seconds > 0:
+            raise InvalidOption(f"guard_seconds={self.guard_seconds}; expected more than 0")
+
+
+def resolve_target(target: str | Target, threads: int | None) -> Target:
+    """The target of a name; "host" is this machine, on so many threads."""
+    from fxopt.ir.target import Target as TargetType
+
+    if isinstance(target, TargetType):
+        return target
+    if target == "host":
+        from fxopt.cost_model.host import detect_host
+
+        return detect_host(threads)
+    from fxopt.catalog import find_target
+
+    return find_target(target)
+
+
+def resolve_backend(name: str | None, target: Target, notes: list[str]) -> Backend:
+    """The backend of a name, or the target's own; `eager` with a note where this version lacks it."""
+    from fxopt.catalog import entries, find_backend
+
+    known = entries("backend")
+    if name is None and target.backend not in known:
+        notes.append(f"backend {target.backend} is not part of this version: decided for {target.name}, run in eager")
+        name = "eager"
+    found: Any = find_backend(name or target.backend)
+    backend: Backend = found()
+    backend.require()
+    return backend
+
+
+def resolve_passes(passes: Sequence[Any] | None) -> list[Any] | None:
+    """Passes and their texts as passes; None stays None."""
+    if passes is None:
+        return None
+    if isinstance(passes, str) or not isinstance(passes, Sequence):
+        raise InvalidOption(f"passes={passes!r}; expected a list of passes or texts")
+    from fxopt.catalog import pass_from_text
+    from fxopt.passes.base import Pass
+
+    found = [pass_from_text(item) if isinstance(item, str) else item for item in passes]
+    for index, item in enumerate(found):
+        if not isinstance(item, Pass):
+            raise InvalidOption(f"passes[{index}] is {item!r}; expected a pass or its text")
+    return found
+
+
+def resolve_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
+    """A regular expression of the user's, compiled."""
+    if text is None:
+        return None
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise InvalidOption(f"{option}={text!r} is not a regular expression: {error}") from error

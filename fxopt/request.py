@@ -1,0 +1,62 @@
+"""One optimisation as data: what was asked for, resolved, and what came of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxopt.backends.base import Backend, Executable
+from fxopt.ir.graph import Graph
+from fxopt.ir.ledger import Ledger
+from fxopt.ir.target import Target
+from fxopt.passes.base import Pass
+from fxopt.planner.plan import Plan
+from fxopt.report.report import ErrorReport, Report
+
+Progress = Callable[[str, int, int], None]
+Sample = list[Any]  # one value per input of the graph
+
+
+@dataclass
+class Request:
+    """What the user asked for, resolved."""
+
+    target: Target
+    backend: Backend
+    samples: list[Sample] = field(default_factory=list)
+    passes: Sequence[Pass] | None = None
+    evaluate: Callable[[Any], float] | None = None
+    budget: float | None = 0.02
+    objective: str = "latency"
+    include: re.Pattern[str] | None = None
+    exclude: re.Pattern[str] | None = None
+    threads: int | None = None
+    force: bool = False
+    guard_seconds: float = 10.0
+    dump: Path | None = None
+    progress: Progress | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """The result of an optimisation."""
+
+    graph: Graph
+    executable: Executable
+    report: Report
+    ledger: Ledger
+
+
+@dataclass
+class Lossy:
+    """A rewritten graph with its plan and measured error."""
+
+    graph: Graph
+    executable: Executable
+    plan: Plan
+    error: ErrorReport
+    loss: float  # what the budget limits
