@@ -45,7 +45,7 @@ _PLACES: dict[Kind, _Place] = {
     "pass": _Place("fxopt.passes", "fxopt.passes", frozenset({"base", "manager", "pipelines", "stats", "rules"})),
     "target": _Place("fxopt.cost_model.targets", "fxopt.targets"),
     "backend": _Place("fxopt.backends", "fxopt.backends", frozenset({"base", "partition"})),
-    "frontend": _Place("fxopt.frontends", "fxopt.frontends"),
+    "frontend": _Place("fxopt.frontends", "fxopt.frontends", frozenset({"capture", "to_onnx"})),
 }
 
 

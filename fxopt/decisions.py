@@ -80,7 +80,7 @@ class Decision:
         if timing.low >= 1.0:
             return self.job.finish(exact, plain, before, "optimized", _measured(timing), None, timing)
         plain.close()
-        why = f"{_measured(timing)}: not surely faster"
+        why = f"{_measured(timing)}: {_not_surely(timing)}"
         roll_back(self.job.ledger, None, why)
         return self._nothing(before, why, timing)
 
@@ -177,3 +177,9 @@ class Decision:
 
 def _measured(timing: Timing) -> str:
     return f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f})"
+
+
+def _not_surely(timing: Timing) -> str:
+    """Why it counts as not faster; a noisy machine is told from a slow result."""
+    hint = " (the machine is busy: more --guard-seconds narrow the interval)" if timing.ratio > 1.0 else ""
+    return f"not surely faster{hint}"

@@ -140,3 +140,8 @@ def test_a_metric_in_a_file(own_file: Path) -> None:
         catalog.function_from_text(f"{own_file}:number")
     with pytest.raises(InvalidOption, match=r"expected file\.py:function"):
         catalog.function_from_text("metric")
+
+
+def test_frontends_are_sources_of_models() -> None:
+    assert set(catalog.entries("frontend")) >= {"onnx", "torch-export"}
+    assert not {"capture", "to-onnx"} & set(catalog.entries("frontend"))

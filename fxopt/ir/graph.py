@@ -219,9 +219,11 @@ class Graph:
     def release_constants(self) -> None:
         """Drop the tensors of `root` that no node refers to (copies that share them keep them)."""
         used = {str(node.target) for node in self.fx.nodes if node.op == "get_attr"}
-        for name, _ in list(self.root.named_buffers(recurse=False)) + list(self.root.named_parameters(recurse=False)):
+        named = (*self.root.named_buffers(remove_duplicate=False), *self.root.named_parameters(remove_duplicate=False))
+        for name, _ in named:
             if name not in used:
-                delattr(self.root, name)
+                path, _, last = name.rpartition(".")
+                delattr(self.root.get_submodule(path), last)
 
     def copy(self) -> Graph:
         """An independent graph that shares the constants."""

@@ -11,7 +11,8 @@
         return (y,)
 
 `python graph.py [inputs.npz] [batch=4]` runs it. A variable's annotation is the node's name where Python or one of the
-helpers of this module has that name. Constants lie in `constants.safetensors` beside the text.
+helpers of this module has that name. Constants lie in `constants.safetensors` beside the text. How a torch-born model's
+forward is called (`Graph.call_spec`) is not part of the text: a saved folder keeps it in its manifest.
 
 (Longer than most files here: it holds the writer, the two files, and the helpers that a text imports by name.)
 """

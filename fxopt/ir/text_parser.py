@@ -18,7 +18,6 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import GraphSyntaxError, unknown
 from fxopt.ir.graph import Graph, Opaque, ValueSpec, set_attribute
@@ -315,7 +314,7 @@ def _check_import(node: ast.Import | ast.ImportFrom) -> None:
 
 
 def header_text(graph: Graph) -> list[str]:
-    """The keywords of `@graph(...)`, one per line; pytree specs only where they can be written."""
+    """The keywords of `@graph(...)`, one per line."""
     options = [f"origin={quoted(graph.origin)}"]
     for key, specs in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         options.append(f"{key}={expression(list(map(_spec_entry, specs)), {})}")
@@ -323,11 +322,7 @@ def header_text(graph: Graph) -> list[str]:
         options.append(f"name={quoted(graph.name)}")
     if graph.sizes:
         options.append(f"sizes={expression(graph.sizes, {})}")
-    try:
-        first, second = map(pytree.treespec_dumps, graph.call_spec or ())
-    except (TypeError, ValueError, NotImplementedError, AttributeError):
-        return options
-    return options if "__enum__" in first + second else [*options, f"call_spec=({quoted(first)}, {quoted(second)})"]
+    return options
 
 
 def _spec_entry(spec: ValueSpec) -> tuple[Any, ...]:
@@ -344,8 +339,8 @@ def _header(node: ast.Call) -> dict[str, Any]:
         except (ValueError, TypeError) as error:
             raise _refused(item, f"{item.arg}: {_shown(item.value)!r} is not a literal") from error
     wanted = {"origin", "inputs", "outputs", "name"}
-    if _dotted(node.func) != "graph" or node.args or set(given) - {"call_spec", "sizes"} != wanted:
-        raise _refused(node, f"expected @graph(origin, inputs, outputs, name, sizes, call_spec), got {sorted(given)}")
+    if _dotted(node.func) != "graph" or node.args or set(given) - {"sizes"} != wanted:
+        raise _refused(node, f"expected @graph(origin, inputs, outputs, name, sizes), got {sorted(given)}")
     sizes = given.get("sizes", {})
     if not isinstance(sizes, dict) or any((type(name), type(size)) != (str, int) for name, size in sizes.items()):
         raise _refused(node, f"sizes is {sizes!r}, expected the size of each named dimension")
@@ -354,8 +349,6 @@ def _header(node: ast.Call) -> dict[str, Any]:
     try:
         for key in ("inputs", "outputs"):
             given[key] = tuple(map(read_spec, given[key] if isinstance(given[key], list) else [given[key]]))
-        if "call_spec" in given:
-            given["call_spec"] = _call_spec(*given["call_spec"])
     except (ValueError, TypeError, LookupError, NotImplementedError) as error:
         raise _refused(node, f"{error}") from error
     return given
@@ -379,12 +372,3 @@ def read_spec(entry: Any) -> ValueSpec:
     if wrong:
         raise ValueError(f"{name!r}: the dimension {wrong[0]!r} is not a number, a name or None")
     return ValueSpec(name, dtype, None if shape is None else tuple(shape))
-
-
-def _call_spec(*texts: str) -> tuple[Any, ...]:
-    if len(texts) != 2 or any("__enum__" in text for text in texts):  # torch would import the module that it names
-        raise ValueError("call_spec is not a pair of pytree specs without enumerations")
-    try:
-        return tuple(map(pytree.treespec_loads, texts))
-    except (ValueError, TypeError, LookupError, NotImplementedError) as error:
-        raise ValueError(f"call_spec is not a pair of pytree specs: {error}") from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 import fxopt
-from fxopt.ir.graph import Graph, label
+from fxopt.ir.graph import Graph, ValueSpec, label
 from fxopt.ir.onnx.op import OnnxOp
 from tests.conftest import mlp
 
@@ -60,3 +61,17 @@ def test_constants_of_one_hint_have_names_of_their_own() -> None:
     names = {str(made.add_constant(torch.full((1,), float(index)), "same name").target) for index in range(4)}
     assert len(names) == 4 and all(name.startswith("k_same_name") for name in names)
     assert sorted(float(made.attribute(name)) for name in names) == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_constants_under_dotted_names_are_released() -> None:
+    """Weights of torch-born graphs lie in nested modules."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    root = torch.nn.Module()
+    root.add_module("layer", torch.nn.Linear(2, 2))
+    weight = graph.create_node("get_attr", "layer.weight", name="weight")
+    result = graph.call_function(torch.ops.aten.linear.default, (x, weight))
+    graph.output((result,))
+    made = Graph(graph, root, "torch", (ValueSpec("x", torch.float32, (1, 2)),), (ValueSpec("y", None, None),))
+    made.release_constants()
+    assert [name for name, _ in root.named_parameters()] == ["layer.weight"]

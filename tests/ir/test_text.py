@@ -17,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
-from torch.utils import _pytree as pytree
 
 import fxopt.ir.text as text_module
 from fxopt.errors import GraphSyntaxError, InvalidInput, InvalidModel, OutputError, Unsupported
@@ -271,7 +270,7 @@ def test_round_trip(graph: Graph) -> None:
     again = round_trip(graph)
     samples = [torch.randn(3, 4) for _ in graph.inputs]
     for expected, got in zip(graph.run(samples), again.run(samples), strict=True):
-        assert expected.dtype == got.dtype and torch.equal(expected, got)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_models_of_onnx() -> None:
@@ -284,7 +283,7 @@ def test_models_of_onnx() -> None:
         round_trip(load(file, check=False))
 
 
-# ---- signature, constants, pytrees
+# ---- signature, constants
 
 
 def test_signatures() -> None:
@@ -316,20 +315,6 @@ def test_host_and_nested_constants() -> None:
     again = round_trip(graph)
     assert isinstance(again.attribute("k_shape"), np.ndarray)
     assert again.attribute("layer.weight") is graph.attribute("layer.weight")
-
-
-def test_pytree_specs_are_kept_when_they_can_be_written() -> None:
-    graph = single()
-    specs = (pytree.tree_structure(((1, 2), {"k": 3})), pytree.tree_structure([1, (2, None)]))
-    graph.call_spec = specs
-    assert round_trip(graph).call_spec == specs
-
-    class Unregistered:
-        pass
-
-    pytree.register_pytree_node(Unregistered, lambda value: ([], None), lambda children, context: Unregistered())
-    graph.call_spec = (specs[0], pytree.tree_structure(Unregistered()))
-    assert round_trip(graph).call_spec is None
 
 
 def test_what_has_no_text_form() -> None:
@@ -422,8 +407,6 @@ def test_rejects_the_body(body: str, line: int | None, message: str) -> None:
         ("@graph(", "@print\n@graph(", "line 4: .*decorator"),
         ("outputs=", "extra=1, outputs=", "line 4: .*extra"),
         ("outputs=", "sizes={'n': 1.5}, outputs=", "line 4: sizes"),
-        ("outputs=", "call_spec=3, outputs=", "line 4: "),
-        ("outputs=", "call_spec=('x', 'y'), outputs=", "line 4: .*call_spec"),
         ("import torch", "import torch as t", "line 2: import"),
         ("import torch", "import subprocess", "line 2: import of subprocess"),
     ],

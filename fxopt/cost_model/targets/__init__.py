@@ -20,7 +20,9 @@ def target_names() -> list[str]:
 
 
 def get_target(name: str) -> Target:
-    """The target of this name; dashes and underscores are the same; `host` is detected.
+    """The target of this name in this package (`fxopt.catalog.find_target` knows those of plug-ins, too).
+
+    Dashes and underscores are the same; `host` is detected.
 
     Raises:
         UnknownName: there is none; near names are suggested.
