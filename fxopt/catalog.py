@@ -42,7 +42,9 @@ class _Place:
 
 
 _PLACES: dict[Kind, _Place] = {
-    "pass": _Place("fxopt.passes", "fxopt.passes", frozenset({"base", "manager", "pipelines", "stats", "rules"})),
+    "pass": _Place(
+        "fxopt.passes", "fxopt.passes", frozenset({"base", "manager", "pipelines", "rules", "sequential", "stats"})
+    ),
     "target": _Place("fxopt.cost_model.targets", "fxopt.targets"),
     "backend": _Place("fxopt.backends", "fxopt.backends", frozenset({"base", "partition"})),
     "frontend": _Place("fxopt.frontends", "fxopt.frontends", frozenset({"capture", "to_onnx"})),

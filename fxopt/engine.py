@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxopt.backends.base import Executable
 from fxopt.cost_model.roofline import predict, predict_graph
@@ -23,6 +24,7 @@ from fxopt.ir.shapes import infer
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
 from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
+from fxopt.passes.sequential import SequentialRun
 from fxopt.passes.stats import Stats, collect
 from fxopt.planner.plan import Plan, Price, plan
 from fxopt.report.report import ErrorReport, Measurement, PassRun, Report, Summary
@@ -218,15 +220,42 @@ class Optimizer:
     def applied(self, exact: Graph, chosen: Plan, owner: dict[Candidate, LossyPass], stats: Stats) -> Lossy:
         with self.stage("rewriting"):
             graph = exact.copy()
-            for candidate in chosen.chosen:
-                with _naming(owner[candidate], candidate):
-                    owner[candidate].apply(graph, candidate, stats)
+            self._apply(graph, chosen.chosen, owner, stats)
             graph.prune()
             self._verify(exact, graph, chosen)
             executable = self.compiled(graph)
         with self.stage("measuring the error"):
             error, loss = self._error(executable)
         return Lossy(graph, executable, chosen, error, loss)
+
+    def _apply(
+        self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats
+    ) -> None:
+        """Apply the candidates; those that want second moments come in the order of the graph, the others before."""
+        wanted: dict[Candidate, fx.Node] = {}
+        for candidate in chosen:
+            with _naming(owner[candidate], candidate):
+                node = owner[candidate].moments(graph, candidate)
+                if node is None:
+                    owner[candidate].apply(graph, candidate, stats)
+                else:
+                    wanted[candidate] = node
+        if not wanted:
+            return
+        place = {node: index for index, node in enumerate(graph.nodes)}
+        walk = SequentialRun(graph, self.calibration, self.evaluator)
+        for done, (candidate, _) in enumerate(sorted(wanted.items(), key=lambda item: place[item[1]])):
+            step = owner[candidate]
+            with _naming(step, candidate):
+                node = step.moments(graph, candidate)
+                assert node is not None
+                stats.moments = {node.name: walk.moments(node)}
+                step.apply(graph, candidate, stats)
+            if self.request.progress is not None:
+                self.request.progress("rewriting", done + 1, len(wanted))
+        stats.moments = {}
+        for note in stats.notes:
+            self.ledger.note(note)
 
     def _verify(self, exact: Graph, graph: Graph, chosen: Plan) -> None:
         fresh = [node for node in graph.nodes if "val" not in node.meta]  # new constants too

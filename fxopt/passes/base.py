@@ -155,6 +155,10 @@ class LossyPass(Pass):
         """The nodes whose values `estimate` and `apply` want statistics of."""
         return ()
 
+    def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
+        """The node whose second moments `apply` wants in `stats.moments`, measured on the graph as rewritten so far."""
+        return None
+
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """Expected error and work, from calibration statistics."""
         raise NotImplementedError(f"{type(self).__name__} must define estimate(graph, candidate, stats)")

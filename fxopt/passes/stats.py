@@ -66,6 +66,8 @@ class Stats:
 
     values: dict[str, ValueStats] = field(default_factory=dict)
     samples: int = 0
+    moments: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # of the candidate that is applied now
+    notes: list[str] = field(default_factory=list)  # what the user should know, for the ledger
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what several candidates of one view share
 
     def __getitem__(self, node: fx.Node) -> ValueStats:

@@ -224,8 +224,8 @@ def single(name: str, arguments: tuple[Any, ...]) -> Graph:
     return graph
 
 
-def cases() -> Iterator[Any]:
-    for name in ("linear_w8a8", "linear_w8a8_dynamic", "conv_w8a8"):
+def cases(*names: str) -> Iterator[Any]:
+    for name in names or ("linear_w8a8", "linear_w8a8_dynamic", "conv_w8a8", "linear_nbits"):
         for index, arguments in enumerate(all_ops()[name].sample_arguments()):
             yield pytest.param(name, arguments, id=f"{name}-{index}")
 
@@ -240,6 +240,9 @@ def assert_same(name: str, arguments: tuple[Any, ...], expected: torch.Tensor, f
         step = arguments[6]
         assert apart.max() <= 1.001 * step
         assert (apart > 0.01 * step).double().mean() <= 0.02
+    elif name == "linear_nbits" and arguments[-1] == 8:  # a half is rounded to the other side in few places
+        assert apart.max() <= 0.01 * expected.abs().max()
+        assert apart.median() <= 1e-5 * expected.abs().max()
     else:
         assert apart.max() <= 1e-5 * expected.abs().max()
 
@@ -252,7 +255,7 @@ def test_the_kernels_agree_with_the_definition(name: str, arguments: tuple[Any, 
     executable.close()
 
 
-@pytest.mark.parametrize(("name", "arguments"), cases())
+@pytest.mark.parametrize(("name", "arguments"), cases("linear_w8a8", "linear_w8a8_dynamic", "conv_w8a8"))
 def test_the_forms_are_standard_onnx(name: str, arguments: tuple[Any, ...]) -> None:
     """They pass the checker, and the specification's own evaluator gives the same numbers."""
     if not arguments[0].numel():

@@ -45,6 +45,8 @@ class OnnxRuntime(Backend):
         from fxopt.backends.onnxruntime.forms import FORMS
 
         known = {target.name().removeprefix("fxopt::") for target in FORMS}
+        if op == "linear_nbits":
+            return _nbits(dtype, pattern)
         return "" if op in known else f"operator {op} has no ONNX form that ONNX Runtime runs fast"
 
     def prefers(self, op: str) -> str:
@@ -66,6 +68,18 @@ class OnnxRuntime(Backend):
         path = Path(scratch.name) / "model.onnx"
         save(graph, path, FORMS, external=graph.size_bytes() > _BESIDE_BYTES)
         return OnnxExecutable(path, threads, scratch)
+
+
+def _nbits(dtype: str, pattern: str) -> str:
+    """The reason why MatMulNBits does not take a form `int4`, `group=32,activations=int8`; "" when it does."""
+    options = dict(part.split("=") for part in pattern.split(",") if part)
+    group = int(options.get("group", 32))
+    if group < 16 or group & (group - 1):
+        nearest = max(16, 1 << (group.bit_length() - 1))
+        return f"MatMulNBits takes groups of a power of two of at least 16, not {group}; try group={nearest}"
+    if options.get("activations") == "float" and dtype in ("int2", "int8"):
+        return f"MatMulNBits with {dtype} weights and float activations takes up to 25 times as long as float weights"
+    return ""
 
 
 def version() -> tuple[int, int]:

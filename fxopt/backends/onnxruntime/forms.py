@@ -3,7 +3,8 @@
 Dynamic linear: DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul -> Add becomes DynamicQuantizeMatMul or, where
 several linears share the quantised input, MatMulIntegerToFloat. Static linear: Q/DQ around MatMul becomes
 MatMulIntegerToFloat, the bias is added apart. Convolution: Q/DQ around Conv becomes QLinearConv. Activations are uint8
-and weights int8: the kernels for int8 activations are an order of magnitude slower on x86.
+and weights int8: the kernels for int8 activations are an order of magnitude slower on x86. Weights of few bits:
+MatMulNBits, at accuracy level 4 where activations are rounded to 8 bits (its float kernels pay only for size).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import fx
 from fxopt.ir.graph import shape_of
 from fxopt.ir.onnx.export import Emitter, Forms
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
+from fxopt.ir.ops.linear_nbits import linear_nbits
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
+from fxopt.ir.packing import pack, unpack
 
 
 def _tensor(emitter: Emitter, node: Any) -> torch.Tensor:
@@ -150,8 +153,45 @@ def _conv_bias(emitter: Emitter, node: fx.Node) -> str:
     return dequantized
 
 
+def _linear_nbits(emitter: Emitter, node: fx.Node) -> str:
+    """MatMulNBits: blocks along the inputs, codes of 2, 4 or 8 bits; 3-bit codes lie in 4 bits."""
+    arguments: Any = node.args
+    x, packed, scales, _, bias, columns, bits, group, activation_bits = arguments
+    out = _tensor(emitter, packed).shape[0]
+    width = 4 if bits == 3 else bits
+    key = ("blocks", packed)
+    if key not in emitter.shared:
+        codes = unpack(_tensor(emitter, packed), bits, columns)
+        blocks = -(-columns // group)
+        padded = torch.nn.functional.pad(codes, (0, blocks * group - columns))
+        emitter.shared[key] = emitter.initializer(pack(padded, width).reshape(out, blocks, -1), _name(packed))
+    inputs = [emitter.value(x), str(emitter.shared[key]), emitter.value(scales)]
+    zero_points = _zero_points(emitter, node, width)
+    if zero_points or bias is not None:
+        inputs.append(zero_points)
+    if bias is not None:
+        inputs += ["", emitter.value(bias)]
+    y = emitter.output(node)
+    attributes: dict[str, Any] = {"K": columns, "N": out, "bits": width, "block_size": group}
+    attributes["accuracy_level"] = 4 if activation_bits == 8 else 0
+    emitter.node("MatMulNBits", inputs, [y], domain="com.microsoft", **attributes)
+    return y
+
+
+def _zero_points(emitter: Emitter, node: fx.Node, width: int) -> str:
+    """The name of the packed zero points; "" where they are those that the operator takes anyway."""
+    arguments: Any = node.args
+    scales, zeros, bits = arguments[2], arguments[3], arguments[6]
+    if zeros is None and bits == width:
+        return ""
+    codes = torch.full_like(_tensor(emitter, scales), 1 << (bits - 1)) if zeros is None else _tensor(emitter, zeros)
+    key = ("zero points", scales, zeros)
+    return _shared(emitter, key, pack(codes.to(torch.uint8), width), f"{_name(node.args[1])}_zero_points")
+
+
 FORMS: Forms = {
     linear_w8a8_dynamic.target: _linear_dynamic,
     linear_w8a8.target: _linear_static,
     conv_w8a8.target: _conv,
+    linear_nbits.target: _linear_nbits,
 }

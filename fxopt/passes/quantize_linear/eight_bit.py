@@ -1,4 +1,4 @@
-"""Compute linears and convolutions in 8-bit integers.
+"""Linears and convolutions in 8-bit integers.
 
 Weights are symmetric per output channel, activations asymmetric per tensor: with the range found at run time
 (`dynamic`) or on calibration samples (`static`). Source: Krishnamoorthi (2018).
@@ -13,48 +13,32 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.errors import InvalidOption
 from fxopt.ir.error import noise_to_signal
-from fxopt.ir.graph import Graph, hint, label, shape_of
+from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.op import Op
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
-from fxopt.ir.target import Cost, conv_kind
 from fxopt.ir.views.common import aten, is_aten, is_onnx, only_user
 from fxopt.ir.views.conv import Conv, conv, convs
 from fxopt.ir.views.linear import Linear, linear, linears
-from fxopt.passes.base import Candidate, Context, Estimate, LossyPass, Setting
+from fxopt.passes.base import Candidate, Context, Estimate, Setting
+from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
+from fxopt.passes.quantize_linear.grids import quantize_weight, static_range
 from fxopt.passes.stats import Stats, ValueStats
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_ACTIVATIONS = ("auto", "dynamic", "static")
 
 
 @dataclass(frozen=True)
-class QuantizeLinear(LossyPass):
-    """Compute linears and convolutions in 8-bit integers.
+class EightBit:
+    """The 8-bit part of quantize-linear."""
 
-    Options:
-        bits: 8, or None, which is neutral: nothing is offered.
-        activations: "dynamic", "static", or "auto": both are offered where both exist.
-    """
-
-    bits: int | None = 8
-    activations: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.bits not in (8, None):
-            raise InvalidOption(f"quantize-linear: bits={self.bits}; expected 8, or none for no change")
-        if self.activations not in _ACTIVATIONS:
-            raise InvalidOption(f"quantize-linear: activations={self.activations!r}; expected one of {_ACTIVATIONS}")
+    name: str
+    activations: str  # "dynamic", "static", or "auto": both are offered where both exist
 
     # ---- candidates
 
     def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
         """One candidate per linear or convolution and kind of activation range."""
-        if self.bits is None:
-            return
         for view in linears(graph):
             yield from self._offer(graph, ctx, view, ("dynamic", "static"), "linear_w8a8")
         for found in convs(graph):
@@ -87,7 +71,7 @@ class QuantizeLinear(LossyPass):
         if excluded is not None:
             return excluded
         weight = view.weight(graph)
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in FLOATS:
             return Refusal("the weight has type {}; expected a floating-point type", weight.dtype)
         if weight.numel() == 0:
             return Refusal("the weight is empty")
@@ -119,8 +103,8 @@ class QuantizeLinear(LossyPass):
         reference = stats.cache["reference", candidate.node]
         result = _linear_on_sample(x, operands, seen) if isinstance(view, Linear) else operator.function(x, *operands)
         weight = view.weight(graph)
-        before = _float_cost(view, weight)
-        after = operator.cost_of(_value(view.x), *operands)
+        before = float_cost(view, weight)
+        after = operator.cost_of(value_of(view.x), *operands)
         return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel())
 
     # ---- apply
@@ -130,9 +114,7 @@ class QuantizeLinear(LossyPass):
         view = _view(graph, candidate)
         operator, operands = self._operands(graph, view, candidate.setting, stats)
         codes, scales, _, *rest = operands
-        made_by = f"{self.name}"
-        stem = label(view.weight_node)
-        source = (label(view.node), made_by)
+        stem, source = label(view.weight_node), (label(view.node), self.name)
         arguments = (
             view.x,
             graph.add_constant(codes, f"{stem}_codes", source),
@@ -140,14 +122,7 @@ class QuantizeLinear(LossyPass):
             view.bias_node,
             *rest,
         )
-        result = _result(view)
-        node = graph.call(operator.target, arguments, before=result, made_by=made_by, like=view.node)
-        graph.replace(result, node)
-        for swallowed in (view.node, *getattr(view, "inner", ())):
-            if swallowed is not result and not swallowed.users:
-                graph.erase(swallowed)
-        if not view.weight_node.users:
-            graph.erase(view.weight_node)
+        replaced(graph, view, _result(view), operator.target, arguments, self.name)
 
     def _operands(
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats
@@ -167,26 +142,6 @@ class QuantizeLinear(LossyPass):
         pads = [*view.padding[0], *view.padding[1]]
         shape = (list(view.stride), pads, list(view.dilation), view.groups)
         return conv_w8a8, (codes, scales, bias, x_scale, x_zero, y_scale, y_zero, *shape)
-
-
-def quantize_weight(weight: torch.Tensor, limit: int = 127) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 (shape of the weight) and scales float32 [out]: weight = codes * scales per output channel.
-
-    The codes lie in -limit ... limit; 63 keeps the 16-bit sums of AVX2's vpmaddubsw from saturating.
-    """
-    rows = weight.float().reshape(weight.shape[0], -1)
-    scales = rows.abs().amax(1) / limit
-    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    codes = torch.round(rows / scales[:, None]).clamp(-limit, limit).to(torch.int8)
-    return codes.reshape(weight.shape).contiguous(), scales
-
-
-def static_range(seen: ValueStats) -> tuple[float, int]:
-    """Scale and zero point that map the observed range, zero included, onto 0 ... 255."""
-    low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
-    scale = (high - low) / 255 or 1.0
-    scale = float(torch.tensor(scale, dtype=torch.float32).item())
-    return scale, max(0, min(255, round(-low / scale)))
 
 
 def _saturates(ctx: Context) -> bool:
@@ -243,31 +198,3 @@ def _float_conv(x: torch.Tensor, view: Conv, weight: torch.Tensor, bias: torch.T
         padded, weight, None if bias is None else bias.float(), view.stride, 0, view.dilation, view.groups
     )
     return result
-
-
-def _value(node: fx.Node) -> Any:
-    value = node.meta.get("val")
-    assert isinstance(value, torch.Tensor), f"the shape of {node} is unknown"
-    return value
-
-
-def _float_cost(view: Linear | Conv, weight: torch.Tensor) -> Cost:
-    """Work of the float form: 2 operations per weight and position."""
-    y = shape_of(view.node)
-    x = shape_of(view.x)
-    assert x is not None and y is not None
-    outputs = _count(y)
-    itemsize = _value(view.x).dtype.itemsize
-    dtype = str(_value(view.x).dtype).removeprefix("torch.")
-    inner = weight.numel() // weight.shape[0]
-    moved = (_count(x) + weight.numel() + outputs) * itemsize
-    extra = len(getattr(view, "inner", ()))
-    kind = "linear" if isinstance(view, Linear) else conv_kind(weight.shape)
-    return Cost(2.0 * outputs * inner, moved, dtype, kind, 1 + extra)
-
-
-def _count(shape: tuple[Any, ...]) -> int:
-    total = 1
-    for dim in shape:
-        total *= hint(dim)
-    return total

@@ -1,0 +1,94 @@
+"""quantize-linear: linears and convolutions with fewer bits, where that is faster within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxopt.errors import InvalidOption
+from fxopt.ir.graph import Graph
+from fxopt.passes.base import Candidate, Context, Estimate, LossyPass
+from fxopt.passes.quantize_linear.eight_bit import EightBit
+from fxopt.passes.quantize_linear.grids import quantize_weight, static_range
+from fxopt.passes.quantize_linear.weight_only import WeightOnly
+from fxopt.passes.stats import Stats
+
+__all__ = ["QuantizeLinear", "quantize_weight", "static_range"]
+
+_ACTIVATIONS = {8: ("auto", "dynamic", "static", "int8", "float")}
+_WEIGHT_ONLY = ("auto", "int8", "float")
+_METHODS = ("gptq", "rtn")
+
+
+@dataclass(frozen=True)
+class QuantizeLinear(LossyPass):
+    """Give linears and convolutions fewer bits: both operands 8, or the weights of linears alone 2 to 8.
+
+    Options:
+        bits: of the weights; None is neutral: nothing is offered. 8 computes in integers unless `activations` says
+            otherwise, 2, 3 and 4 are for linears that wait for their weights (few rows at a time).
+        activations: with 8 bits "dynamic" (range found at run time), "static" (calibrated), "auto" (both are offered
+            where both exist); weight-only: "int8" (each row and group rounded to 8 bits, fast: "auto") or "float".
+        group: inputs per scale of a weight-only form; 0: one scale per output.
+        symmetric: weight-only: no zero points.
+        method: weight-only: "gptq", or "rtn" (round to nearest).
+        act_order: GPTQ rounds the inputs with the largest second moments first.
+    """
+
+    bits: int | None = 8
+    activations: str = "auto"
+    group: int = 32
+    symmetric: bool = True
+    method: str = "gptq"
+    act_order: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8, None):
+            raise InvalidOption(f"quantize-linear: bits={self.bits}; expected 2, 3, 4 or 8, or none for no change")
+        known = _ACTIVATIONS.get(self.bits or 8, _WEIGHT_ONLY)
+        if self.activations not in known:
+            raise InvalidOption(
+                f"quantize-linear: activations={self.activations!r} with bits={self.bits}; expected one of {known}"
+            )
+        if self.method not in _METHODS:
+            raise InvalidOption(f"quantize-linear: method={self.method!r}; expected one of {_METHODS}")
+        if self.group < 0 or 0 < self.group < 16:
+            raise InvalidOption(f"quantize-linear: group={self.group}; expected at least 16, or 0 for one per output")
+
+    @property
+    def _part(self) -> EightBit | WeightOnly | None:
+        if self.bits is None:
+            return None
+        if self.bits == 8 and self.activations not in _WEIGHT_ONLY[1:]:
+            return EightBit(self.name, self.activations)
+        activations = "int8" if self.activations == "auto" else self.activations
+        return WeightOnly(self.name, self.bits, self.group, self.symmetric, self.method, self.act_order, activations)
+
+    def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
+        """One candidate per linear or convolution and kind of activation range."""
+        if self._part is not None:
+            yield from self._part.candidates(graph, ctx)
+
+    def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """The input; for an 8-bit convolution also the output, whose range is quantised too."""
+        return self._chosen.observed(graph, candidate)
+
+    def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
+        """GPTQ wants the second moments of the input."""
+        part = self._chosen
+        return part.moments(graph, candidate) if isinstance(part, WeightOnly) else None
+
+    def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
+        """The error on the calibration rows, and the work of both forms."""
+        return self._chosen.estimate(graph, candidate, stats)
+
+    def apply(self, graph: Graph, candidate: Candidate, stats: Stats) -> None:
+        """Replace the linear or convolution (with the ReLU behind it)."""
+        self._chosen.apply(graph, candidate, stats)
+
+    @property
+    def _chosen(self) -> EightBit | WeightOnly:
+        assert self._part is not None, "a neutral pass has no candidates"
+        return self._part

@@ -1,0 +1,58 @@
+"""What the parts of quantize-linear share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.ir.graph import Graph, hint, shape_of
+from fxopt.ir.target import Cost, conv_kind
+from fxopt.ir.views.conv import Conv
+from fxopt.ir.views.linear import Linear
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def value_of(node: fx.Node) -> torch.Tensor:
+    """The fake tensor of a node whose type is known."""
+    value = node.meta.get("val")
+    assert isinstance(value, torch.Tensor), f"the shape of {node} is unknown"
+    return value
+
+
+def float_cost(view: Linear | Conv, weight: torch.Tensor) -> Cost:
+    """Work of the float form: 2 operations per weight and position."""
+    y = shape_of(view.node)
+    x = shape_of(view.x)
+    assert x is not None and y is not None
+    outputs = _count(y)
+    itemsize = value_of(view.x).dtype.itemsize
+    dtype = str(value_of(view.x).dtype).removeprefix("torch.")
+    inner = weight.numel() // weight.shape[0]
+    moved = (_count(x) + weight.numel() + outputs) * itemsize
+    extra = len(getattr(view, "inner", ()))
+    kind = "linear" if isinstance(view, Linear) else conv_kind(weight.shape)
+    return Cost(2.0 * outputs * inner, moved, dtype, kind, 1 + extra)
+
+
+def _count(shape: tuple[Any, ...]) -> int:
+    total = 1
+    for dim in shape:
+        total *= hint(dim)
+    return total
+
+
+def replaced(
+    graph: Graph, view: Linear | Conv, result: fx.Node, target: Any, arguments: tuple[Any, ...], made_by: str
+) -> fx.Node:
+    """Put an integer operator in the place of a view; `result` is the node whose value it gives."""
+    node = graph.call(target, arguments, before=result, made_by=made_by, like=view.node)
+    graph.replace(result, node)
+    for swallowed in (view.node, *getattr(view, "inner", ())):
+        if swallowed is not result and not swallowed.users:
+            graph.erase(swallowed)
+    if not view.weight_node.users:
+        graph.erase(view.weight_node)
+    return node

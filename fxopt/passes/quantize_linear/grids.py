@@ -1,0 +1,102 @@
+"""Quantisation grids: which numbers the codes stand for.
+
+Source: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (2018); Frantar et al., "GPTQ"
+(2022) for groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxopt.ir.ops.linear_nbits import group_count
+from fxopt.passes.stats import ValueStats
+
+
+def quantize_weight(weight: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
+    """Codes int8 (shape of the weight) and scales float32 [out]: weight = codes * scales per output channel.
+
+    The codes lie in -limit ... limit; 63 keeps the 16-bit sums of AVX2's vpmaddubsw from saturating.
+    """
+    rows = weight.float().reshape(weight.shape[0], -1)
+    scales = rows.abs().amax(1) / limit
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    codes = torch.round(rows / scales[:, None]).clamp(-limit, limit).to(torch.int8)
+    return codes.reshape(weight.shape).contiguous(), scales
+
+
+def static_range(seen: ValueStats) -> tuple[float, int]:
+    """Scale and zero point that map the observed range, zero included, onto 0 ... 255."""
+    low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    scale = (high - low) / 255 or 1.0
+    scale = float(torch.tensor(scale, dtype=torch.float32).item())
+    return scale, max(0, min(255, round(-low / scale)))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes 0 ... 2 ** bits - 1 of a weight [out, in] in groups of inputs: (code - zero) * scale."""
+
+    bits: int
+    group: int
+    scales: Tensor  # float32 [out, groups]
+    zeros: Tensor  # float32 [out, groups], whole numbers
+
+    def codes(self, columns: Tensor, groups: Tensor) -> Tensor:
+        """The nearest codes of weight columns [out, n] that belong to the groups [n]; float, whole numbers."""
+        scales, zeros = self.scales[:, groups], self.zeros[:, groups]
+        return (torch.round(columns / scales) + zeros).clamp(0, (1 << self.bits) - 1)
+
+    def values(self, codes: Tensor, groups: Tensor) -> Tensor:
+        """What codes [out, n] stand for."""
+        return (codes - self.zeros[:, groups]) * self.scales[:, groups]
+
+    def groups(self, columns: int) -> Tensor:
+        """The group of each of the inputs."""
+        return torch.arange(columns) // self.group
+
+
+def group_grid(weight: Tensor, bits: int, group: int, symmetric: bool, search: bool = True) -> Grid:
+    """The grid of each output and group of inputs of a weight [out, in].
+
+    Symmetric: the zero is 2 ** (bits - 1) and the largest magnitude is a code's value. Asymmetric: smallest and largest
+    value, zero included. With `search`, ranges shrunk to 80 ... 100 % are tried and the one of the smallest sum of
+    |error| ** 2.4 is taken.
+    """
+    out, columns = weight.shape
+    count = group_count(columns, group)
+    padded = torch.nn.functional.pad(weight, (0, count * group - columns)).reshape(out, count, group)
+    low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
+    scales, zeros = _range(low, high, bits, symmetric)
+    if search:
+        scales, zeros = _shrunk(padded, low, high, scales, zeros, bits, symmetric)
+    return Grid(bits, group, scales, zeros)
+
+
+def _range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    if symmetric:
+        half = 1 << (bits - 1)
+        largest = torch.maximum(-low, high)
+        negative = -low >= high  # the code -half stands for the larger side: its sign is that of the scale
+        scales = torch.where(negative, largest / half, -largest / half)
+        return torch.where(scales == 0, torch.ones_like(scales), scales), torch.full_like(scales, half)
+    scales = (high - low) / ((1 << bits) - 1)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    return scales, torch.round(-low / scales).clamp(0, (1 << bits) - 1)
+
+
+def _shrunk(
+    padded: Tensor, low: Tensor, high: Tensor, scales: Tensor, zeros: Tensor, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    best = torch.full_like(scales, float("inf"))
+    found, found_zeros = scales, zeros
+    for percent in (100, 97, 94, 91, 88, 85, 82):
+        tried, tried_zeros = _range(low * (percent / 100), high * (percent / 100), bits, symmetric)
+        codes = (torch.round(padded / tried[..., None]) + tried_zeros[..., None]).clamp(0, (1 << bits) - 1)
+        error = ((codes - tried_zeros[..., None]) * tried[..., None] - padded).abs().pow(2.4).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        found, found_zeros = torch.where(better, tried, found), torch.where(better, tried_zeros, found_zeros)
+    return found, found_zeros
