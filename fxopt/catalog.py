@@ -41,10 +41,9 @@ class _Place:
     others: frozenset[str] = frozenset()
 
 
+_NO_PASSES = frozenset({"base", "histogram", "manager", "pipelines", "rules", "sequential", "stats"})
 _PLACES: dict[Kind, _Place] = {
-    "pass": _Place(
-        "fxopt.passes", "fxopt.passes", frozenset({"base", "manager", "pipelines", "rules", "sequential", "stats"})
-    ),
+    "pass": _Place("fxopt.passes", "fxopt.passes", _NO_PASSES),
     "target": _Place("fxopt.cost_model.targets", "fxopt.targets"),
     "backend": _Place("fxopt.backends", "fxopt.backends", frozenset({"base", "partition"})),
     "frontend": _Place("fxopt.frontends", "fxopt.frontends", frozenset({"capture", "to_onnx"})),

@@ -24,9 +24,10 @@ from fxopt.ir.shapes import infer
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
 from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
+from fxopt.passes.pipelines import tidying_pipeline
 from fxopt.passes.sequential import SequentialRun
 from fxopt.passes.stats import Stats, collect
-from fxopt.planner.plan import Plan, Price, plan
+from fxopt.planner.plan import Plan, Price, pays, plan
 from fxopt.report.report import ErrorReport, Measurement, PassRun, Report, Summary
 from fxopt.report.summary import summary, versions
 from fxopt.request import Lossy, Outcome, Request, Sample
@@ -138,12 +139,16 @@ class Optimizer:
             for _, candidate in offered:
                 refuse(self.ledger, candidate, candidate.refusal or NO_DATA)
             return None
-        legal = [(step, candidate) for step, candidate in offered if candidate.refusal is None]
+        unpaid = self._unpaid(exact, offered)
+        legal = [(step, item) for step, item in offered if item.refusal is None and item not in unpaid]
         with self.stage("calibration"):
             nodes = {node for step, candidate in legal for node in step.observed(exact, candidate)}
-            stats = collect(exact, self.calibration, nodes, evaluator=self.evaluator, progress=self.request.progress)
+            stats = collect(
+                exact, self.calibration, nodes, evaluator=self.evaluator, progress=self.request.progress,
+                histograms=any(step.histograms for step, _ in legal),
+            )  # fmt: skip
         with self.stage("estimates"):
-            candidates, prices = self._priced(exact, offered, stats)
+            candidates, prices = self._priced(exact, offered, unpaid, stats)
         self.priced = candidates, prices, {candidate: step for step, candidate in offered}, stats
         return self.priced
 
@@ -163,14 +168,33 @@ class Optimizer:
             if not any(pattern.search(name) for name in names):
                 raise unknown(f"node (no node matches --{option})", pattern.pattern, names)
 
+    def _unpaid(self, graph: Graph, offered: Sequence[tuple[LossyPass, Candidate]]) -> dict[Candidate, Price]:
+        """Candidates that are not faster by their work alone: neither calibrated nor estimated."""
+        found: dict[Candidate, Price] = {}
+        if self.request.objective != "latency":
+            return found
+        for step, candidate in offered:
+            work = step.work(graph, candidate) if candidate.refusal is None else None
+            if work is not None:
+                price = Price(*(predict(cost, self.request.target) for cost in work), math.nan)
+                if not pays(price, self.request.objective):
+                    found[candidate] = price
+        return found
+
     def _priced(
-        self, graph: Graph, offered: Sequence[tuple[LossyPass, Candidate]], stats: Stats
+        self,
+        graph: Graph,
+        offered: Sequence[tuple[LossyPass, Candidate]],
+        unpaid: dict[Candidate, Price],
+        stats: Stats,
     ) -> tuple[list[Candidate], dict[Candidate, Price]]:
         candidates: list[Candidate] = []
-        prices: dict[Candidate, Price] = {}
+        prices: dict[Candidate, Price] = dict(unpaid)
         target = self.request.target
         for index, (step, candidate) in enumerate(offered):
-            if candidate.refusal is None and any(node not in stats for node in step.observed(graph, candidate)):
+            if candidate in unpaid:
+                pass
+            elif candidate.refusal is None and any(node not in stats for node in step.observed(graph, candidate)):
                 candidate = _refused(candidate, Refusal("no calibration sample reaches it"))
             elif candidate.refusal is None:
                 with _naming(step, candidate):
@@ -221,6 +245,8 @@ class Optimizer:
         with self.stage("rewriting"):
             graph = exact.copy()
             self._apply(graph, chosen.chosen, owner, stats)
+            for tidy in tidying_pipeline():
+                tidy.run(graph, self.context)
             graph.prune()
             self._verify(exact, graph, chosen)
             executable = self.compiled(graph)

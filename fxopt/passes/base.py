@@ -78,6 +78,10 @@ class Setting:
     def __getitem__(self, key: str) -> Any:
         return dict(self.values)[key]
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or the default."""
+        return dict(self.values).get(key, default)
+
     def __str__(self) -> str:
         inner = ",".join(f"{key}={value}" for key, value in self.values)
         return f"{self.pass_name}{{{inner}}}" if inner else self.pass_name
@@ -150,6 +154,15 @@ class LossyPass(Pass):
     def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
         """Everything the pass could do, and what it cannot do with the reason."""
         raise NotImplementedError(f"{type(self).__name__} must define candidates(graph, ctx)")
+
+    @property
+    def histograms(self) -> bool:
+        """Whether `estimate` and `apply` want histograms of the observed values."""
+        return False
+
+    def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost] | None:
+        """Work before and after, when it is known without statistics: what does not pay is then not estimated."""
+        return None
 
     def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The nodes whose values `estimate` and `apply` want statistics of."""

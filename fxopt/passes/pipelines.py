@@ -7,6 +7,7 @@ from fxopt.passes.base import ExactPass, LossyPass
 from fxopt.passes.eliminate_dead_code import EliminateDeadCode
 from fxopt.passes.fold_batch_norm import FoldBatchNorm
 from fxopt.passes.fold_constants import FoldConstants
+from fxopt.passes.fold_norm_scale import FoldNormScale
 from fxopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
 from fxopt.passes.quantize_linear import QuantizeLinear
 from fxopt.passes.remove_identities import RemoveIdentities
@@ -18,6 +19,7 @@ def exact_pipeline() -> list[ExactPass]:
         RemoveIdentities(),
         FoldConstants(),
         FoldBatchNorm(),  # after constants: scales may be computed
+        FoldNormScale(),
         MergeCommonSubexpressions(),
         EliminateDeadCode(),
     ]
@@ -28,6 +30,14 @@ def spelling_pipeline() -> list[ExactPass]:
     return [AvoidSlowFusions()]
 
 
+def tidying_pipeline() -> list[ExactPass]:
+    """What cleans up behind lossy passes; run once, before the result is verified and measured."""
+    return [FoldNormScale()]  # factors that smoothing put behind norms
+
+
 def lossy_passes() -> list[LossyPass]:
     """What the planner may choose from, in the order of application."""
-    return [QuantizeLinear()]
+    return [
+        QuantizeLinear(),
+        QuantizeLinear(bits=4),  # where a linear waits for its weights
+    ]

@@ -16,6 +16,7 @@ from torch import fx
 from fxopt.errors import InvalidInput
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
+from fxopt.passes.histogram import Histogram
 
 ROWS = 256
 ITEMS = 8
@@ -32,6 +33,11 @@ class ValueStats:
     mean_maximum: float = 0.0
     calls: int = 0
     sample: torch.Tensor | None = None  # [rows, features], or [items, C, *spatial]
+    channel_minimum: torch.Tensor | None = None  # of each feature (the last axis); None for image-like values
+    channel_maximum: torch.Tensor | None = None
+    channel_mean: torch.Tensor | None = None
+    histogram: Histogram | None = None  # where a pass asked for it
+    _rows: int = field(default=0, repr=False)
     _share: int = field(default=ROWS, repr=False)
 
     def add(self, value: torch.Tensor) -> None:
@@ -45,7 +51,29 @@ class ValueStats:
         self.calls += 1
         self.mean_minimum += (low - self.mean_minimum) / self.calls
         self.mean_maximum += (high - self.mean_maximum) / self.calls
+        self._channels(value)
+        if self.histogram is not None:
+            self.histogram.add(value, low, high)
         self._keep(value)
+
+    def largest(self) -> torch.Tensor:
+        """The largest magnitude of each feature."""
+        assert self.channel_minimum is not None and self.channel_maximum is not None
+        return torch.maximum(-self.channel_minimum, self.channel_maximum)
+
+    def _channels(self, value: torch.Tensor) -> None:
+        if not 0 < value.dim() < 4:
+            return
+        rows = value.reshape(-1, value.shape[-1]).float()
+        low, high, mean = rows.amin(0), rows.amax(0), rows.mean(0)
+        if self.channel_minimum is None or self.channel_maximum is None or self.channel_mean is None:
+            self.channel_minimum, self.channel_maximum, self.channel_mean = low, high, mean
+        elif self.channel_minimum.shape == low.shape:
+            self.channel_minimum = torch.minimum(self.channel_minimum, low)
+            self.channel_maximum = torch.maximum(self.channel_maximum, high)
+            share = rows.shape[0] / (self._rows + rows.shape[0])
+            self.channel_mean = self.channel_mean + (mean - self.channel_mean) * share
+        self._rows += rows.shape[0]
 
     def _keep(self, value: torch.Tensor) -> None:
         if value.dim() >= 4:
@@ -73,6 +101,10 @@ class Stats:
     def __getitem__(self, node: fx.Node) -> ValueStats:
         return self.values[_name(node)]
 
+    def key(self, node: fx.Node) -> str:
+        """The name under which the value was observed."""
+        return _name(node)
+
     def __contains__(self, node: fx.Node) -> bool:
         found = self.values.get(_name(node))
         return found is not None and found.calls > 0
@@ -91,11 +123,12 @@ def collect(
     *,
     evaluator: Evaluator | None = None,
     progress: Progress | None = None,
+    histograms: bool = False,
 ) -> Stats:
-    """Run the graph on every sample (flat inputs) and keep statistics of `nodes`."""
+    """Run the graph on every sample (flat inputs) and keep statistics of `nodes`, with histograms when asked."""
     wanted = {node.name for node in nodes}
     share = max(1, ROWS // max(1, len(samples)))
-    stats = Stats({name: ValueStats(_share=share) for name in wanted})
+    stats = Stats({name: ValueStats(histogram=Histogram() if histograms else None, _share=share) for name in wanted})
 
     def observe(node: fx.Node, value: object) -> None:
         if node.name in wanted and isinstance(value, torch.Tensor) and value.is_floating_point():

@@ -1,5 +1,7 @@
 """Choose among the candidates of all lossy passes: greedy by gain per error, under one budget.
 
+What is left of the budget then exchanges chosen candidates for clearly faster ones of the same node.
+
 Predicted errors add (noise to signal of independent rewrites); the measured total decides afterwards.
 """
 
@@ -14,6 +16,8 @@ from fxopt.ir.target import Prediction
 from fxopt.passes.base import Candidate
 
 _MINIMUM_ERROR = 1e-12  # an exact candidate has the best ratio, not an infinite one
+_LEAST = 0.02  # share of its time that a candidate must gain: less is no difference
+_CLEARLY = 0.1  # predicted times of two forms of one operator that are nearer are taken to be equal
 
 
 @dataclass(frozen=True)
@@ -65,33 +69,95 @@ def plan(
             refused.append((candidate, candidate.refusal))
             continue
         price = prices[candidate]
-        gain = price.gain if objective == "latency" else float(price.saved_bytes)
-        if not gain > 0:
+        gain = _gain(price, objective)
+        if not pays(price, objective):
             refused.append((candidate, _does_not_pay(price, objective)))
         elif math.isnan(price.error):
             refused.append((candidate, Refusal("its error cannot be estimated")))
         else:
             worth.append((gain / max(price.error, _MINIMUM_ERROR), candidate))
     worth.sort(key=lambda item: -item[0])
-    taken: dict[str, Candidate] = {}
-    total = 0.0
+    taken = _greedy([candidate for _, candidate in worth], budget, prices, error_scale)
+    _upgrade(taken, [candidate for _, candidate in worth], budget, prices, objective, error_scale)
+    total = sum(prices[candidate].error * error_scale for candidate in taken.values())
     for _, candidate in worth:
-        error = prices[candidate].error * error_scale
         other = taken.get(candidate.node)
-        if other is not None:
-            refused.append((candidate, Refusal("{} gives more per error", other.setting)))
-        elif budget is not None and total + error > budget:
-            refused.append(
-                (
-                    candidate,
-                    Refusal("its error {:.2g} exceeds what is left of the budget, {:.2g}", error, budget - total),
-                )
-            )
-        else:
-            taken[candidate.node] = candidate
-            total += error
+        if other != candidate:
+            error = prices[candidate].error * error_scale
+            refused.append((candidate, _left_out(error, total, budget, other)))
     chosen = tuple(candidate for candidate in dict.fromkeys(candidates) if taken.get(candidate.node) == candidate)
     return Plan(chosen, tuple(refused), total, sum(prices[candidate].gain for candidate in chosen))
+
+
+def _greedy(
+    ranked: Sequence[Candidate], budget: float | None, prices: Mapping[Candidate, Price], scale: float
+) -> dict[str, Candidate]:
+    """The first candidate of each node that fits, in this order."""
+    taken: dict[str, Candidate] = {}
+    total = 0.0
+    for candidate in ranked:
+        error = prices[candidate].error * scale
+        if candidate.node not in taken and (budget is None or total + error <= budget):
+            taken[candidate.node] = candidate
+            total += error
+    return taken
+
+
+def _upgrade(
+    taken: dict[str, Candidate],
+    ranked: Sequence[Candidate],
+    budget: float | None,
+    prices: Mapping[Candidate, Price],
+    objective: str,
+    scale: float,
+) -> None:
+    """Exchange chosen candidates for clearly better ones of the same node while the budget lasts, best steps first."""
+    while True:
+        steps = []
+        for candidate in ranked:
+            current = taken.get(candidate.node)
+            if current is None or not _is_clearly_better(prices[candidate], prices[current], objective):
+                continue
+            gain = _gain(prices[candidate], objective) - _gain(prices[current], objective)
+            error = (prices[candidate].error - prices[current].error) * scale
+            steps.append((gain / max(error, _MINIMUM_ERROR), candidate))
+        steps.sort(key=lambda item: -item[0])
+        changed = False
+        for _, candidate in steps:
+            exchanged = {**taken, candidate.node: candidate}
+            total = sum(prices[item].error * scale for item in exchanged.values())
+            if (budget is None or total <= budget) and _is_clearly_better(
+                prices[candidate], prices[taken[candidate.node]], objective
+            ):
+                taken[candidate.node] = candidate
+                changed = True
+        if not changed:
+            return
+
+
+def pays(price: Price, objective: str) -> bool:
+    """Whether a candidate alone gives anything: bytes, or more than the least share of the time."""
+    if objective == "latency":
+        return price.after.seconds < price.before.seconds * (1 - _LEAST)
+    return price.saved_bytes > 0
+
+
+def _gain(price: Price, objective: str) -> float:
+    return price.gain if objective == "latency" else float(price.saved_bytes)
+
+
+def _is_clearly_better(new: Price, old: Price, objective: str) -> bool:
+    """Faster (or smaller) by more than the predictions of two forms of one operator differ by chance."""
+    if objective == "latency":
+        return new.after.seconds < old.after.seconds * (1 - _CLEARLY)
+    return new.saved_bytes > old.saved_bytes * (1 + _CLEARLY)
+
+
+def _left_out(error: float, total: float, budget: float | None, other: Candidate | None) -> Refusal:
+    if other is not None:
+        return Refusal("{} gives more within the budget", other.setting)
+    assert budget is not None
+    return Refusal("its error {:.2g} exceeds what is left of the budget, {:.2g}", error, budget - total)
 
 
 def _does_not_pay(price: Price, objective: str) -> Refusal:

@@ -79,7 +79,7 @@ def chain(kind: str) -> Graph:
 
 def quantized(graph: Graph, kind: str) -> tuple[Graph, torch.Tensor]:
     """The graph with everything quantised, and an input."""
-    step = QuantizeLinear(activations=kind)
+    step = QuantizeLinear(activations=kind, smooth="off")
     candidates = list(step.candidates(graph, Context(TARGET, capabilities=OnnxRuntime())))
     assert candidates and all(found.refusal is None for found in candidates)
     shape = [4 if isinstance(dim, str) else int(dim or 0) for dim in graph.inputs[0].shape or ()]

@@ -120,7 +120,7 @@ def sample(made: onnx.ModelProto, seed: int = 0) -> list[torch.Tensor]:
 
 def quantized(made: onnx.ModelProto, kind: str) -> Graph:
     """Every linear (with this kind of range) or convolution in integers."""
-    return rewritten(QuantizeLinear(activations=kind), load(made), [sample(made)], Context(AVX2))
+    return rewritten(QuantizeLinear(activations=kind, smooth="off"), load(made), [sample(made)], Context(AVX2))
 
 
 def optimized_by_runtime(graph: Graph, folder: Path) -> onnx.ModelProto:

@@ -79,9 +79,7 @@ def test_gptq_is_nearer_than_rounding() -> None:
     model = mlp(features=64, hidden=64)
     results = {}
     mix = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
-    batches = [
-        {"x": torch.randn(32, 8, generator=torch.Generator().manual_seed(seed)) @ mix} for seed in range(8)
-    ]
+    batches = [{"x": torch.randn(32, 8, generator=torch.Generator().manual_seed(seed)) @ mix} for seed in range(8)]
     for method in ("rtn", "gptq"):
         result = fxopt.optimize(
             model, "host", calibration=batches, budget=None, force=True, objective="size",

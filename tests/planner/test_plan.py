@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.target import Prediction
 from fxopt.passes.base import Candidate, Setting
-from fxopt.planner.plan import Plan, Price, plan
+from fxopt.planner.plan import Plan, Price, pays, plan
 
 US = 1e-6
 
@@ -55,15 +55,32 @@ def test_the_best_gain_per_error_comes_first() -> None:
 
 def test_what_does_not_fit_does_not_end_the_search() -> None:
     wide, narrow = candidate("wide"), candidate("narrow")
-    found = plan([wide, narrow], 0.01, {wide: price(100, 1, 0.02), narrow: price(10, 9.9, 0.01)})
+    found = plan([wide, narrow], 0.01, {wide: price(100, 1, 0.02), narrow: price(10, 9.5, 0.01)})
     assert found.chosen == (narrow,)
 
 
-def test_one_setting_per_node() -> None:
+@pytest.mark.parametrize(
+    ("budget", "after", "kind"),
+    [(1.0, 4, "static"), (None, 4, "static"), (0.0095, 4, "dynamic"), (1.0, 5.9, "dynamic"), (None, 5.9, "dynamic")],
+)
+def test_one_setting_per_node(budget: float | None, after: float, kind: str) -> None:
+    """The better one per error; what is left of the budget goes to a clearly faster one."""
     dynamic, static = candidate("a", "dynamic"), candidate("a", "static")
-    found = plan([dynamic, static], 1.0, {dynamic: price(10, 6, 0.001), static: price(10, 4, 0.01)})
-    assert chosen(found) == [("a", "dynamic")]
-    assert reasons(found) == {("a", "static"): "quantize-linear{activations=dynamic} gives more per error"}
+    found = plan([dynamic, static], budget, {dynamic: price(10, 6, 0.001), static: price(10, after, 0.01)})
+    assert chosen(found) == [("a", kind)]
+    other = "static" if kind == "dynamic" else "dynamic"
+    assert reasons(found) == {("a", other): f"quantize-linear{{activations={kind}}} gives more within the budget"}
+
+
+def test_exchanges_keep_to_the_budget() -> None:
+    """There is enough for one of two exchanges: the one that gains more per error."""
+    nodes = [(candidate(name, "dynamic"), candidate(name, "static")) for name in "ab"]
+    prices = {}
+    for (dynamic, static), after in zip(nodes, (3, 1), strict=True):
+        prices[dynamic], prices[static] = price(10, 6, 0.001), price(10, after, 0.01)
+    found = plan([item for pair in nodes for item in pair], 0.012, prices)
+    assert chosen(found) == [("a", "dynamic"), ("b", "static")]
+    assert found.error == pytest.approx(0.011)
 
 
 def test_the_second_setting_is_taken_when_the_first_exceeds_the_budget() -> None:
@@ -71,10 +88,10 @@ def test_the_second_setting_is_taken_when_the_first_exceeds_the_budget() -> None
     prices = {dynamic: price(10, 9, 0.001), static: price(100, 1, 0.05)}
     found = plan([dynamic, static], 0.01, prices)
     assert chosen(found) == [("a", "dynamic")]
-    assert reasons(found) == {("a", "static"): "its error 0.05 exceeds what is left of the budget, 0.01"}
+    assert reasons(found) == {("a", "static"): "quantize-linear{activations=dynamic} gives more within the budget"}
 
 
-@pytest.mark.parametrize("after", [10.0, 12.5])
+@pytest.mark.parametrize("after", [9.9, 10.0, 12.5])
 def test_what_does_not_pay_is_refused_with_both_times(after: float) -> None:
     found = plan([A], None, {A: price(10, after, 0.0)})
     assert not found.chosen
@@ -184,8 +201,7 @@ def test_what_holds_for_every_plan(
     left = [row for row, _ in found.refused if row.refusal is None]
     taken = {row.node for row in found.chosen}
     for row in left:  # nothing was left out that pays, is the only one of its node, and fits
-        gain = prices[row].gain if objective == "latency" else prices[row].saved_bytes
-        if gain > 0 and row.node not in taken:
+        if pays(prices[row], objective) and row.node not in taken:
             assert budget is not None and not found.error + prices[row].error * scale <= budget
 
 

@@ -9,9 +9,10 @@ from torch import fx
 
 from fxopt.errors import InvalidOption
 from fxopt.ir.graph import Graph
+from fxopt.ir.target import Cost
 from fxopt.passes.base import Candidate, Context, Estimate, LossyPass
 from fxopt.passes.quantize_linear.eight_bit import EightBit
-from fxopt.passes.quantize_linear.grids import quantize_weight, static_range
+from fxopt.passes.quantize_linear.grids import RANGES, quantize_weight, static_range
 from fxopt.passes.quantize_linear.weight_only import WeightOnly
 from fxopt.passes.stats import Stats
 
@@ -20,6 +21,7 @@ __all__ = ["QuantizeLinear", "quantize_weight", "static_range"]
 _ACTIVATIONS = {8: ("auto", "dynamic", "static", "int8", "float")}
 _WEIGHT_ONLY = ("auto", "int8", "float")
 _METHODS = ("gptq", "rtn")
+_SMOOTH = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class QuantizeLinear(LossyPass):
         group: inputs per scale of a weight-only form; 0: one scale per output.
         symmetric: weight-only: no zero points.
         method: weight-only: "gptq", or "rtn" (round to nearest).
+        smooth: with 8 bits "on", "off", or "auto": moving outliers of activations into the weights is offered, with the
+            strength chosen on the calibration data.
+        ranges: of static activations: "minmax", "percentile" (99.99 %), "entropy" or "mse" clip outliers.
+        correct_bias: with 8 bits: add what rounding the weights takes from the mean output.
         act_order: GPTQ rounds the inputs with the largest second moments first.
     """
 
@@ -43,6 +49,9 @@ class QuantizeLinear(LossyPass):
     symmetric: bool = True
     method: str = "gptq"
     act_order: bool = True
+    smooth: str = "auto"
+    ranges: str = "minmax"
+    correct_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8, None):
@@ -54,6 +63,10 @@ class QuantizeLinear(LossyPass):
             )
         if self.method not in _METHODS:
             raise InvalidOption(f"quantize-linear: method={self.method!r}; expected one of {_METHODS}")
+        if self.smooth not in _SMOOTH:
+            raise InvalidOption(f"quantize-linear: smooth={self.smooth!r}; expected one of {_SMOOTH}")
+        if self.ranges not in RANGES:
+            raise InvalidOption(f"quantize-linear: ranges={self.ranges!r}; expected one of {RANGES}")
         if self.group < 0 or 0 < self.group < 16:
             raise InvalidOption(f"quantize-linear: group={self.group}; expected at least 16, or 0 for one per output")
 
@@ -62,7 +75,7 @@ class QuantizeLinear(LossyPass):
         if self.bits is None:
             return None
         if self.bits == 8 and self.activations not in _WEIGHT_ONLY[1:]:
-            return EightBit(self.name, self.activations)
+            return EightBit(self.name, self.activations, self.smooth, self.ranges, self.correct_bias)
         activations = "int8" if self.activations == "auto" else self.activations
         return WeightOnly(self.name, self.bits, self.group, self.symmetric, self.method, self.act_order, activations)
 
@@ -71,9 +84,19 @@ class QuantizeLinear(LossyPass):
         if self._part is not None:
             yield from self._part.candidates(graph, ctx)
 
+    @property
+    def histograms(self) -> bool:
+        """Clipped ranges need histograms."""
+        return self.ranges != "minmax"
+
     def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The input; for an 8-bit convolution also the output, whose range is quantised too."""
         return self._chosen.observed(graph, candidate)
+
+    def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost] | None:
+        """Of weight-only forms, which pay only for few rows."""
+        part = self._chosen
+        return part.work(graph, candidate) if isinstance(part, WeightOnly) else None
 
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """GPTQ wants the second moments of the input."""

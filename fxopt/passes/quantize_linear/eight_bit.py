@@ -1,7 +1,8 @@
 """Linears and convolutions in 8-bit integers.
 
 Weights are symmetric per output channel, activations asymmetric per tensor: with the range found at run time
-(`dynamic`) or on calibration samples (`static`). Source: Krishnamoorthi (2018).
+(`dynamic`) or on calibration samples (`static`). Outliers of a linear's activations may be moved into its weights
+(`smooth`). Source: Krishnamoorthi (2018).
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxopt.ir.error import noise_to_signal
-from fxopt.ir.graph import Graph, label
+from fxopt.ir.graph import Graph, hint, label
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.op import Op
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
+from fxopt.ir.target import Cost
 from fxopt.ir.views.common import aten, is_aten, is_onnx, only_user
 from fxopt.ir.views.conv import Conv, conv, convs
 from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
+from fxopt.passes.fold_norm_scale import can_absorb
 from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
-from fxopt.passes.quantize_linear.grids import quantize_weight, static_range
+from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
+from fxopt.passes.quantize_linear.smoothing import chosen_factors, siblings, smoothed
 from fxopt.passes.stats import Stats, ValueStats
 
 
@@ -34,6 +38,9 @@ class EightBit:
 
     name: str
     activations: str  # "dynamic", "static", or "auto": both are offered where both exist
+    smooth: str  # "on", "off", or "auto": both are offered for linears
+    ranges: str  # of static activations: one of `grids.RANGES`
+    correct_bias: bool
 
     # ---- candidates
 
@@ -59,12 +66,26 @@ class EightBit:
             yield self._candidate(ctx, view.node, group, self.activations, refusal)
         for kind in wanted:
             name = f"{op_name}_dynamic" if kind == "dynamic" else op_name
-            yield self._candidate(ctx, view.node, group, kind, self._refusal(graph, ctx, view, name))
+            refused = self._refusal(graph, ctx, view, name)
+            for smooth in self._smoothings(view) if refused is None else (False,):
+                yield self._candidate(ctx, view.node, group, kind, refused, smooth)
 
-    def _candidate(self, ctx: Context, node: fx.Node, group: str, kind: str, refusal: Refusal | None) -> Candidate:
-        limit = 63 if _saturates(ctx) else 127
-        setting = Setting.of(self.name, activations=kind, limit=limit)
-        return Candidate(self.name, node.name, label(node), setting, refusal, group)
+    def _smoothings(self, view: Linear | Conv) -> tuple[bool, ...]:
+        if isinstance(view, Conv) or self.smooth == "off":
+            return (False,)
+        return (True,) if self.smooth == "on" else (False, True)
+
+    def _candidate(
+        self, ctx: Context, node: fx.Node, group: str, kind: str, refusal: Refusal | None, smooth: bool = False
+    ) -> Candidate:
+        values: dict[str, Any] = {"activations": kind, "limit": 63 if _saturates(ctx) else 127}
+        if smooth:
+            values["smooth"] = True
+        if self.ranges != "minmax" and kind == "static":
+            values["ranges"] = self.ranges
+        if self.correct_bias:
+            values["correct_bias"] = True
+        return Candidate(self.name, node.name, label(node), Setting.of(self.name, **values), refusal, group)
 
     def _refusal(self, graph: Graph, ctx: Context, view: Linear | Conv, op_name: str) -> Refusal | None:
         excluded = ctx.excluded(label(view.node))
@@ -94,18 +115,25 @@ class EightBit:
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error on the calibration rows, and the work of both forms."""
         view = _view(graph, candidate)
-        seen = stats[view.x]
-        assert seen.sample is not None
-        x = seen.sample.float()
+        weight = view.weight(graph)
+        x = self._sample(view, stats)
         operator, operands = self._operands(graph, view, candidate.setting, stats)
         if ("reference", candidate.node) not in stats.cache:
             stats.cache["reference", candidate.node] = _float_result(graph, view, x)
         reference = stats.cache["reference", candidate.node]
-        result = _linear_on_sample(x, operands, seen) if isinstance(view, Linear) else operator.function(x, *operands)
-        weight = view.weight(graph)
-        before = float_cost(view, weight)
         after = operator.cost_of(value_of(view.x), *operands)
-        return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel())
+        if isinstance(view, Conv):
+            result = operator.function(x, *operands)
+        else:
+            s = self._smoothing(graph, view, candidate.setting, stats)
+            after = after if s is None else after + _smoothing_cost(graph, view)
+            result = _linear_on_sample(x if s is None else x / s, operands, _run_time_range(stats[view.x], s))
+        return Estimate(noise_to_signal(reference, result), float_cost(view, weight), after, 3 * weight.numel())
+
+    def _sample(self, view: Linear | Conv, stats: Stats) -> Tensor:
+        sample = stats[view.x].sample
+        assert sample is not None
+        return sample.float()
 
     # ---- apply
 
@@ -113,13 +141,15 @@ class EightBit:
         """Replace the linear or convolution (with the ReLU behind it) by the integer operator."""
         view = _view(graph, candidate)
         operator, operands = self._operands(graph, view, candidate.setting, stats)
-        codes, scales, _, *rest = operands
+        codes, scales, bias, *rest = operands
         stem, source = label(view.weight_node), (label(view.node), self.name)
+        s = self._smoothing(graph, view, candidate.setting, stats) if isinstance(view, Linear) else None
+        corrected = bias is not None and candidate.setting.get("correct_bias", False)
         arguments = (
-            view.x,
+            view.x if s is None else smoothed(graph, view.x, s, self.name),
             graph.add_constant(codes, f"{stem}_codes", source),
             graph.add_constant(scales, f"{stem}_scales", source),
-            view.bias_node,
+            graph.add_constant(bias, f"{stem}_bias", source) if corrected else view.bias_node,
             *rest,
         )
         replaced(graph, view, _result(view), operator.target, arguments, self.name)
@@ -128,20 +158,85 @@ class EightBit:
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats
     ) -> tuple[Op[..., Any], tuple[Any, ...]]:
         """The operator, and its arguments after x."""
-        key = ("codes", view.weight_node.name, setting["limit"])
+        s = self._smoothing(graph, view, setting, stats) if isinstance(view, Linear) else None
+        key = ("codes", view.weight_node.name, setting["limit"], "" if s is None else stats.key(view.x))
         if key not in stats.cache:
-            stats.cache[key] = quantize_weight(view.weight(graph), setting["limit"])
+            stats.cache[key] = quantize_weight(_scaled(view.weight(graph), s), setting["limit"])
         codes, scales = stats.cache[key]
-        bias = view.bias(graph)
+        bias = self._bias(graph, view, setting, stats, s, (codes, scales))
         if setting["activations"] == "dynamic":
             return linear_w8a8_dynamic, (codes, scales, bias)
-        x_scale, x_zero = static_range(stats[view.x])
+        ranges = setting.get("ranges", "minmax")
+        if s is not None:
+            x_scale, x_zero = affine(*_channel_range(stats[view.x], s))
+        else:
+            x_scale, x_zero = static_range(stats[view.x], ranges)
         if isinstance(view, Linear):
             return linear_w8a8, (codes, scales, bias, x_scale, x_zero)
-        y_scale, y_zero = static_range(stats[_result(view)])
+        y_scale, y_zero = static_range(stats[_result(view)], ranges)
         pads = [*view.padding[0], *view.padding[1]]
         shape = (list(view.stride), pads, list(view.dilation), view.groups)
         return conv_w8a8, (codes, scales, bias, x_scale, x_zero, y_scale, y_zero, *shape)
+
+    def _bias(
+        self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats, s: Tensor | None, rounded: Any
+    ) -> Tensor | None:
+        """The bias; with `correct_bias`, plus what rounding the weight takes from the mean output."""
+        bias = view.bias(graph)
+        mean = stats[view.x].channel_mean
+        if bias is None or not setting.get("correct_bias", False) or mean is None or isinstance(view, Conv):
+            return bias
+        mean = mean if s is None else mean / s
+        codes, scales = rounded
+        lost: Tensor = _scaled(view.weight(graph), s).float() - codes.float() * scales[:, None]
+        return (bias.double() + lost.double() @ mean.double()).to(bias.dtype)
+
+    def _smoothing(self, graph: Graph, view: Linear, setting: Setting, stats: Stats) -> Tensor | None:
+        """s of the value that the linear takes; None when it is not smoothed."""
+        if not setting.get("smooth", False):
+            return None
+        limit = setting["limit"]
+
+        def error(found: Linear, s: Tensor) -> float:
+            x = self._sample(found, stats)
+            operands = (*quantize_weight(_scaled(found.weight(graph), s), limit), None)
+            result = _linear_on_sample(x / s, operands, _run_time_range(stats[found.x], s))
+            return noise_to_signal(x @ found.weight(graph).float().t(), result)
+
+        return chosen_factors(graph, view, stats, error)
+
+
+def _scaled(weight: Tensor, s: Tensor | None) -> Tensor:
+    return weight if s is None else weight.float() * s
+
+
+def _channel_range(seen: ValueStats, s: Tensor) -> tuple[float, float]:
+    """The range of x / s over all calibration samples, zero included."""
+    assert seen.channel_minimum is not None and seen.channel_maximum is not None
+    return min(float((seen.channel_minimum / s).min()), 0.0), max(float((seen.channel_maximum / s).max()), 0.0)
+
+
+def _run_time_range(seen: ValueStats, s: Tensor | None) -> tuple[float, int]:
+    """Scale and zero point of an activation as a whole, on average over the calls."""
+    low, high = min(seen.mean_minimum, 0.0), max(seen.mean_maximum, 0.0)
+    if s is not None:
+        widest = _channel_range(seen, s)
+        low = widest[0] * (low / min(seen.minimum, -1e-30)) if seen.minimum < 0 else 0.0
+        high = widest[1] * (high / max(seen.maximum, 1e-30)) if seen.maximum > 0 else 0.0
+    return affine(low, high)
+
+
+def _smoothing_cost(graph: Graph, view: Linear) -> Cost:
+    """Of the product x / s, shared by all linears that take x; nothing where it can be folded into a norm."""
+    shared = siblings(graph, view.x)
+    if can_absorb(graph, view.x, [found.node for found in shared]):
+        return Cost(0.0, 0.0, kind="elementwise", launches=0)
+    x = value_of(view.x)
+    count = 1
+    for dim in x.shape:
+        count *= hint(dim)
+    share = max(1, len(shared))
+    return Cost(count / share, 2 * count * x.itemsize / share, kind="elementwise", launches=1 if share == 1 else 0)
 
 
 def _saturates(ctx: Context) -> bool:
@@ -167,20 +262,20 @@ def _result(view: Linear | Conv) -> fx.Node:
     return view.node
 
 
-def _linear_on_sample(x: torch.Tensor, operands: tuple[Any, ...], seen: ValueStats) -> torch.Tensor:
-    """The integer linear on sampled rows, with the range that whole activations have.
+def _linear_on_sample(x: Tensor, operands: tuple[Any, ...], run_time: tuple[float, int]) -> Tensor:
+    """The integer linear on sampled rows; `run_time` is the range that a dynamic one finds.
 
     In float32: the rounding of the sum is far below the quantisation error that is estimated here.
     """
     codes, scales, bias, *fixed = operands
-    x_scale, x_zero = fixed or static_range(ValueStats(minimum=seen.mean_minimum, maximum=seen.mean_maximum))
+    x_scale, x_zero = fixed or run_time
     levels = (torch.round(x / x_scale) + x_zero).clamp(0, 255) - x_zero
     return torch.nn.functional.linear(
         levels, codes.float() * scales[:, None] * x_scale, None if bias is None else bias.float()
     )
 
 
-def _float_result(graph: Graph, view: Linear | Conv, x: torch.Tensor) -> torch.Tensor:
+def _float_result(graph: Graph, view: Linear | Conv, x: Tensor) -> Tensor:
     """What the view computes from x."""
     weight, bias = view.weight(graph).float(), view.bias(graph)
     if isinstance(view, Linear):
@@ -189,12 +284,12 @@ def _float_result(graph: Graph, view: Linear | Conv, x: torch.Tensor) -> torch.T
     return result if _result(view) is view.node else result.relu()
 
 
-def _float_conv(x: torch.Tensor, view: Conv, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _float_conv(x: Tensor, view: Conv, weight: Tensor, bias: Tensor | None) -> Tensor:
     rank = weight.dim() - 2
     pads = [pad for axis in reversed(range(rank)) for pad in (view.padding[0][axis], view.padding[1][axis])]
     padded = torch.nn.functional.pad(x, pads)
     convolve = getattr(torch.nn.functional, f"conv{rank}d")
-    result: torch.Tensor = convolve(
+    result: Tensor = convolve(
         padded, weight, None if bias is None else bias.float(), view.stride, 0, view.dilation, view.groups
     )
     return result

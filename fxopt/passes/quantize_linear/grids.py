@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.ops.linear_nbits import group_count
+from fxopt.passes.histogram import Histogram, least_divergence, least_squares, percentile
 from fxopt.passes.stats import ValueStats
 
 
@@ -27,9 +28,26 @@ def quantize_weight(weight: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
     return codes.reshape(weight.shape).contiguous(), scales
 
 
-def static_range(seen: ValueStats) -> tuple[float, int]:
-    """Scale and zero point that map the observed range, zero included, onto 0 ... 255."""
+RANGES = ("minmax", "percentile", "entropy", "mse")
+
+
+def static_range(seen: ValueStats, method: str = "minmax") -> tuple[float, int]:
+    """Scale and zero point that map the observed range, zero included, onto 0 ... 255; clipped by `method`."""
     low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    if method != "minmax" and seen.histogram is not None:
+        low, high = _clipped(seen.histogram, low, high, method)
+    return affine(low, high)
+
+
+def _clipped(found: Histogram, low: float, high: float, method: str) -> tuple[float, float]:
+    if method == "percentile":
+        start, end = percentile(found)
+        return max(low, min(start, 0.0)), min(high, max(end, 0.0))
+    return (least_divergence if method == "entropy" else least_squares)(found, low, high)
+
+
+def affine(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point that map low ... high, which hold 0, onto 0 ... 255."""
     scale = (high - low) / 255 or 1.0
     scale = float(torch.tensor(scale, dtype=torch.float32).item())
     return scale, max(0, min(255, round(-low / scale)))

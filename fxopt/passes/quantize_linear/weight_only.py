@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxopt.ir.error import noise_to_signal
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.ops.linear_nbits import group_count, linear_nbits, rounded_activations
 from fxopt.ir.packing import pack, packed_width
+from fxopt.ir.target import Cost
 from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
@@ -64,6 +65,8 @@ class WeightOnly:
             return Refusal("the weight is empty")
         if weight.shape[1] < group:
             return Refusal("{} inputs are fewer than one group of {}; try group={}", weight.shape[1], group, 16)
+        if not isinstance(view.x.meta.get("val"), Tensor):
+            return Refusal("the type of its input {} is not known", label(view.x))
         if graph.origin == "onnx" and value_of(view.x).dtype not in (torch.float32, torch.float16):
             return Refusal("MatMulNBits takes float32 and float16; the input has type {}", value_of(view.x).dtype)
         kind = "int8" if self.activations == "int8" else "float"
@@ -78,12 +81,31 @@ class WeightOnly:
         """GPTQ wants the second moments of the input, on the compressed graph."""
         return _view(graph, candidate).x if self.method == "gptq" else None
 
+    def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost]:
+        """Work of both forms."""
+        view = _view(graph, candidate)
+        packed, scales, zeros = self._storage(graph, view, candidate)
+        columns, group = view.weight(graph).shape[1], candidate.setting["group"]
+        after = linear_nbits.cost_of(
+            value_of(view.x), packed, scales, zeros, None, columns, self.bits, group, self._activation_bits
+        )
+        return float_cost(view, view.weight(graph)), after
+
+    def _storage(self, graph: Graph, view: Linear, candidate: Candidate) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and zeros without their data."""
+        out, columns = view.weight(graph).shape
+        groups = group_count(columns, candidate.setting["group"])
+        packed = torch.empty(out, packed_width(columns, self.bits), dtype=torch.uint8, device="meta")
+        scales = torch.empty(out, groups, device="meta")
+        return packed, scales, None if self.symmetric else torch.empty_like(scales, dtype=torch.uint8)
+
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error of rounding to nearest on the calibration rows (GPTQ's is smaller), and the work of both forms."""
         view = _view(graph, candidate)
         weight, group = view.weight(graph).float(), candidate.setting["group"]
+        before, after = self.work(graph, candidate)
         if not bool(torch.isfinite(weight).all()):
-            return Estimate(float("nan"), float_cost(view, weight), float_cost(view, weight))
+            return Estimate(float("nan"), before, after)
         seen = stats[view.x]
         assert seen.sample is not None
         x = seen.sample.float()
@@ -91,17 +113,10 @@ class WeightOnly:
         rounded = grid.values(nearest(weight, grid).float(), grid.groups(weight.shape[1]))
         activations = rounded_activations(x, group) if self.activations == "int8" else x
         error = noise_to_signal(x @ weight.t(), activations @ rounded.t())
-        out, columns = weight.shape
-        groups = group_count(columns, group)
-        packed = torch.empty(out, packed_width(columns, self.bits), dtype=torch.uint8, device="meta")
-        scales = torch.empty(out, groups, device="meta")
-        zeros = None if self.symmetric else torch.empty(out, groups, dtype=torch.uint8, device="meta")
-        after = linear_nbits.cost_of(
-            value_of(view.x), packed, scales, zeros, None, columns, self.bits, group, self._activation_bits
-        )
+        packed, scales, zeros = self._storage(graph, view, candidate)
         only = len(view.weight_node.users) == 1
-        saved = (view.weight(graph).nbytes if only else 0) - packed.nbytes - scales.nbytes
-        return Estimate(error, float_cost(view, weight), after, saved)
+        stored = packed.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
+        return Estimate(error, before, after, (view.weight(graph).nbytes if only else 0) - stored)
 
     @property
     def _activation_bits(self) -> int:
@@ -130,7 +145,7 @@ class WeightOnly:
         )
         replaced(graph, view, view.node, linear_nbits.target, arguments, self.name)
 
-    def _codes(self, weight: torch.Tensor, grid: Grid, view: Linear, stats: Stats) -> torch.Tensor:
+    def _codes(self, weight: Tensor, grid: Grid, view: Linear, stats: Stats) -> Tensor:
         if self.method == "rtn":
             return nearest(weight, grid)
         found = gptq(weight, stats.moments[view.x.name], grid, act_order=self.act_order)
