@@ -194,9 +194,12 @@ def _is_exported(model: Model) -> bool:
 def _load(model: Model, example_inputs: Any, options: Options, backend: Backend, notes: list[str]) -> Graph:
     """The graph in the origin that the backend takes."""
     if is_onnx(model):
+        from fxopt.artifact import concern_here
         from fxopt.frontends.onnx import load
 
-        return load(model)
+        graph = load(model)
+        notes.extend(filter(None, [concern_here(graph, "the model")]))
+        return graph
     args, kwargs = bound(example_inputs)
     if backend.name == "onnxruntime":
         from fxopt.frontends.to_onnx import to_onnx

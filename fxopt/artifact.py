@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxopt.errors import InvalidModel, OutputError, Unsupported
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
+from fxopt.made_for import KEY, concern, recorded
 
 if TYPE_CHECKING:
     from fxopt.request import Outcome
@@ -68,6 +70,7 @@ def _metadata(outcome: Outcome) -> dict[str, str]:
         "fxopt.version": report.versions.get("fxopt", ""),
         "fxopt.target": report.target,
         "fxopt.passes": ",".join(applied),
+        KEY: recorded(frozenset(report.instruction_sets)),
     }
 
 
@@ -166,7 +169,22 @@ def _load_onnx(path: Path, threads: int | None, manifest: dict[str, Any] | None)
 
     graph = load_graph(path)
     bind_sizes(graph, None)
-    return _outcome(graph, OnnxExecutable(path, threads), manifest)
+    outcome = _outcome(graph, OnnxExecutable(path, threads), manifest)
+    text = concern_here(graph, path.name)
+    if text:
+        outcome.report.warnings.append(text)
+        warnings.warn(f"fxopt: {text}", stacklevel=4)
+    return outcome
+
+
+def concern_here(graph: Graph, name: str) -> str:
+    """What the user of a file should know on this machine; see `fxopt.made_for`."""
+    from fxopt.cost_model.host import instruction_sets
+
+    if graph.model is None:
+        return ""
+    metadata = {entry.key: entry.value for entry in graph.model.proto.metadata_props}
+    return concern(metadata, instruction_sets(), name)
 
 
 def _outcome(graph: Graph, executable: Any, manifest: dict[str, Any] | None) -> Outcome:

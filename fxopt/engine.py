@@ -176,7 +176,8 @@ class Optimizer:
         for step, candidate in offered:
             work = step.work(graph, candidate) if candidate.refusal is None else None
             if work is not None:
-                price = Price(*(predict(cost, self.request.target) for cost in work), math.nan)
+                before, after = (predict(cost, self.request.target) for cost in work)
+                price = Price(before, after, math.nan)
                 if not pays(price, self.request.objective):
                     found[candidate] = price
         return found
@@ -368,6 +369,7 @@ class Optimizer:
             stages=self.stages,
             versions=versions(),
             warnings=[*request.warnings, *self.ledger.notes],
+            instruction_sets=sorted(request.target.features),
         )
         return Outcome(graph, executable, report, self.ledger)
 

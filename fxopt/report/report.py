@@ -77,6 +77,7 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)  # seconds
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    instruction_sets: list[str] = field(default_factory=list)  # of the target
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that every JSON writer takes: infinite and undefined numbers become texts."""
