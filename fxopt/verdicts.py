@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -33,7 +34,8 @@ def record(ledger: Ledger, chosen: Plan, prices: Mapping[Candidate, Price]) -> N
             )
         )
     for candidate, reason in chosen.refused:
-        refuse(ledger, candidate, reason, prices[candidate].error if candidate in prices else None)
+        error = prices[candidate].error if candidate in prices else math.nan
+        refuse(ledger, candidate, reason, None if math.isnan(error) else error)
 
 
 def roll_back(
