@@ -83,8 +83,8 @@ def byte_lm_bits(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Fewer bits: the byte-level language model",
         "",
-        f"`python -m benchmarks.byte_lm_bits` on {where(result)}. Groups of {group} inputs, symmetric; float activations",
-        "where only weights are named. Bits per byte on Python's documentation; float32 in the same run:",
+        f"`python -m benchmarks.byte_lm_bits` on {where(result)}. Groups of {group} inputs, symmetric; float",
+        "activations where only weights are named. Bits per byte on Python's documentation; float32 in the same run:",
         f"{before:.4f}.",
         "",
         "| form | bits per byte | more than float32 |",
