@@ -24,17 +24,41 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass
-class ValueStats:
-    """Statistics of one value over all calibration samples."""
+class Extremes:
+    """Smallest and largest element: of all, and of each feature (the last axis; None for image-like values)."""
 
     minimum: float = float("inf")
     maximum: float = float("-inf")
+    channel_minimum: torch.Tensor | None = None
+    channel_maximum: torch.Tensor | None = None
+
+    def widen(self, low: float, high: float, channels: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Take one more observation into account."""
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        if channels is None:
+            return
+        if self.channel_minimum is None or self.channel_maximum is None:
+            self.channel_minimum, self.channel_maximum = channels
+        elif self.channel_minimum.shape == channels[0].shape:
+            self.channel_minimum = torch.minimum(self.channel_minimum, channels[0])
+            self.channel_maximum = torch.maximum(self.channel_maximum, channels[1])
+
+    def largest(self) -> torch.Tensor:
+        """The largest magnitude of each feature."""
+        assert self.channel_minimum is not None and self.channel_maximum is not None
+        return torch.maximum(-self.channel_minimum, self.channel_maximum)
+
+
+@dataclass
+class ValueStats(Extremes):
+    """Statistics of one value over all calibration samples."""
+
     mean_minimum: float = 0.0  # mean over the samples of the smallest element
     mean_maximum: float = 0.0
     calls: int = 0
     sample: torch.Tensor | None = None  # [rows, features], or [items, C, *spatial]
-    channel_minimum: torch.Tensor | None = None  # of each feature (the last axis); None for image-like values
-    channel_maximum: torch.Tensor | None = None
+    sample_half: torch.Tensor | None = None  # of each kept row: 0 or 1, by turns of the calls
+    halves: tuple[Extremes, Extremes] = field(default_factory=lambda: (Extremes(), Extremes()))  # of either half
     channel_mean: torch.Tensor | None = None
     histogram: Histogram | None = None  # where a pass asked for it
     _rows: int = field(default=0, repr=False)
@@ -47,33 +71,28 @@ class ValueStats:
         low, high = (bound.item() for bound in torch.aminmax(value))
         if low != low or high != high:
             raise InvalidInput("a calibration sample gives NaN inside the model; leave that sample out")
-        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        channels = self._channels(value)
+        self.widen(low, high, channels)
+        self.halves[self.calls % 2].widen(low, high, channels)
         self.calls += 1
         self.mean_minimum += (low - self.mean_minimum) / self.calls
         self.mean_maximum += (high - self.mean_maximum) / self.calls
-        self._channels(value)
         if self.histogram is not None:
             self.histogram.add(value, low, high)
         self._keep(value)
 
-    def largest(self) -> torch.Tensor:
-        """The largest magnitude of each feature."""
-        assert self.channel_minimum is not None and self.channel_maximum is not None
-        return torch.maximum(-self.channel_minimum, self.channel_maximum)
-
-    def _channels(self, value: torch.Tensor) -> None:
+    def _channels(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Extremes of each feature; their mean is kept."""
         if not 0 < value.dim() < 4:
-            return
+            return None
         rows = value.reshape(-1, value.shape[-1]).float()
-        low, high, mean = rows.amin(0), rows.amax(0), rows.mean(0)
-        if self.channel_minimum is None or self.channel_maximum is None or self.channel_mean is None:
-            self.channel_minimum, self.channel_maximum, self.channel_mean = low, high, mean
-        elif self.channel_minimum.shape == low.shape:
-            self.channel_minimum = torch.minimum(self.channel_minimum, low)
-            self.channel_maximum = torch.maximum(self.channel_maximum, high)
-            share = rows.shape[0] / (self._rows + rows.shape[0])
-            self.channel_mean = self.channel_mean + (mean - self.channel_mean) * share
-        self._rows += rows.shape[0]
+        mean = rows.mean(0)
+        if self.channel_mean is None:
+            self.channel_mean = mean
+        elif self.channel_mean.shape == mean.shape:
+            self.channel_mean = self.channel_mean + (mean - self.channel_mean) * (len(rows) / (self._rows + len(rows)))
+        self._rows += len(rows)
+        return rows.amin(0), rows.amax(0)
 
     def _keep(self, value: torch.Tensor) -> None:
         if value.dim() >= 4:
@@ -82,10 +101,14 @@ class ValueStats:
             rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
             limit = ROWS
             taken = rows[:: max(1, -(-rows.shape[0] // self._share))]
-        if self.sample is None:
+        half = (self.calls - 1) % 2
+        if self.sample is None or self.sample_half is None:
             self.sample = taken[:limit].clone()
+            self.sample_half = torch.full((len(self.sample),), half)
         elif self.sample.shape[0] < limit and self.sample.shape[1:] == taken.shape[1:]:
-            self.sample = torch.cat([self.sample, taken[: limit - self.sample.shape[0]]])
+            more = taken[: limit - self.sample.shape[0]]
+            self.sample = torch.cat([self.sample, more])
+            self.sample_half = torch.cat([self.sample_half, torch.full((len(more),), half)])
 
 
 @dataclass

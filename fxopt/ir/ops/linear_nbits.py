@@ -79,6 +79,11 @@ def linear_nbits(
     return y.to(x.dtype)
 
 
+# Work of unpacking codes and multiplying, over that of multiplying alone at the rate of the activations' type: kernels
+# of ONNX Runtime 1.32 on AVX2 (benchmarks/decode.py).
+_UNPACKING, _UNPACKING_8 = 1.4, 1.9
+
+
 @linear_nbits.cost
 def _(
     x: Tensor,
@@ -101,8 +106,8 @@ def _(
     weights = packed.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
     macs = float(rows * out * inner)
     dtype = str(x.dtype).removeprefix("torch.")
-    # Codes become numbers again before they are multiplied: the rate is that of the activations.
-    return Cost(2 * macs, rows * (inner + out) * size + weights, dtype, "linear.nbits", 1, macs)
+    work = 2 * macs * (_UNPACKING_8 if bits == 8 else _UNPACKING)
+    return Cost(work, rows * (inner + out) * size + weights, dtype, "linear.nbits", 1, macs)
 
 
 @linear_nbits.samples

@@ -28,8 +28,10 @@ from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.fold_norm_scale import can_absorb
 from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
-from fxopt.passes.quantize_linear.smoothing import chosen_factors, siblings, smoothed
-from fxopt.passes.stats import Stats, ValueStats
+from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, smoothed
+from fxopt.passes.stats import Extremes, Stats, ValueStats
+
+_OUTPUTS = 64  # on which strengths of smoothing are compared
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ class EightBit:
         if isinstance(view, Conv):
             result = operator.function(x, *operands)
         else:
-            s = self._smoothing(graph, view, candidate.setting, stats)
-            after = after if s is None else after + _smoothing_cost(graph, view)
-            result = _linear_on_sample(x if s is None else x / s, operands, _run_time_range(stats[view.x], s))
+            smoothing = self._smoothing(graph, view, candidate.setting, stats)
+            after = after if smoothing is None else after + _smoothing_cost(graph, view)
+            result = _on_sample(x, operands, weight, stats[view.x], smoothing, candidate.setting["limit"])
         return Estimate(noise_to_signal(reference, result), float_cost(view, weight), after, 3 * weight.numel())
 
     def _sample(self, view: Linear | Conv, stats: Stats) -> Tensor:
@@ -143,7 +145,7 @@ class EightBit:
         operator, operands = self._operands(graph, view, candidate.setting, stats)
         codes, scales, bias, *rest = operands
         stem, source = label(view.weight_node), (label(view.node), self.name)
-        s = self._smoothing(graph, view, candidate.setting, stats) if isinstance(view, Linear) else None
+        s = self._factors(graph, view, candidate.setting, stats)
         corrected = bias is not None and candidate.setting.get("correct_bias", False)
         arguments = (
             view.x if s is None else smoothed(graph, view.x, s, self.name),
@@ -158,7 +160,7 @@ class EightBit:
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats
     ) -> tuple[Op[..., Any], tuple[Any, ...]]:
         """The operator, and its arguments after x."""
-        s = self._smoothing(graph, view, setting, stats) if isinstance(view, Linear) else None
+        s = self._factors(graph, view, setting, stats)
         key = ("codes", view.weight_node.name, setting["limit"], "" if s is None else stats.key(view.x))
         if key not in stats.cache:
             stats.cache[key] = quantize_weight(_scaled(view.weight(graph), s), setting["limit"])
@@ -191,26 +193,59 @@ class EightBit:
         lost: Tensor = _scaled(view.weight(graph), s).float() - codes.float() * scales[:, None]
         return (bias.double() + lost.double() @ mean.double()).to(bias.dtype)
 
-    def _smoothing(self, graph: Graph, view: Linear, setting: Setting, stats: Stats) -> Tensor | None:
+    def _factors(self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats) -> Tensor | None:
         """s of the value that the linear takes; None when it is not smoothed."""
+        found = self._smoothing(graph, view, setting, stats) if isinstance(view, Linear) else None
+        return None if found is None else found.s
+
+    def _smoothing(self, graph: Graph, view: Linear, setting: Setting, stats: Stats) -> Smoothing | None:
         if not setting.get("smooth", False):
             return None
         limit = setting["limit"]
 
-        def error(found: Linear, s: Tensor) -> float:
-            x = self._sample(found, stats)
-            operands = (*quantize_weight(_scaled(found.weight(graph), s), limit), None)
-            result = _linear_on_sample(x / s, operands, _run_time_range(stats[found.x], s))
-            return noise_to_signal(x @ found.weight(graph).float().t(), result)
+        def error(found: Linear, smoothing: Smoothing) -> float:
+            x, weight = self._sample(found, stats), found.weight(graph)
+            weight = weight[:: max(1, len(weight) // _OUTPUTS)]
+            operands = (*quantize_weight(_scaled(weight, smoothing.s), limit), None)
+            result = _on_sample(x, operands, weight, stats[found.x], smoothing, limit)
+            return noise_to_signal(x @ weight.float().t(), result)
 
-        return chosen_factors(graph, view, stats, error)
+        return chosen(graph, view, stats, error)
+
+
+def _on_sample(
+    x: Tensor, operands: tuple[Any, ...], weight: Tensor, seen: ValueStats, smoothing: Smoothing | None, limit: int
+) -> Tensor:
+    """The integer linear on the kept rows, each with what the half of the calls without that row calibrates.
+
+    A range, or factors, that were taken from a row fit it better than they will fit new data.
+    """
+    codes, scales, bias, *fixed = operands
+    s = None if smoothing is None else smoothing.s
+    if seen.calls < 2 or seen.sample_half is None or not (fixed or smoothing):
+        return _linear_on_sample(x if s is None else x / s, operands, _run_time_range(seen, s))
+    result = x.new_empty(len(x), len(weight))
+    for half in (0, 1):
+        rows, other = seen.sample_half == half, seen.halves[1 - half]
+        if smoothing is not None and smoothing.halves is not None:
+            s = smoothing.halves[1 - half]
+            codes, scales = quantize_weight(_scaled(weight, s), limit)
+        low, high = _extremes(other) if s is None else _channel_range(other, s)
+        run_time = affine(low, high) if fixed else _run_time_range(seen, s)
+        result[rows] = _linear_on_sample(x[rows] if s is None else x[rows] / s, (codes, scales, bias), run_time)
+    return result
 
 
 def _scaled(weight: Tensor, s: Tensor | None) -> Tensor:
     return weight if s is None else weight.float() * s
 
 
-def _channel_range(seen: ValueStats, s: Tensor) -> tuple[float, float]:
+def _extremes(seen: Extremes) -> tuple[float, float]:
+    """The range, zero included."""
+    return min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+
+
+def _channel_range(seen: Extremes, s: Tensor) -> tuple[float, float]:
     """The range of x / s over all calibration samples, zero included."""
     assert seen.channel_minimum is not None and seen.channel_maximum is not None
     return min(float((seen.channel_minimum / s).min()), 0.0), max(float((seen.channel_maximum / s).max()), 0.0)

@@ -7,6 +7,7 @@ equation 4; the strength is chosen per value on calibration rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +16,7 @@ from fxopt.ir.builder import Builder
 from fxopt.ir.graph import Graph, label, provenance
 from fxopt.ir.neutral import read
 from fxopt.ir.views.linear import Linear, linear
-from fxopt.passes.stats import Stats
+from fxopt.passes.stats import Stats, ValueStats
 
 STRENGTHS = (0.5, 0.65, 0.8, 0.9)
 _LIMITS = (0.05, 20.0)
@@ -45,17 +46,33 @@ def siblings(graph: Graph, x: fx.Node) -> list[Linear]:
     return list(found.values())
 
 
-def chosen_factors(graph: Graph, view: Linear, stats: Stats, error: Callable[[Linear, Tensor], float]) -> Tensor:
-    """s of the value that the linear takes: of the strength with the smallest summed error of all that take it."""
+@dataclass(frozen=True)
+class Smoothing:
+    """How one value is smoothed: s [in], and s from either half of the calls alone, to judge it on the other one."""
+
+    strength: float
+    s: Tensor
+    halves: tuple[Tensor, Tensor] | None
+
+
+def chosen(graph: Graph, view: Linear, stats: Stats, error: Callable[[Linear, Smoothing], float]) -> Smoothing:
+    """The smoothing of the value that the linear takes: the strength with the smallest summed error of its takers."""
     key = ("smoothing", stats.key(view.x))
     if key not in stats.cache:
         views = siblings(graph, view.x)
-        largest = stats[view.x].largest()
         weights = [found.weight(graph) for found in views]
-        tried = [factors(largest, weights, strength) for strength in STRENGTHS]
-        stats.cache[key] = min(tried, key=lambda s: sum(error(found, s) for found in views))
-    found: Tensor = stats.cache[key]
+        tried = [_smoothing(stats[view.x], weights, strength) for strength in STRENGTHS]
+        stats.cache[key] = min(tried, key=lambda smoothing: sum(error(found, smoothing) for found in views))
+    found: Smoothing = stats.cache[key]
     return found
+
+
+def _smoothing(seen: ValueStats, weights: Sequence[Tensor], strength: float) -> Smoothing:
+    halves = None
+    if seen.calls > 1:
+        first, second = (factors(half.largest(), weights, strength) for half in seen.halves)
+        halves = (first, second)
+    return Smoothing(strength, factors(seen.largest(), weights, strength), halves)
 
 
 def smoothed(graph: Graph, x: fx.Node, s: Tensor, made_by: str) -> fx.Node:
