@@ -12,6 +12,7 @@ them as `_captured`, named by `_captured_names`. Copies of a graph have copies o
 
 - `val`: what the node gives under fake tensors (FakeTensor, host array, tuple), or absent when unknown;
 - `probe`: the same at other sizes of the named dimensions; `failure`: why fake tensors do not go through it;
+- `unknown`: why the type of a node with bodies is (in part) unknown;
 - `onnx`: the record of the ONNX node, constant or input it came from (`fxopt.ir.onnx.records`);
 - `stands_for`: the name of the node that it replaced, by which calibration statistics are found;
 - `provenance`: a tuple of strings, oldest first: where the node came from and which passes made it.
@@ -218,8 +219,10 @@ class Graph:
         self.fx.erase_node(node)
 
     def prune(self) -> int:
-        """Remove every operator and constant whose value is not used; returns how many."""
-        removed = 0
+        """Remove every operator, constant and captured value that is not used; returns how many."""
+        from fxopt.ir.subgraphs import without_unused_captures
+
+        removed = without_unused_captures(self)
         for node in reversed(list(self.fx.nodes)):
             if node.users or node.op in ("placeholder", "output") or has_effect(node):
                 continue
