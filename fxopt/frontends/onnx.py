@@ -14,7 +14,7 @@ from onnx import ModelProto
 from fxopt.errors import InvalidModel
 from fxopt.frontends.onnx_import.functions import key_of
 from fxopt.frontends.onnx_import.importer import Importer, Model
-from fxopt.frontends.onnx_import.messages import check_depth, without_graph_body
+from fxopt.frontends.onnx_import.messages import DEPTH_LIMIT, check_depth, without_graph_body
 from fxopt.frontends.onnx_import.tensors import is_external
 from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.records import ModelRecord
@@ -71,6 +71,10 @@ def _parse(content: bytes, path: Path) -> ModelProto:
     try:
         proto.ParseFromString(content)
     except DecodeError as error:
+        if "MaxDepth" in str(error) or "recursion" in str(error):
+            raise InvalidModel(
+                f"{path}: its sub-graphs are nested too deeply; at most {DEPTH_LIMIT} are supported"
+            ) from error
         raise InvalidModel(
             f"{path} is not an ONNX model, or is truncated ({len(content)} bytes): {error}; expected a ModelProto"
         ) from error

@@ -63,30 +63,31 @@ def called(
         InvalidModel: a function calls itself, or functions call each other too deeply.
     """
     key = key_of(domain, node.op_type, node.overload)
-    proto = model.functions.get(key)
-    if proto is None:
-        proto = _of_schema(domain, node.op_type, opsets.get(domain, 1))
-        key = (domain, node.op_type, f"since {opsets.get(domain, 1)}")
-    if proto is None:
-        return None
+    if key in model.functions:
+        proto = model.functions[key]
+        defaults = {item.name: _default(proto, item) for item in proto.attribute_proto}
+    else:
+        schema = _schema(domain, node.op_type, opsets.get(domain, 1))
+        if schema is None:
+            return None
+        proto = FunctionProto.FromString(schema.function_body.SerializeToString())
+        key = (domain, node.op_type, f"since {schema.since_version}")
+        given = {name: item.default_value for name, item in schema.attributes.items()}
+        defaults = {name: plain_value(item) for name, item in given.items() if item.type in PLAIN}
     if key not in model.imported:
-        model.imported[key] = _imported(model, key, proto, opsets, importer)
+        model.imported[key] = Function(key, _graph(model, key, proto, opsets, importer), defaults)
     return model.imported[key]
 
 
-def _of_schema(domain: str, name: str, opset: int) -> FunctionProto | None:
-    """The body of an operator's schema, for an operator that has no reference."""
+def _schema(domain: str, name: str, opset: int) -> Any:
+    """The schema of an operator that has a body there and no reference; else None."""
     if registry.lookup(domain, name) is not None or not onnx.defs.has(name, opset, domain):
         return None
     schema: Any = onnx.defs.get_schema(name, opset, domain)
-    if not schema.has_function:
-        return None
-    return FunctionProto.FromString(schema.function_body.SerializeToString())
+    return schema if schema.has_function else None
 
 
-def _imported(
-    model: Model, key: Key, proto: FunctionProto, opsets: Mapping[str, int], importer: type[Importer]
-) -> Function:
+def _graph(model: Model, key: Key, proto: FunctionProto, opsets: Mapping[str, int], importer: type[Importer]) -> Graph:
     calls = [*model.calling, key]
     if key in model.calling:
         shown = " -> ".join("::".join(filter(None, item)) for item in calls[model.calling.index(key) :])
@@ -96,10 +97,9 @@ def _imported(
     own = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in proto.opset_import}
     model.calling.append(key)
     try:
-        graph = importer(model, own or opsets).function(proto)
+        return importer(model, own or opsets).function(proto)
     finally:
         model.calling.pop()
-    return Function(key, graph, {item.name: _default(proto, item) for item in proto.attribute_proto})
 
 
 def _default(proto: FunctionProto, attribute: AttributeProto) -> Any:

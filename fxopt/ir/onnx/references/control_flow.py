@@ -33,7 +33,12 @@ def loop(call: Call, trip_count: Any = None, cond: Any = None, *carried: Any, bo
     """Carried values after at most `trip_count` runs while the condition holds, then the stacked scan outputs.
 
     The body maps (iteration, condition, carried...) to (condition, carried..., scan outputs...).
+
+    Raises:
+        InvalidModel: there is neither a trip count nor a condition.
     """
+    if trip_count is None and cond is None:
+        raise InvalidModel("Loop has neither a trip count nor a condition; it would never end")
     limit = None if trip_count is None else int(to_scalar(trip_count))
     going = cond is None or bool(to_scalar(cond))
     count = len(carried)
