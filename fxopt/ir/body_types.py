@@ -107,9 +107,9 @@ def owner_types(
 
 def _if(owner: _Owner) -> list[Any]:
     then, other = (owner.infer(owner.kwargs[name], ()) for name in ("then_branch", "else_branch"))
-    constant = owner.graph.constant(owner.node.args[0])
-    if constant is not None:
-        return then if bool(constant.reshape(-1)[0]) else other
+    known = _flag(owner.graph, owner.node.args[0])
+    if known is not None:
+        return then if known else other
     owner.reason = "the branches give different types"
     return list(map(owner.join, then, other))
 
@@ -120,23 +120,25 @@ def _loop(owner: _Owner) -> list[Any]:
     step, going = owner.fake((), torch.int64), owner.fake((), torch.bool)
     results = owner.carried(body, (step, going), initial, ())
     states = list(map(owner.join, map(owner.varying, initial), map(owner.varying, results)))
-    runs_always = len(owner.node.args) < 2 or owner.node.args[1] is None or _stays_true(owner.graph, owner.node, body)
+    cond = owner.node.args[1] if len(owner.node.args) > 1 else None
+    runs_always = cond is None or (_flag(owner.graph, cond) is True and keeps_condition(body, _flag))
     length = max(0, int(to_scalar(limit))) if runs_always and is_host(limit) else None
     if length is None and len(results) > len(initial):
         owner.reason = "the number of iterations depends on data"
     return [*states, *(owner.stacked(element, length, 0) for element in results[len(initial) :])]
 
 
-def _stays_true(graph: Graph, node: fx.Node, body: Graph) -> bool:
-    """Whether the condition is true at first, and what the body makes of it is true or itself."""
-    constant = graph.constant(node.args[1])
-    if constant is None or not bool(constant.reshape(-1)[0]):
-        return False
+def keeps_condition(body: Graph, flag: Callable[[Graph, Any], bool | None]) -> bool:
+    """Whether the condition that a Loop's body gives is the one that it gets, or true; `flag` reads constants."""
     result = body.result_nodes[0]
     while isinstance(result, fx.Node) and getattr(result.target, "op_type", "") == "Identity":
         result = result.args[0]
-    held = body.constant(result)
-    return result is body.placeholders[1] or (held is not None and bool(held.reshape(-1)[0]))
+    return result is body.placeholders[1] or flag(body, result) is True
+
+
+def _flag(graph: Graph, node: Any) -> bool | None:
+    constant = graph.constant(node)
+    return None if constant is None or constant.numel() != 1 else bool(constant)
 
 
 def _scan(owner: _Owner) -> list[Any]:

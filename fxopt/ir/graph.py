@@ -274,6 +274,12 @@ class Graph:
 
         return run(self, inputs, **options)
 
+    def lower(self, **options: Any) -> Graph:
+        """The graph in aten operators, with dynamic sizes; see `fxopt.ir.lower.lower.lower` for the options."""
+        from fxopt.ir.lower import lower
+
+        return lower(self, **options)
+
 
 def _bytes(value: Any) -> int:
     if isinstance(value, Graph):

@@ -106,7 +106,11 @@ class GraphRun:
             return _widened(value) if self.widen else value
         args = fx.map_arg(node.args, values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-        return evaluate(self.graph, node, args, kwargs, self.evaluator, self.widen, attributes)
+        return evaluate(self.graph, node, args, kwargs, self.evaluator, self.widen, attributes, self.inside)
+
+    def inside(self, graph: Graph) -> GraphRun:
+        """The run of a body or function of this graph."""
+        return GraphRun(graph, self.evaluator, self.widen)
 
 
 def _last_uses(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -130,8 +134,14 @@ def evaluate(
     evaluator: Evaluator | None = None,
     widen: bool = False,
     attributes: Mapping[str, Any] | None = None,
+    inside: Callable[[Graph], GraphRun] | None = None,
 ) -> Any:
-    """The value of one operator node on concrete (or fake) arguments; `attributes` are those of the function around."""
+    """The value of one operator node on concrete (or fake) arguments.
+
+    Args:
+        attributes: those of the function around the node.
+        inside: how the node's bodies run; like the graph itself by default.
+    """
     target: Any = node.target
     if target is operator.getitem:
         return args[0][args[1]]
@@ -144,7 +154,9 @@ def evaluate(
             return target(*args, **kwargs)
 
         def body(value: Any) -> GraphRun | None:
-            return GraphRun(value, evaluator, widen) if isinstance(value, Graph) else None
+            if not isinstance(value, Graph):
+                return None
+            return GraphRun(value, evaluator, widen) if inside is None else inside(value)
 
         return target(*args, **bound(kwargs, body, attributes or {}))
     except MissingReference as missing:

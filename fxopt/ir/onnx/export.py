@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 import torch
@@ -41,6 +42,11 @@ def _emit(
             proto.opset_import.append(helper.make_opsetid(domain, version))
     drop_stale_types(proto.graph)
     return proto, pending
+
+
+def _plain(value: torch.Tensor) -> Any:
+    """The bytes as numpy holds them."""
+    return to_numpy(value)
 
 
 def to_model(graph: Graph, forms: Forms | None = None) -> ModelProto:
@@ -99,7 +105,7 @@ def save(
 
 def _write_external(pending: list[tuple[TensorProto, torch.Tensor]], folder: Path, name: str) -> None:
     """Stream the tensors to one data file and refer to it."""
-    tensors = [onnx_ir.Tensor(to_numpy(value), name=tensor.name) for tensor, value in pending]
+    tensors = [onnx_ir.Tensor(_plain(value), name=tensor.name) for tensor, value in pending]
     placed = onnx_ir.external_data.convert_tensors_to_external(tensors, folder, name)
     for (tensor, _), where in zip(pending, placed, strict=True):
         tensor.ClearField("external_data")

@@ -123,7 +123,11 @@ def _zip(values: list[Tensor], axes: list[int], directions: list[int] | None) ->
 
 
 def _flipped(value: Tensor, axis: int, backwards: int) -> Tensor:
-    return as_bits(value).flip(axis).view(value.dtype) if backwards else value
+    return _typed(as_bits(value).flip(axis), value.dtype) if backwards else value
+
+
+def _typed(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits if bits.dtype == dtype else bits.view(dtype)
 
 
 def _length(scanned: list[Tensor], axes: list[int]) -> int:
@@ -215,4 +219,4 @@ def _stacked(items: list[Any], axis: int) -> Any:
         return np.stack(values, axis)  # strings
     if not all(isinstance(value, Tensor) for value in values):
         raise MissingReference(f"a scan output of type {type(values[0]).__name__} has no torch reference")
-    return torch.stack([as_bits(value) for value in values], axis).view(values[0].dtype)
+    return _typed(torch.stack([as_bits(value) for value in values], axis), values[0].dtype)

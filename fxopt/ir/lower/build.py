@@ -1,0 +1,118 @@
+"""An exported program as a `Graph` of torch origin, with the names and the provenance of the ONNX graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from fxopt.ir.exported import drop_checks, is_same_value
+from fxopt.ir.graph import Dim, Graph, ValueSpec, set_attribute
+from fxopt.ir.lower.trace import KEY, SEPARATOR, Traced
+
+
+def built(
+    source: Graph, traced: Traced, exported: ExportedProgram, shapes: Sequence[Mapping[int, Any]], names: dict[str, str]
+) -> Graph:
+    """The graph of the program.
+
+    Args:
+        shapes: the dynamic axes of each input, as exported.
+        names: the graph's name of each `Dim`.
+    """
+    module = exported.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    drop_checks(module.graph)
+    return _Builder(source, traced, module, shapes, names).graph()
+
+
+class _Builder:
+    def __init__(
+        self,
+        source: Graph,
+        traced: Traced,
+        module: fx.GraphModule,
+        shapes: Sequence[Mapping[int, Any]],
+        names: dict[str, str],
+    ) -> None:
+        self.source = source
+        self.module = module
+        self.shapes = shapes
+        self.names = names
+        self.fx = fx.Graph()
+        self.root = torch.nn.Module()
+        self.nodes: dict[fx.Node, fx.Node] = {}
+        self.symbols: dict[str, str] = {}  # symbolic size as text -> name of the dimension
+        self.prefixes = tuple(f"roots.{index}." for index in range(len(traced.roots)))
+
+    def graph(self) -> Graph:
+        inputs: list[ValueSpec] = []
+        results: tuple[fx.Node, ...] = ()
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                self.placeholder(node, inputs)
+            elif node.op == "get_attr":
+                self.nodes[node] = self.constant(node)
+            elif node.op == "output":
+                results = tuple(self.nodes[item] for item in torch.utils._pytree.tree_leaves(node.args[0]))
+            elif is_same_value(node):
+                self.nodes[node] = self.nodes[node.args[0]]
+            else:
+                self.nodes[node] = self.call(node)
+        self.fx.output(results)
+        outputs = tuple(self.spec(spec.name, node) for spec, node in zip(self.source.outputs, results, strict=True))
+        used = {dim for spec in inputs for dim in spec.shape or ()}
+        sizes = {name: size for name, size in self.source.sizes.items() if name in used}
+        return Graph(self.fx, self.root, "torch", tuple(inputs), outputs, self.source.name, sizes=sizes)
+
+    def placeholder(self, node: fx.Node, inputs: list[ValueSpec]) -> None:
+        spec = self.source.inputs[len(inputs)]
+        value: torch.Tensor = node.meta["val"]
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                dim = self.shapes[len(inputs)].get(axis)
+                given = self.names.get(getattr(dim, "__name__", ""), f"{spec.name}_{axis}")
+                self.symbols.setdefault(str(size.node.expr), given)
+        made = self.fx.placeholder(self.source.placeholders[len(inputs)].name)
+        made.meta = {"val": value, "provenance": (spec.name,)}
+        self.nodes[node] = made
+        inputs.append(self.spec(spec.name, made))
+
+    def constant(self, node: fx.Node) -> fx.Node:
+        value: Any = self.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        name = str(node.target)
+        name = next((name.removeprefix(prefix) for prefix in self.prefixes if name.startswith(prefix)), name)
+        name = name.replace(".", "_")
+        while hasattr(self.root, name):
+            name += "_"
+        set_attribute(self.root, name, value.detach() if isinstance(value, torch.Tensor) else value)
+        made = self.fx.create_node("get_attr", name, name=name)
+        made.meta = {"provenance": (name.removeprefix("c_"),)}
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            made.meta["val"] = node.meta["val"].detach()
+        return made
+
+    def call(self, node: fx.Node) -> fx.Node:
+        made = self.fx.node_copy(node, self.nodes.__getitem__)
+        made.meta = {key: value for key, value in node.meta.items() if key == "val"}
+        origin = (node.meta.get("custom") or {}).get(KEY)
+        made.meta["provenance"] = tuple(origin.split(SEPARATOR)) if origin else (made.name,)
+        return made
+
+    def spec(self, name: str, node: fx.Node) -> ValueSpec:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return ValueSpec(name, None, None)
+        return ValueSpec(name, value.dtype, tuple(map(self.dim, value.shape)))
+
+    def dim(self, size: Any) -> Dim:
+        if isinstance(size, int):
+            return size
+        text = str(size.node.expr)
+        return self.symbols.get(text) or re.sub(r"\bs\d+\b", lambda found: self.symbols.get(found[0], found[0]), text)
