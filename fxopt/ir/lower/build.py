@@ -16,33 +16,40 @@ from fxopt.ir.lower.trace import KEY, SEPARATOR, Traced
 
 
 def built(
-    source: Graph, traced: Traced, exported: ExportedProgram, shapes: Sequence[Mapping[int, Any]], names: dict[str, str]
+    source: Graph,
+    inputs: tuple[ValueSpec, ...],
+    traced: Traced,
+    exported: ExportedProgram,
+    axes: Sequence[Mapping[int, Any]],
+    names: Mapping[str, str],
 ) -> Graph:
     """The graph of the program.
 
     Args:
-        shapes: the dynamic axes of each input, as exported.
+        inputs: the signature of `source` with a name for every dynamic dimension.
+        axes: the dynamic axes of each input.
         names: the graph's name of each `Dim`.
     """
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     drop_checks(module.graph)
-    return _Builder(source, traced, module, shapes, names).graph()
+    dynamic = [{axis: names[dim.__name__] for axis, dim in found.items()} for found in axes]
+    return _Builder(source, inputs, traced, module, dynamic).graph()
 
 
 class _Builder:
     def __init__(
         self,
         source: Graph,
+        inputs: tuple[ValueSpec, ...],
         traced: Traced,
         module: fx.GraphModule,
-        shapes: Sequence[Mapping[int, Any]],
-        names: dict[str, str],
+        dynamic: Sequence[Mapping[int, str]],
     ) -> None:
         self.source = source
+        self.inputs = inputs
         self.module = module
-        self.shapes = shapes
-        self.names = names
+        self.dynamic = dynamic  # the name of each dynamic axis
         self.fx = fx.Graph()
         self.root = torch.nn.Module()
         self.nodes: dict[fx.Node, fx.Node] = {}
@@ -70,12 +77,11 @@ class _Builder:
         return Graph(self.fx, self.root, "torch", tuple(inputs), outputs, self.source.name, sizes=sizes)
 
     def placeholder(self, node: fx.Node, inputs: list[ValueSpec]) -> None:
-        spec = self.source.inputs[len(inputs)]
+        spec = self.inputs[len(inputs)]
         value: torch.Tensor = node.meta["val"]
         for axis, size in enumerate(value.shape):
             if isinstance(size, torch.SymInt):
-                dim = self.shapes[len(inputs)].get(axis)
-                given = self.names.get(getattr(dim, "__name__", ""), f"{spec.name}_{axis}")
+                given = self.dynamic[len(inputs)].get(axis, f"{spec.name}_{axis}")
                 self.symbols.setdefault(str(size.node.expr), given)
         made = self.fx.placeholder(self.source.placeholders[len(inputs)].name)
         made.meta = {"val": value, "provenance": (spec.name,)}
@@ -102,7 +108,8 @@ class _Builder:
         made = self.fx.node_copy(node, self.nodes.__getitem__)
         made.meta = {key: value for key, value in node.meta.items() if key == "val"}
         origin = (node.meta.get("custom") or {}).get(KEY)
-        made.meta["provenance"] = tuple(origin.split(SEPARATOR)) if origin else (made.name,)
+        around = next((used.meta["provenance"] for used in made.all_input_nodes), (made.name,))  # of a size: its tensor
+        made.meta["provenance"] = tuple(origin.split(SEPARATOR)) if origin else around
         return made
 
     def spec(self, name: str, node: fx.Node) -> ValueSpec:

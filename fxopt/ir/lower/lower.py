@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ import torch.fx.traceback as traceback
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
-from fxopt.errors import Unsupported
+from fxopt.errors import Unsupported, unknown
 from fxopt.ir.graph import Graph, ValueSpec
 from fxopt.ir.lower.build import built
 from fxopt.ir.lower.quiet import quiet
+from fxopt.ir.lower.ranges import check_ranges
 from fxopt.ir.lower.trace import Traced
 
 _ATTEMPTS = 4  # each may narrow the range of a dimension to what the model takes
@@ -28,33 +29,47 @@ def lower(graph: Graph, *, sizes: Mapping[str, int] | None = None, fixed: Collec
 
     Args:
         sizes: the sizes of named dimensions to trace with (at least 2); default: those of the graph.
-        fixed: named dimensions that become fixed, at these sizes.
+        fixed: named dimensions that become fixed, at these sizes (an open size is called `<input>_<axis>`).
 
     Raises:
         Unsupported: an operator cannot be written in aten (the message names the node), or a dimension cannot stay
             dynamic.
+        UnknownName: `fixed` names no dimension.
     """
     if graph.origin == "torch":
         return graph.copy()
-    chosen = {**graph.sizes, **(sizes or {})}
+    inputs = tuple(map(_named, graph.inputs))
+    names = dict.fromkeys(dim for spec in inputs for dim in spec.shape or () if isinstance(dim, str))
+    for name in fixed:
+        if name not in names:
+            raise unknown("dimension", name, names)
+    given = {**graph.sizes, **(sizes or {})}
+    chosen = {name: given.get(name, _SIZE) if name in fixed else max(2, given.get(name, _SIZE)) for name in names}
     traced = Traced(graph)
-    examples = tuple(_example(spec, chosen, fixed) for spec in graph.inputs)
-    dims = _dims(graph, fixed)
-    shapes: Any = (tuple(_axes(spec, dims) for spec in graph.inputs),)
+    examples = tuple(_example(spec, chosen) for spec in inputs)
+    dims = _dims([name for name in names if name not in fixed])
+    asked = tuple(_axes(spec, dims) for spec in inputs)
     with quiet(), torch.no_grad(), traceback.preserve_node_meta():
-        for _ in range(_ATTEMPTS):
-            try:
-                exported = torch.export.export(traced, examples, dynamic_shapes=shapes, strict=False)
-                break
-            except Exception as error:
-                shapes = _narrowed(error, shapes)
-                if shapes is None:
-                    raise Unsupported(_reason(graph, traced, error)) from error
-        else:
-            raise Unsupported(f"{graph.name}: the ranges of its dynamic dimensions contradict each other")
+        exported, taken = _exported(graph, traced, examples, asked)
         exported = _functional(graph, exported)
-    names = {dim.__name__: name for name, dim in dims.items()}
-    return built(graph, traced, exported, shapes[0], names)
+    lowered = built(graph, inputs, traced, exported, asked, {dim.__name__: name for name, dim in dims.items()})
+    if taken is not asked:
+        check_ranges(graph, lowered, inputs, asked, taken, chosen)
+    return lowered
+
+
+def _exported(graph: Graph, traced: Traced, examples: tuple[torch.Tensor, ...], asked: Any) -> tuple[Any, Any]:
+    """The program, and the dynamic axes with the ranges that torch demands."""
+    axes = asked
+    for _ in range(_ATTEMPTS):
+        try:
+            return torch.export.export(traced, examples, dynamic_shapes=(axes,), strict=False), axes
+        except Exception as error:
+            narrowed = _narrowed(error, (axes,))
+            if narrowed is None:
+                raise Unsupported(_reason(graph, traced, error)) from error
+            axes = narrowed[0]
+    raise Unsupported(f"{graph.name}: the ranges of its dynamic dimensions contradict each other")
 
 
 def _functional(graph: Graph, exported: ExportedProgram) -> ExportedProgram:
@@ -65,25 +80,23 @@ def _functional(graph: Graph, exported: ExportedProgram) -> ExportedProgram:
         raise Unsupported(f"{graph.name}: torch cannot make its aten graph functional: {_line(error)}") from error
 
 
-def _example(spec: ValueSpec, sizes: Mapping[str, int], fixed: Collection[str]) -> torch.Tensor:
+def _named(spec: ValueSpec) -> ValueSpec:
+    """The input with a name for every size that the file leaves open."""
     if spec.dtype is None or spec.shape is None:
         raise Unsupported(f"input {spec.name!r} is no tensor of known type; a torch graph takes tensors only")
-    shape = []
-    for dim in spec.shape:
-        if isinstance(dim, str):
-            shape.append(sizes.get(dim, _SIZE) if dim in fixed else max(2, sizes.get(dim, _SIZE)))
-        else:
-            shape.append(_SIZE if dim is None else dim)
+    dims = (f"{spec.name}_{axis}" if dim is None else dim for axis, dim in enumerate(spec.shape))
+    return ValueSpec(spec.name, spec.dtype, tuple(dims))
+
+
+def _example(spec: ValueSpec, sizes: Mapping[str, int]) -> torch.Tensor:
+    shape = [sizes[dim] if isinstance(dim, str) else int(dim or 0) for dim in spec.shape or ()]
     return torch.zeros(shape, dtype=spec.dtype)
 
 
-def _dims(graph: Graph, fixed: Collection[str]) -> dict[str, Any]:
+def _dims(names: Sequence[str]) -> dict[str, Any]:
     """A `Dim` for each named dimension that stays dynamic."""
-    names = dict.fromkeys(dim for spec in graph.inputs for dim in spec.shape or () if isinstance(dim, str))
     made: dict[str, Any] = {}
     for name in names:
-        if name in fixed:
-            continue
         plain = re.sub(r"\W", "_", name) if name.isascii() else ""
         free = plain if plain.isidentifier() and not plain.startswith("_") else f"dim_{len(made)}"
         while any(dim.__name__ == free for dim in made.values()):
@@ -93,13 +106,7 @@ def _dims(graph: Graph, fixed: Collection[str]) -> dict[str, Any]:
 
 
 def _axes(spec: ValueSpec, dims: Mapping[str, Any]) -> dict[int, Any]:
-    found = {}
-    for axis, dim in enumerate(spec.shape or ()):
-        if dim is None:
-            found[axis] = Dim.AUTO
-        elif isinstance(dim, str) and dim in dims:
-            found[axis] = dims[dim]
-    return found
+    return {axis: dims[dim] for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str) and dim in dims}
 
 
 def _narrowed(error: Exception, shapes: Any) -> Any:

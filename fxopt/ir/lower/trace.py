@@ -12,8 +12,9 @@ from torch import fx
 
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, label
-from fxopt.ir.interpreter import GraphRun, constant_value
+from fxopt.ir.interpreter import GraphRun, constant_value, evaluate
 from fxopt.ir.lower import flow
+from fxopt.ir.lower.conditions import undecided
 from fxopt.ir.onnx.lane import to_tensor
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.subgraphs import has_bodies
@@ -112,6 +113,9 @@ class TracedRun(GraphRun):
             found = rule(self, node, values, attributes)
             if found is not NotImplemented:
                 return found
+        args = undecided(node, fx.map_arg(node.args, values.__getitem__))
+        if args is not None:
+            return evaluate(self.graph, node, args, dict(node.kwargs))
         return super()._value(node, values, attributes)
 
     def constant(self, graph: Graph, target: str) -> Any:
