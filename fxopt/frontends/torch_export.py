@@ -19,17 +19,8 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError
 from fxopt.frontends.capture.failures import source_line
 from fxopt.frontends.capture.program import Examples, Program, export
+from fxopt.ir.exported import drop_checks, is_same_value
 from fxopt.ir.graph import Graph, ValueSpec
-
-_CHECKS = (  # have no value; the shapes that they check were checked by the capture
-    "_assert_tensor_metadata",
-    "_assert_async",
-    "_assert_scalar",
-    "sym_constrain_range",
-    "sym_constrain_range_for_size",
-    "_functional_assert_async",
-    "_functional_sym_constrain_range",
-)
 
 
 def load(
@@ -69,7 +60,7 @@ class _Builder:
         self.constants: dict[Any, fx.Node] = {}  # one node per storage and view: tied weights are one constant
 
     def graph(self, name: str) -> Graph:
-        _drop_checks(self.source.graph)
+        drop_checks(self.source.graph)
         inputs: list[ValueSpec] = []
         results: tuple[Any, ...] = ()
         for node in self.source.graph.nodes:
@@ -114,7 +105,7 @@ class _Builder:
     def call(self, node: fx.Node) -> fx.Node:
         if node.op != "call_function":
             raise CaptureError(f"the exported program calls {node.op} {node.target}; export it without unflattening")
-        if _is_same_value(node):
+        if is_same_value(node):
             source: fx.Node = self.nodes[node.args[0]]  # type: ignore[index]
             return source
         made = self.fx.node_copy(node, self.nodes.__getitem__)
@@ -148,32 +139,6 @@ def origin(node: fx.Node) -> str:
         return re.sub(r"@\d+$", "", path)
     line = source_line(node.meta.get("stack_trace"))
     return Path(line).name if line else node.name
-
-
-def _drop_checks(graph: fx.Graph) -> None:
-    """Remove assertions, and the symbolic comparisons that only they use."""
-    for node in reversed(graph.nodes):
-        packet = getattr(node.target, "overloadpacket", None)
-        if node.op == "call_function" and not node.users and getattr(packet, "__name__", "") in _CHECKS:
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _is_same_value(node: fx.Node) -> bool:
-    """True for a copy (dropout in evaluation mode, detach) of an inner value with the same strides."""
-    aten = torch.ops.aten
-    copies = (aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
-    if node.target not in copies or node.kwargs:
-        return False
-    source = node.args[0]
-    if not isinstance(source, fx.Node):
-        return False
-    if source.op != "call_function" and any(user.op == "output" for user in node.users):
-        return False  # a result must not share its memory with an input or a weight
-    before, after = source.meta.get("val"), node.meta.get("val")
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-        return False
-    return str(before.stride()) == str(after.stride())
 
 
 def _identity(value: Any) -> Any:

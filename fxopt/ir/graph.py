@@ -4,10 +4,15 @@ Nodes are `placeholder`, `get_attr` (constants), `call_function` (an aten operat
 `operator.getitem`) and one `output`, whose argument is a tuple. Constants live as attributes of `root`; they are never
 changed in place, so copies of a graph share them.
 
+A body of If, Loop and the like is a `Graph` of its own, held by a constant of the graph around it
+(`fxopt.ir.subgraphs`). Its last inputs are the values that it captures from there, named by `captures`; the owner has
+them as `_captured`, named by `_captured_names`. Copies of a graph have copies of its bodies.
+
 `node.meta` keys that fxopt owns:
 
 - `val`: what the node gives under fake tensors (FakeTensor, host array, tuple), or absent when unknown;
 - `probe`: the same at other sizes of the named dimensions; `failure`: why fake tensors do not go through it;
+- `unknown`: why the type of a node with bodies is (in part) unknown;
 - `onnx`: the record of the ONNX node, constant or input it came from (`fxopt.ir.onnx.records`);
 - `stands_for`: the name of the node that it replaced, by which calibration statistics are found;
 - `provenance`: a tuple of strings, oldest first: where the node came from and which passes made it.
@@ -27,6 +32,7 @@ from torch.fx import GraphModule, Node
 
 if TYPE_CHECKING:
     from fxopt.ir.onnx.records import ModelRecord
+    from fxopt.ir.subgraphs import Subgraph
 
 Dim = int | str | None  # fixed, named, or unknown
 Origin = Literal["torch", "onnx"]
@@ -72,6 +78,7 @@ class Graph:
     model: ModelRecord | None = None  # what an ONNX file holds beside its nodes
     call_spec: Any = None  # how a torch-born model's forward is called (`fxopt.frontends.capture.call_spec.CallSpec`)
     sizes: dict[str, int] = field(default_factory=dict)  # of named dimensions, for which costs are computed
+    captures: tuple[str, ...] = ()  # of a body: the names of its last inputs, values of the graphs around it
     _constant_count: int = field(default=0, repr=False)
     _by_name: dict[str, Node] = field(default_factory=dict, repr=False, compare=False)  # see `find`
     _anchor: Node | None = field(default=None, repr=False, compare=False)  # see `_first_call`
@@ -139,9 +146,15 @@ class Graph:
         return node.graph is self.fx and not node._erased
 
     def size_bytes(self) -> int:
-        """Bytes of all constants that a node refers to, each counted once."""
-        seen = {str(node.target): self.constant(node) for node in self.fx.nodes if node.op == "get_attr"}
-        return sum(tensor.nbytes for tensor in seen.values() if tensor is not None)
+        """Bytes of all constants that a node refers to, each counted once; those of bodies too."""
+        seen = {str(node.target): self.attribute(str(node.target)) for node in self.fx.find_nodes(op="get_attr")}
+        return sum(_bytes(value) for value in seen.values())
+
+    def subgraphs(self, *, recursive: bool = True) -> Iterator[Subgraph]:
+        """The bodies that the nodes hold, in execution order, each before the bodies in it."""
+        from fxopt.ir.subgraphs import subgraphs
+
+        return subgraphs(self, recursive=recursive)
 
     # ---- changing
 
@@ -206,8 +219,10 @@ class Graph:
         self.fx.erase_node(node)
 
     def prune(self) -> int:
-        """Remove every operator and constant whose value is not used; returns how many."""
-        removed = 0
+        """Remove every operator, constant and captured value that is not used; returns how many."""
+        from fxopt.ir.subgraphs import without_unused_captures
+
+        removed = without_unused_captures(self)
         for node in reversed(list(self.fx.nodes)):
             if node.users or node.op in ("placeholder", "output") or has_effect(node):
                 continue
@@ -226,7 +241,7 @@ class Graph:
                 delattr(self.root.get_submodule(path), last)
 
     def copy(self) -> Graph:
-        """An independent graph that shares the constants."""
+        """An independent graph that shares the tensors."""
         root = torch.nn.Module()
         fresh = FxGraph()
         mapping: dict[Node, Node] = {}
@@ -234,7 +249,8 @@ class Graph:
             mapping[node] = fresh.node_copy(node, mapping.__getitem__)
             mapping[node].meta = dict(node.meta)
             if node.op == "get_attr":
-                set_attribute(root, str(node.target), self.attribute(str(node.target)))
+                value = self.attribute(str(node.target))
+                set_attribute(root, str(node.target), value.copy() if isinstance(value, Graph) else value)
         model = copy.copy(self.model) if self.model is not None else None
         return Graph(
             fresh,
@@ -246,6 +262,7 @@ class Graph:
             model,
             self.call_spec,
             dict(self.sizes),
+            self.captures,
             self._constant_count,
         )
 
@@ -256,6 +273,18 @@ class Graph:
         from fxopt.ir.interpreter import run
 
         return run(self, inputs, **options)
+
+    def lower(self, **options: Any) -> Graph:
+        """The graph in aten operators, with dynamic sizes; see `fxopt.ir.lower.lower.lower` for the options."""
+        from fxopt.ir.lower import lower
+
+        return lower(self, **options)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Graph):
+        return value.size_bytes()
+    return value.nbytes if isinstance(value, torch.Tensor) else 0
 
 
 def set_attribute(root: torch.nn.Module, target: str, value: Any) -> None:

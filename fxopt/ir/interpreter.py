@@ -6,7 +6,7 @@ Source of `widen`: the oracle of the verifier; float casts and constants become 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from fxopt.errors import InvalidInput, MissingReference
-from fxopt.ir.graph import Graph, Opaque, label
+from fxopt.ir.graph import Graph, Opaque, ValueSpec, label
+from fxopt.ir.onnx.bodies import AttributeReference, bound
 
 Evaluator = Callable[[Graph, fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 Observer = Callable[[fx.Node, Any], None]
@@ -47,22 +48,69 @@ def run(
     if len(inputs) != len(placeholders):
         expected = ", ".join(map(str, graph.inputs))
         raise InvalidInput(f"{len(inputs)} inputs given, the model takes {len(placeholders)}: {expected}")
-    values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
-    if widen:
-        values = {node: _widened(value) for node, value in values.items()}
-    last_use = _last_uses(graph)
+    given = list(map(_widened, inputs)) if widen else list(inputs)
     with torch.no_grad():
-        for node in graph.fx.nodes:
+        results = GraphRun(graph, evaluator, widen, observer).run(given)
+    return [_tensor(value) for value in results]
+
+
+class GraphRun:
+    """A graph that is ready to run, once or many times; the `Runnable` of bodies and functions."""
+
+    def __init__(
+        self, graph: Graph, evaluator: Evaluator | None = None, widen: bool = False, observer: Observer | None = None
+    ) -> None:
+        self.graph = graph
+        self.evaluator = evaluator
+        self.widen = widen
+        self.observer = observer
+        self.placeholders = graph.placeholders
+        self.last_use = _last_uses(graph)
+
+    @property
+    def captures(self) -> tuple[str, ...]:
+        """The names of the last inputs, which come from the graphs around a body."""
+        return self.graph.captures
+
+    @property
+    def formals(self) -> int:
+        """The number of inputs that a caller gives."""
+        return len(self.placeholders) - len(self.graph.captures)
+
+    @property
+    def outputs(self) -> Sequence[ValueSpec]:
+        """The outputs as declared."""
+        return self.graph.outputs
+
+    def run(self, inputs: list[Any], attributes: Mapping[str, Any] | None = None) -> list[Any]:
+        """The results as they are: tensors, host arrays, lists, None.
+
+        Args:
+            attributes: of the call, when the graph is (in) a function.
+        """
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, inputs, strict=True))
+        for node in self.graph.fx.nodes:
             if node.op == "output":
                 continue
             if node.op != "placeholder":
-                values[node] = _value(graph, node, values, evaluator, widen)
-            if observer is not None:
-                observer(node, values[node])
-            for done in last_use.get(node, ()):
+                values[node] = self._value(node, values, attributes)
+            if self.observer is not None:
+                self.observer(node, values[node])
+            for done in self.last_use.get(node, ()):
                 del values[done]
-        results = [values[node] if isinstance(node, fx.Node) else node for node in graph.result_nodes]
-    return [_tensor(value) for value in results]
+        return [values[node] if isinstance(node, fx.Node) else node for node in self.graph.result_nodes]
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], attributes: Mapping[str, Any] | None) -> Any:
+        if node.op == "get_attr":
+            value = constant_value(self.graph, node)
+            return _widened(value) if self.widen else value
+        args = fx.map_arg(node.args, values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+        return evaluate(self.graph, node, args, kwargs, self.evaluator, self.widen, attributes, self.inside)
+
+    def inside(self, graph: Graph) -> GraphRun:
+        """The run of a body or function of this graph."""
+        return GraphRun(graph, self.evaluator, self.widen)
 
 
 def _last_uses(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -78,15 +126,6 @@ def _last_uses(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
     return last
 
 
-def _value(graph: Graph, node: fx.Node, values: dict[fx.Node, Any], evaluator: Evaluator | None, widen: bool) -> Any:
-    if node.op == "get_attr":
-        value = constant_value(graph, node)
-        return _widened(value) if widen else value
-    args = fx.map_arg(node.args, values.__getitem__)
-    kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-    return evaluate(graph, node, args, kwargs, evaluator, widen)
-
-
 def evaluate(
     graph: Graph,
     node: fx.Node,
@@ -94,8 +133,15 @@ def evaluate(
     kwargs: dict[str, Any],
     evaluator: Evaluator | None = None,
     widen: bool = False,
+    attributes: Mapping[str, Any] | None = None,
+    inside: Callable[[Graph], GraphRun] | None = None,
 ) -> Any:
-    """The value of one operator node on concrete (or fake) arguments."""
+    """The value of one operator node on concrete (or fake) arguments.
+
+    Args:
+        attributes: those of the function around the node.
+        inside: how the node's bodies run; like the graph itself by default.
+    """
     target: Any = node.target
     if target is operator.getitem:
         return args[0][args[1]]
@@ -104,11 +150,25 @@ def evaluate(
     if widen:
         args, kwargs = _widened_casts(target, args, kwargs)
     try:
-        return target(*args, **kwargs)
+        if not any(map(_needs_binding, kwargs.values())):
+            return target(*args, **kwargs)
+
+        def body(value: Any) -> GraphRun | None:
+            if not isinstance(value, Graph):
+                return None
+            return GraphRun(value, evaluator, widen) if inside is None else inside(value)
+
+        return target(*args, **bound(kwargs, body, attributes or {}))
     except MissingReference as missing:
         if evaluator is None:
             raise MissingReference(f"node {label(node)!r}: {missing}") from missing
     return evaluator(graph, node, args, kwargs)
+
+
+def _needs_binding(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(item, Graph) for item in value)
+    return isinstance(value, (Graph, AttributeReference))
 
 
 def constant_value(graph: Graph, node: fx.Node) -> Any:

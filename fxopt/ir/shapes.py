@@ -13,8 +13,9 @@ import contextlib
 import heapq
 import logging
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,10 +31,13 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from fxopt.errors import MissingReference
+from fxopt.ir.body_types import OwnerRun, owner_types
+from fxopt.ir.fake_values import UNKNOWN, same_type
 from fxopt.ir.graph import Dim, Graph, ValueSpec
 from fxopt.ir.interpreter import constant_value, evaluate
+from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.subgraphs import has_bodies
 
-UNKNOWN = object()
 _DEPENDS_ON_DATA = (  # or fake tensors cannot run it
     MissingReference,
     DataDependentOutputException,
@@ -42,7 +46,9 @@ _DEPENDS_ON_DATA = (  # or fake tensors cannot run it
     UnsupportedOperatorException,
     GuardOnDataDependentSymNode,
 )
-Runs = list[tuple[str, FakeTensorMode, dict[str, int]]]  # meta key, mode, sizes of named dimensions
+Run = tuple[str, FakeTensorMode, dict[str, int]]  # meta key, mode, sizes of named dimensions
+Runs = list[Run]
+_BODY_RUNS: WeakKeyDictionary[fx.Graph, dict[str, Run]] = WeakKeyDictionary()  # of bodies: those of what holds them
 
 
 def infer(graph: Graph, sizes: Mapping[str, int] | None = None) -> None:
@@ -55,6 +61,8 @@ def infer(graph: Graph, sizes: Mapping[str, int] | None = None) -> None:
     if not captured:
         graph.sizes = dict(sizes or {})
         _fake_inputs(graph)
+    for found in graph.subgraphs():
+        _BODY_RUNS.pop(found.graph.fx, None)
     runs = _runs(graph)
     with _quiet():
         for node in graph.fx.nodes:
@@ -123,6 +131,8 @@ def dims_of(graph: Graph, node: fx.Node) -> tuple[Dim, ...] | None:
 
 
 def _runs(graph: Graph) -> Runs:
+    if graph.fx in _BODY_RUNS:
+        return list(_BODY_RUNS[graph.fx].values())
     found: Runs = []
     for key in ("val", "probe"):
         mode = _mode_of(graph, key)
@@ -142,7 +152,7 @@ def _mode_of(graph: Graph, key: str) -> FakeTensorMode | None:
     return None
 
 
-def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[str, int]]) -> Any:
+def _value_of(graph: Graph, node: fx.Node, run: Run) -> Any:
     """The fake value of a node from those of its arguments, or UNKNOWN; `meta["failure"]` says what went wrong."""
     key, mode, _ = run
     if key == "val":
@@ -156,6 +166,8 @@ def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[
         if signature not in cache:
             cache[signature] = mode.from_tensor(value, static_shapes=True)
         return cache[signature]
+    if isinstance(node.target, OnnxOp) and has_bodies(node, graph):
+        return _owner_value(graph, node, run)
     known: dict[fx.Node, Any] = {}
     for used in node.all_input_nodes:
         value = used.meta.get(key, UNKNOWN)
@@ -166,7 +178,8 @@ def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[
     kwargs = fx.map_arg(node.kwargs, known.__getitem__)
     if node.target is operator.getitem:
         source: Any = args[0]
-        return source[args[1]]
+        part = source[args[1]]
+        return _declared(graph, node, run) if part is UNKNOWN else part
     signature = _signature((node.target, args, kwargs))
     if signature is not None and signature in cache:
         return cache[signature]
@@ -183,6 +196,34 @@ def _value_of(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[
         sizes = ", ".join(f"{name}={size}" for name, size in run[2].items())
         node.meta.setdefault("failure", f"does not take its inputs{f' at {sizes}' if sizes else ''}: {reason}")
         return _declared(graph, node, run)
+
+
+def _owner_value(graph: Graph, node: fx.Node, run: Run) -> Any:
+    """The fake value of a node with bodies; the types of what is in the bodies are derived with it."""
+    key = run[0]
+    values = {used: used.meta.get(key, UNKNOWN) for used in node.all_input_nodes}
+    args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
+    found, reason = owner_types(
+        graph, node, args, kwargs, OwnerRun(run[1], lambda body, inputs: _body_values(body, inputs, run))
+    )
+    node.meta.pop("unknown", None)
+    if reason:
+        node.meta["unknown"] = reason
+    if len(found) == 1:
+        return _declared(graph, node, run) if found[0] is UNKNOWN else found[0]
+    return tuple(found)
+
+
+def _body_values(body: Graph, inputs: Sequence[Any], run: Run) -> list[Any]:
+    """Derive the types of a body from those of its inputs; returns those of its outputs."""
+    key = run[0]
+    _BODY_RUNS.setdefault(body.fx, {})[key] = run
+    for node, value in zip(body.placeholders, inputs, strict=True):
+        _set(node, key, value)
+    for node in body.fx.nodes:
+        if node.op in ("get_attr", "call_function"):
+            _set(node, key, _value_of(body, node, run))
+    return [node.meta.get(key, UNKNOWN) if isinstance(node, fx.Node) else node for node in body.result_nodes]
 
 
 def _signature(value: Any) -> Any:
@@ -221,25 +262,6 @@ def _set(node: fx.Node, key: str, value: Any) -> None:
         node.meta.pop(key, None)
     else:
         node.meta[key] = value
-
-
-def same_type(a: Any, b: Any) -> bool:
-    """True when two fake values have the same shape and element type (or are equal host values)."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and len(a.shape) == len(b.shape) and all(map(_same_dim, a.shape, b.shape))
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(map(same_type, a, b))
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return False
-    if a is UNKNOWN or b is UNKNOWN:
-        return a is b
-    return str(a) == str(b)
-
-
-def _same_dim(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return str(a) == str(b)
 
 
 # ---- inputs of ONNX graphs
@@ -283,15 +305,16 @@ def _fake_value(spec: ValueSpec, sizes: Mapping[str, int]) -> Any:
     return torch.empty(shape, dtype=spec.dtype)
 
 
-def _declared(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[str, int]]) -> Any:
+def _declared(graph: Graph, node: fx.Node, run: Run) -> Any:
     """The value that the ONNX file declares for the node (`value_info` or output), or UNKNOWN."""
-    record = node.meta.get("onnx")
-    if graph.model is None or record is None:
+    source, index = node.args if node.target is operator.getitem else (node, 0)
+    record = source.meta.get("onnx") if isinstance(source, fx.Node) else None
+    if graph.model is None or record is None or not isinstance(index, int):
         return UNKNOWN
     outputs: tuple[str, ...] = getattr(record, "outputs", ())
-    if len(outputs) != 1:
+    if (source is node and len(outputs) != 1) or index >= len(outputs):
         return UNKNOWN
-    spec = _declarations(graph).get(outputs[0])
+    spec = _declarations(graph).get(outputs[index])
     names = _dimension_names(graph)
     if spec is None or any(isinstance(dim, str) and dim not in names for dim in spec.shape or ()):
         return UNKNOWN

@@ -23,8 +23,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, Opaque, ValueSpec
+from fxopt.ir.onnx.bodies import AttributeReference
 from fxopt.ir.onnx.dtypes import from_numpy
 from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.subgraphs import CAPTURED_NAMES, Subgraph
 
 _OPERATOR = (
     "abs add and_ eq floordiv ge getitem gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub truediv xor"
@@ -85,6 +87,8 @@ def expression(value: Any, names: Mapping[fx.Node, str]) -> str:
         return str(value)
     if isinstance(value, OpOverload):
         return target_text(value)
+    if isinstance(value, AttributeReference):
+        return f"attribute({quoted(value.name)})"
     raise Unsupported(f"an argument of type {kind.__name__} ({value!r:.80}) has no text form")
 
 
@@ -125,6 +129,8 @@ def constant_digest(value: Any) -> str:
         return "host " + _tensor_digest(from_numpy(value))
     if isinstance(value, fx.GraphModule):
         return "graph#" + structural_hash(Graph(value.graph, value, "torch", (), ()))
+    if isinstance(value, Graph):
+        return "graph#" + structural_hash(value)
     if not isinstance(value, (torch.Tensor, Opaque)):
         return expression(value, {})
     inference = isinstance(value, torch.Tensor) and value.is_inference()
@@ -207,8 +213,14 @@ def first_difference(a: Graph, b: Graph) -> str:
 
 
 def _lines(graph: Graph) -> Iterator[str]:
-    """The graph as lines that determine it up to names; the last line is `outputs: ...`."""
+    """The graph as lines that determine it up to names; the last line is `outputs: ...`.
+
+    The lines of a body come before the operator that it belongs to, with the captured values by their positions there.
+    """
     yield f"origin: {graph.origin}"
+    bodies: dict[fx.Node, list[Subgraph]] = {}
+    for found in graph.subgraphs(recursive=False):
+        bodies.setdefault(found.owner, []).append(found)
     for kind, specs in (("input", graph.inputs), ("output", graph.outputs)):
         for index, spec in enumerate(specs):
             yield f"{kind} {index}: {_spec(spec)}"
@@ -216,14 +228,31 @@ def _lines(graph: Graph) -> Iterator[str]:
     number = 0
     for node in _canonical_order(graph):
         if node.op == "get_attr":
-            names[node] = constant_digest(graph.attribute(str(node.target)))
+            if any(node in map(_constant, bodies.get(user, ())) for user in node.users):
+                names[node] = "body"
+            else:
+                names[node] = constant_digest(graph.attribute(str(node.target)))
             continue
         number += 1
+        for found in bodies.get(node, ()):
+            where = f"{found.attribute} of operator {number}"
+            around: Any = node.kwargs.get(CAPTURED_NAMES, ())
+            yield f"{where}, captures: {[list(around).index(name) for name in found.graph.captures]}"
+            yield from (f"{where}, {line}" for line in _lines(found.graph))
         names[node] = f"v{number}"
         args = f"({', '.join([expression(value, names) for value in node.args])})"
-        kwargs = expression(dict(sorted(node.kwargs.items())), names) if node.kwargs else ""
+        kwargs = expression(_keywords(node), names) if node.kwargs else ""
         yield f"operator {number}: {_operator_name(node)}{args}{kwargs}"
     yield f"outputs: {expression(graph.result_nodes, names)}"
+
+
+def _constant(found: Subgraph) -> fx.Node:
+    return found.constant
+
+
+def _keywords(node: fx.Node) -> dict[str, Any]:
+    """The keywords in order; the names of captured values are no part of what is computed."""
+    return {key: value for key, value in sorted(node.kwargs.items()) if key != CAPTURED_NAMES}
 
 
 def _operator_name(node: fx.Node) -> str:

@@ -38,15 +38,16 @@ from torch import fx
 
 from fxopt.errors import GraphSyntaxError, InvalidInput, InvalidModel, InvalidOption, NotReady, OutputError, Unsupported
 from fxopt.ir.graph import Dim, Graph, Opaque, ValueSpec, label
+from fxopt.ir.onnx.bodies import AttributeReference, bound
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 from fxopt.ir.onnx.lane import HOST_LIMIT, to_tensor
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.structural_hash import constant_digest, expression, is_plain, quoted, target_text, tensor_bytes
-from fxopt.ir.text_parser import HELPERS, from_text, header_text, read_spec
+from fxopt.ir.text_parser import BODY_NAME, HELPERS, from_text, header_text, read_spec
 
 __all__ = [
-    "const", "constants_of", "from_text", "graph", "load_text", "onnx", "opaque", "ops", "overload", "run_file",
-    "save_text", "to_text",
+    "attribute", "const", "constants_of", "from_text", "graph", "load_text", "onnx", "opaque", "ops", "overload",
+    "run_file", "save_text", "subgraph", "to_text",
 ]  # fmt: skip
 
 SHARED = "constants.safetensors"
@@ -61,20 +62,11 @@ def to_text(graph: Graph, *, title: str = "") -> str:
     Raises:
         Unsupported: an operator, argument or constant has no text form; the message names the node.
     """
-    names = _variables(graph)
-    annotated = {node: f"{name}: {quoted(node.name)}" if name != node.name else name for node, name in names.items()}
-    dims = DimNames(graph)
-    body = []
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        try:
-            line = f"    {annotated[node]} = {_right_side(graph, node, names)}"
-        except Unsupported as error:
-            raise Unsupported(f"node {node.name!r}: {error}") from error
-        comment = _comment(graph, node, dims)
-        body.append(f"{line:<70}  # {comment}" if comment else line)
     about = ", ".join(filter(None, [f"fxopt graph {graph.name!r}", f"origin {graph.origin}", title]))
+    functions = _Functions()
+    functions.add(graph, "main", "")
+    more = "attribute, " if any("attribute(" in line for line in functions.lines[1:]) else ""
+    after = ", subgraph" if functions.count else ""
     return "\n".join([
         f'"""{_printable(about).translate(_PLAIN)}."""',
         "import math",
@@ -82,21 +74,55 @@ def to_text(graph: Graph, *, title: str = "") -> str:
         "",
         "import torch",
         "",
-        "from fxopt.ir.text import const, graph, onnx, opaque, ops, overload, run_file",
+        f"from fxopt.ir.text import {more}const, graph, onnx, opaque, ops, overload, run_file{after}",
         "",
         "",
-        "@graph(",
-        *[f"    {option}," for option in header_text(graph)],
-        ")",
-        f"def main({', '.join([annotated[node] for node in graph.placeholders])}):",
-        *body,
-        f"    return {expression(graph.result_nodes, names)}",
-        "",
-        "",
+        *functions.lines,
         'if __name__ == "__main__":',
         "    run_file(main, __file__)",
         "",
     ])  # fmt: skip
+
+
+class _Functions:
+    """The functions of a text: bodies (`body_1`, `body_2`, ...) come before what holds them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.count = 0
+
+    def add(self, graph: Graph, name: str, at: str) -> None:
+        """Append a graph as the function `name`; `at` is what the names of its constants begin with."""
+        bodies: dict[str, str] = {}
+        for target, body in bodies_of(graph).items():
+            self.count += 1
+            bodies[target] = f"body_{self.count}"
+            self.add(body, bodies[target], f"{at}{target}.")
+        names = _variables(graph)
+        annotated = {
+            node: f"{variable}: {quoted(node.name)}" if variable != node.name else variable
+            for node, variable in names.items()
+        }
+        dims = DimNames(graph)
+        self.lines += ["@graph(", *[f"    {option}," for option in header_text(graph, at)], ")"]
+        self.lines.append(f"def {name}({', '.join([annotated[node] for node in graph.placeholders])}):")
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            try:
+                line = f"    {annotated[node]} = {_right_side(graph, node, names, bodies, at)}"
+            except Unsupported as error:
+                raise Unsupported(f"node {node.name!r}: {error}") from error
+            comment = _comment(graph, node, dims)
+            self.lines.append(f"{line:<70}  # {comment}" if comment else line)
+        self.lines += [f"    return {expression(graph.result_nodes, names)}", "", ""]
+
+
+def bodies_of(graph: Graph) -> dict[str, Graph]:
+    """The graphs that the constants of a graph are, by the constants' names."""
+    targets = dict.fromkeys(str(node.target) for node in graph.fx.find_nodes(op="get_attr"))
+    held = {target: graph.attribute(target) for target in targets}
+    return {target: value for target, value in held.items() if isinstance(value, Graph)}
 
 
 _PLAIN = str.maketrans('"\\', "'/")
@@ -112,7 +138,8 @@ def _variables(graph: Graph) -> dict[fx.Node, str]:
     names: dict[fx.Node, str] = {}
     for node in graph.nodes:
         name = node.name
-        if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name) or name in HELPERS:
+        taken_name = name in HELPERS or BODY_NAME.fullmatch(name) is not None
+        if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name) or taken_name:
             name = "".join([char if char.isascii() and char.isalnum() else "_" for char in f"{name}_"])
             name = f"_{name}" if name[0].isdigit() else name
             while name in taken:
@@ -122,9 +149,12 @@ def _variables(graph: Graph) -> dict[fx.Node, str]:
     return names
 
 
-def _right_side(graph: Graph, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+def _right_side(graph: Graph, node: fx.Node, names: Mapping[fx.Node, str], bodies: Mapping[str, str], at: str) -> str:
     if node.op == "get_attr":
-        return _constant(graph, str(node.target))
+        target = str(node.target)
+        if target in bodies:
+            return f"subgraph({quoted(target)}, {bodies[target]})"
+        return _constant(graph, target, at)
     if node.op != "call_function":
         raise Unsupported(f"{node.op} has no text form")
     target = target_text(node.target)
@@ -138,8 +168,9 @@ def _right_side(graph: Graph, node: fx.Node, names: Mapping[fx.Node, str]) -> st
     return f"{target}({', '.join(args)})"
 
 
-def _constant(graph: Graph, target: str) -> str:
+def _constant(graph: Graph, target: str, at: str) -> str:
     value = graph.attribute(target)
+    target = f"{at}{target}"
     if isinstance(value, torch.Tensor):
         return f"const({quoted(target)})"
     if isinstance(value, np.ndarray):
@@ -200,12 +231,14 @@ class DimNames:
 
 
 def constants_of(graph: Graph) -> dict[str, torch.Tensor]:
-    """The tensors that a text of the graph names, by name; small host arrays too."""
+    """The tensors that a text of the graph names, by name; small host arrays too, and those of bodies."""
     found: dict[str, torch.Tensor] = {}
     for node in graph.fx.find_nodes(op="get_attr"):
         value = graph.attribute(str(node.target))
         if isinstance(value, (torch.Tensor, np.ndarray)):
             found[str(node.target)] = value if isinstance(value, torch.Tensor) else from_numpy(value)
+    for target, body in bodies_of(graph).items():
+        found.update({f"{target}.{name}": value for name, value in constants_of(body).items()})
     return found
 
 
@@ -343,7 +376,8 @@ def _read_tensors(text: Path) -> dict[str, torch.Tensor]:
 # ---- the helpers that a text calls when it runs as Python
 
 _RUNNING: ContextVar[tuple[str, Mapping[str, torch.Tensor]] | None] = ContextVar("running", default=None)
-onnx = OnnxOp
+_ATTRIBUTES: ContextVar[Mapping[str, Any] | None] = ContextVar("attributes", default=None)
+attribute = AttributeReference
 
 
 class GraphFunction:
@@ -353,6 +387,7 @@ class GraphFunction:
         self.function = function
         self.origin: str = header["origin"]
         self.sizes: dict[str, int] = header.get("sizes", {})
+        self.captures: tuple[str, ...] = tuple(header.get("captures", ()))
         self.inputs, self.outputs = ([read_spec(entry) for entry in header[key]] for key in ("inputs", "outputs"))
 
     def __call__(self, *inputs: Any) -> list[Any]:
@@ -363,6 +398,34 @@ class GraphFunction:
                 return [to_tensor(value) for value in self.function(*inputs)]
         finally:
             _RUNNING.reset(token)
+
+    @property
+    def formals(self) -> int:
+        """The number of inputs beside the captured values, when this is a body."""
+        return len(self.inputs) - len(self.captures)
+
+    def run(self, inputs: list[Any], attributes: Mapping[str, Any]) -> list[Any]:
+        """The outputs of a body while the function around it runs."""
+        token = _ATTRIBUTES.set(attributes)
+        try:
+            return list(self.function(*inputs))
+        finally:
+            _ATTRIBUTES.reset(token)
+
+
+def onnx(domain: str, op_type: str, since_version: int) -> Callable[..., Any]:
+    """An ONNX operator that takes functions of this file as its sub-graphs."""
+    target = OnnxOp(domain, op_type, since_version)
+
+    def body(value: Any) -> GraphFunction | None:
+        return value if isinstance(value, GraphFunction) else None
+
+    return lambda *inputs, **kwargs: target(*inputs, **bound(kwargs, body, _ATTRIBUTES.get() or {}))
+
+
+def subgraph(name: str, body: GraphFunction) -> GraphFunction:
+    """The function of this file that is the constant `name`."""
+    return body
 
 
 def graph(**header: Any) -> Callable[[Callable[..., tuple[Any, ...]]], GraphFunction]:

@@ -10,6 +10,7 @@ import ast
 import base64
 import gc
 import operator
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,17 +22,20 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from fxopt.errors import GraphSyntaxError, unknown
 from fxopt.ir.graph import Graph, Opaque, ValueSpec, set_attribute
+from fxopt.ir.onnx.bodies import AttributeReference
 from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.structural_hash import FUNCTIONS, TORCH_CONSTANTS, expression, quoted
 
 HELPERS = frozenset([  # names that a text uses, and that no variable of it may have
-    "const", "graph", "onnx", "opaque", "ops", "overload", "run_file",
+    "attribute", "const", "graph", "onnx", "opaque", "ops", "overload", "run_file", "subgraph",
     "torch", "operator", "math", "float", "complex", "slice", "range",
 ])  # fmt: skip
 _MAKERS: dict[str, Any] = {  # arguments that are spelled as a call
-    "float": float, "complex": complex, "slice": slice, "range": range, "torch.device": torch.device
+    "attribute": AttributeReference, "float": float, "complex": complex, "slice": slice, "range": range,
+    "torch.device": torch.device,
 }  # fmt: skip
+BODY_NAME = re.compile(r"body_\d+")
 _MAIN = ast.dump(ast.parse("if __name__ == '__main__':\n    run_file(main, __file__)").body[0])
 
 
@@ -47,7 +51,7 @@ def from_text(text: str, constants: Mapping[str, torch.Tensor]) -> Graph:
     collecting = gc.isenabled()
     gc.disable()  # hundreds of objects per line and no cycles: collecting doubles the time
     try:
-        return _Reader(constants).module(ast.parse(text))
+        return _module(ast.parse(text), constants)
     except SyntaxError as error:
         raise GraphSyntaxError(f"line {error.lineno}: the text does not parse: {error.msg}") from error
     except (RecursionError, MemoryError) as error:
@@ -73,35 +77,50 @@ def _shown(node: ast.AST) -> str:
     return f"{ast.unparse(node).splitlines()[0]:.80}"
 
 
+def _module(module: ast.Module, constants: Mapping[str, torch.Tensor]) -> Graph:
+    """The graph of the function main; the functions before it are bodies."""
+    bodies: dict[str, Graph] = {}
+    taken: set[str] = set()
+    found: Graph | None = None
+    for index, node in enumerate(module.body):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            _check_import(node)
+        elif isinstance(node, ast.FunctionDef):
+            is_body = BODY_NAME.fullmatch(node.name) is not None and node.name not in bodies
+            if found is not None or not (node.name == "main" or is_body):
+                raise _refused(node, f"function {node.name!r}: a text holds one function, main, and bodies before it")
+            made = _Reader(constants, bodies, taken).function(node)
+            if is_body:
+                bodies[node.name] = made
+            else:
+                found = made
+        elif not (index == 0 and _is_docstring(node)) and ast.dump(node) != _MAIN:
+            raise _refused(node, f"{_shown(node)!r} is not part of the form")
+    if found is None:
+        raise _refused(module, "there is no function main")
+    return found
+
+
 class _Reader:
-    def __init__(self, constants: Mapping[str, torch.Tensor]) -> None:
+    """Reads one function; `at` is what the names of its constants begin with in the file."""
+
+    def __init__(self, constants: Mapping[str, torch.Tensor], bodies: Mapping[str, Graph], taken: set[str]) -> None:
         self.constants = constants
+        self.bodies = bodies
+        self.taken = taken  # the bodies that a constant holds
+        self.at = ""
         self.fx = fx.Graph()
         self.root = torch.nn.Module()
         self.values: dict[str, fx.Node] = {}  # by variable
         self.targets: dict[Any, Any] = {}  # operators, by their spelling
         self.registered: set[str] = set()
 
-    def module(self, module: ast.Module) -> Graph:
-        function: ast.FunctionDef | None = None
-        for index, node in enumerate(module.body):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                _check_import(node)
-            elif isinstance(node, ast.FunctionDef):
-                if function is not None or node.name != "main":
-                    raise _refused(node, f"function {node.name!r}: a text holds one function, main")
-                function = node
-            elif not (index == 0 and _is_docstring(node)) and ast.dump(node) != _MAIN:
-                raise _refused(node, f"{_shown(node)!r} is not part of the form")
-        if function is None:
-            raise _refused(module, "there is no function main")
-        return self.function(function)
-
     def function(self, node: ast.FunctionDef) -> Graph:
         decorator = node.decorator_list[0] if node.decorator_list else node
         if len(node.decorator_list) != 1 or not isinstance(decorator, ast.Call):
             raise _refused(decorator, "main needs @graph(...) as its only decorator")
         header = _header(decorator)
+        self.at = header.pop("at", "")
         given = node.args
         if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults:
             raise _refused(node, "main takes plain parameters only")
@@ -119,11 +138,13 @@ class _Reader:
         if count != declared:
             raise _refused(result, f"{count} values are returned, outputs declares {declared}")
         self.fx.output(self.value(result.value))
+        if len(header.get("captures", ())) > len(header["inputs"]):
+            raise _refused(node, f"{len(header['captures'])} captures of {len(header['inputs'])} inputs")
         return Graph(self.fx, self.root, **header)
 
     def new_name(self, node: ast.AST, variable: str, annotation: ast.expr | None) -> str:
         """The node's name: the variable's, or the string annotation where Python or a helper uses that name."""
-        if variable in HELPERS:
+        if variable in HELPERS or variable in self.bodies:
             raise _refused(node, f"{variable!r} is the name of a helper")
         if variable in self.values:
             raise _refused(node, f"{variable!r} is assigned twice")
@@ -151,6 +172,8 @@ class _Reader:
             return self.fx.create_node("call_function", operator.getitem, args, name=name)
         if isinstance(node.func, ast.Name) and node.func.id in ("const", "opaque"):
             return self.constant(name, node, node.func.id)
+        if isinstance(node.func, ast.Name) and node.func.id == "subgraph":
+            return self.body(name, node)
         target = self.target(node.func)
         kwargs: dict[str, Any] = {}
         for item in node.keywords:
@@ -169,10 +192,23 @@ class _Reader:
             value = _opaque(node, *literals)
         elif kind == "opaque" or literals or (options and not host):
             raise _refused(node, "expected const(name), const(name, host=True) or opaque(name, message type, base64)")
-        elif target not in self.constants:
+        elif target not in self.constants or not target.startswith(self.at):
             raise _refused(node, f"constant {target!r} is not among the {len(self.constants)} given")
         else:
             value = to_numpy(self.constants[target]) if host else self.constants[target]
+        return self.held(name, node, target.removeprefix(self.at), value)
+
+    def body(self, name: str, node: ast.Call) -> fx.Node:
+        target, function = (*node.args, None, None)[:2]
+        held = function.id if isinstance(function, ast.Name) else ""
+        again = isinstance(target, ast.Constant) and target.value in self.registered
+        wrong = held not in self.bodies or (held in self.taken and not again)
+        if len(node.args) != 2 or node.keywords or not isinstance(target, ast.Constant) or wrong:
+            raise _refused(node, "expected subgraph(name, body), a function above that no other constant holds")
+        self.taken.add(held)
+        return self.held(name, node, str(target.value), self.bodies[held])
+
+    def held(self, name: str, node: ast.AST, target: str, value: Any) -> fx.Node:
         if target not in self.registered:
             try:
                 set_attribute(self.root, target, value)
@@ -313,7 +349,7 @@ def _check_import(node: ast.Import | ast.ImportFrom) -> None:
 # ---- the decorator
 
 
-def header_text(graph: Graph) -> list[str]:
+def header_text(graph: Graph, at: str = "") -> list[str]:
     """The keywords of `@graph(...)`, one per line."""
     options = [f"origin={quoted(graph.origin)}"]
     for key, specs in (("inputs", graph.inputs), ("outputs", graph.outputs)):
@@ -322,6 +358,10 @@ def header_text(graph: Graph) -> list[str]:
         options.append(f"name={quoted(graph.name)}")
     if graph.sizes:
         options.append(f"sizes={expression(graph.sizes, {})}")
+    if graph.captures:
+        options.append(f"captures={expression(list(graph.captures), {})}")
+    if at:
+        options.append(f"at={quoted(at)}")
     return options
 
 
@@ -339,13 +379,18 @@ def _header(node: ast.Call) -> dict[str, Any]:
         except (ValueError, TypeError) as error:
             raise _refused(item, f"{item.arg}: {_shown(item.value)!r} is not a literal") from error
     wanted = {"origin", "inputs", "outputs", "name"}
-    if _dotted(node.func) != "graph" or node.args or set(given) - {"sizes"} != wanted:
+    if _dotted(node.func) != "graph" or node.args or set(given) - {"sizes", "captures", "at"} != wanted:
         raise _refused(node, f"expected @graph(origin, inputs, outputs, name, sizes), got {sorted(given)}")
     sizes = given.get("sizes", {})
     if not isinstance(sizes, dict) or any((type(name), type(size)) != (str, int) for name, size in sizes.items()):
         raise _refused(node, f"sizes is {sizes!r}, expected the size of each named dimension")
     if given["origin"] not in ("torch", "onnx") or not isinstance(given["name"], str):
         raise _refused(node, f"origin is {given['origin']!r}, expected 'torch' or 'onnx'; name is {given['name']!r}")
+    captures = given.get("captures", [])
+    if not isinstance(captures, list) or not all(type(name) is str for name in [*captures, given.get("at", "")]):
+        raise _refused(node, f"captures is {captures!r}, expected a list of names; `at` is a text")
+    if "captures" in given:
+        given["captures"] = tuple(captures)
     try:
         for key in ("inputs", "outputs"):
             given[key] = tuple(map(read_spec, given[key] if isinstance(given[key], list) else [given[key]]))

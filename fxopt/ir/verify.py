@@ -1,7 +1,7 @@
 """Is the graph well formed, and does it still compute what it did?
 
-Structure: topology, constants that exist, types re-derived for the changed neighbourhood only. Numbers: an exact pass
-may be no further from float64 than the graph before it was.
+Structure (of bodies too): topology, constants that exist, types re-derived for the changed neighbourhood only. Numbers:
+an exact pass may be no further from float64 than the graph before it was.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import fx
 
 from fxopt.errors import VerificationError
+from fxopt.ir.fake_values import UNKNOWN, same_type
 from fxopt.ir.graph import Graph, ValueSpec, label
 from fxopt.ir.interpreter import Evaluator
-from fxopt.ir.shapes import UNKNOWN, same_type, update
+from fxopt.ir.shapes import update
+from fxopt.ir.subgraphs import CAPTURED, CAPTURED_NAMES, Subgraph
 
 Snapshot = dict[fx.Node, tuple[Any, Any, Any]]
 _SLACK = 16  # units in the last place of the largest element that an exact rewrite may add
@@ -70,6 +72,8 @@ def verify_structure(
         raise VerificationError(f"{len(graph.placeholders)} input nodes; the signature has {len(graph.inputs)}")
     if len(graph.result_nodes) != len(graph.outputs):
         raise VerificationError(f"{len(graph.result_nodes)} outputs; the signature has {len(graph.outputs)}")
+    for found in graph.subgraphs(recursive=False):
+        _check_body(found)
     if changed is None:
         return
     results = set(graph.result_nodes)
@@ -80,6 +84,21 @@ def verify_structure(
     _check_dimensions(graph)
     if failed is not None:
         _check_failures(graph, failed)
+
+
+def _check_body(found: Subgraph) -> None:
+    """A body is well formed, and its owner gives it every value that it captures."""
+    names: Any = found.owner.kwargs.get(CAPTURED_NAMES, ())
+    values: Any = found.owner.kwargs.get(CAPTURED, ())
+    if len(names) != len(values):
+        raise VerificationError(f"{found.path}: {len(values)} captured values have {len(names)} names")
+    missing = [name for name in found.graph.captures if name not in names]
+    if missing:
+        raise VerificationError(f"{found.path}: the body captures {missing}, which node {label(found.owner)!r} lacks")
+    try:
+        verify_structure(found.graph)
+    except VerificationError as error:
+        raise VerificationError(f"{found.path}: {error}") from error
 
 
 def _check_dimensions(graph: Graph) -> None:

@@ -49,13 +49,29 @@ class Context:
     include: re.Pattern[str] | None = None
     exclude: re.Pattern[str] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    where: str = ""  # in a body: its path and a slash, which the names of its nodes begin with in the ledger
 
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
         """ "" when the backend has a kernel for it on the target, else the reason."""
         return "" if self.capabilities is None else self.capabilities.supports(op, dtype, pattern)
 
+    def inside(self, path: str) -> Context:
+        """The context of a pass in a body, with a ledger of its own (see `merge`)."""
+        return dataclasses.replace(self, ledger=Ledger(), where=f"{path}/")
+
+    def merge(self, inner: Context) -> None:
+        """Take over the ledger of a body: rows that are not there yet, under the nodes' paths."""
+        known = set(self.ledger.verdicts)
+        for verdict in inner.ledger.verdicts:
+            moved = dataclasses.replace(verdict, node=inner.where + verdict.node)
+            if moved not in known:
+                self.ledger.add(moved)
+        for note in inner.ledger.notes:
+            self.ledger.note(inner.where + note)
+
     def excluded(self, name: str) -> Refusal | None:
         """The refusal of a node that the user left out."""
+        name = self.where + name
         if self.exclude is not None and self.exclude.search(name):
             return Refusal("excluded by --exclude {}", self.exclude.pattern)
         if self.include is not None and not self.include.search(name):
@@ -141,6 +157,8 @@ class Pass:
 @dataclass(frozen=True)
 class ExactPass(Pass):
     """Changes the graph in place without changing what it computes (up to rounding)."""
+
+    enters_bodies: ClassVar[bool] = False  # the manager runs it on the bodies of If, Loop and the like too
 
     def run(self, graph: Graph, ctx: Context) -> int:
         """Rewrite; returns the number of changes (0 ends a fix-point loop)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,13 +17,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxopt.ir.builder import constant_before
+from fxopt.ir.fake_values import same_type
 from fxopt.ir.graph import Graph, label, provenance
 from fxopt.ir.interpreter import constant_value, evaluate
 from fxopt.ir.ledger import Refusal, Verdict
 from fxopt.ir.onnx.lane import has_symbol, to_tensor
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.onnx.records import ConstantRecord, NodeRecord
-from fxopt.ir.shapes import same_type
 from fxopt.ir.views.common import is_onnx
 from fxopt.passes.base import Context, ExactPass
 from fxopt.passes.rules.apply import drop_unused, record_once
@@ -39,6 +39,8 @@ _BOUNDED_TORCH = (aten.nonzero.default, aten.masked_select.default, aten._unique
 @dataclass(frozen=True)
 class FoldConstants(ExactPass):
     """Compute what depends on constants alone, once and for all."""
+
+    enters_bodies: ClassVar[bool] = True
 
     max_bytes: int = 1 << 20  # a larger value is kept only if it is no larger than the constants that it replaces
 

@@ -86,13 +86,32 @@ class PassManager:
         return total
 
     def _step(self, step: ExactPass, graph: Graph, ctx: Context, done: list[str]) -> int:
+        """Run one pass on the graph, then on each body from outside to inside; no value crosses their boundary."""
+        run = self._run_once(step, graph, ctx, done)
+        for found in list(graph.subgraphs()) if step.enters_bodies else ():
+            inner = ctx.inside(found.path)
+            inside = self._run_once(step, found.graph, inner, done)
+            ctx.merge(inner)
+            run = PassRun(
+                step.name,
+                run.changes + inside.changes,
+                run.seconds + inside.seconds,
+                run.verify_seconds + inside.verify_seconds,
+            )
+        if run.changes:
+            self._dump(graph, step.name)
+        self.runs.append(run)
+        return run.changes
+
+    def _run_once(self, step: ExactPass, graph: Graph, ctx: Context, done: list[str]) -> PassRun:
         before = snapshot(graph)
         types = output_types(graph)
+        at = f" in {ctx.where.rstrip('/')}" if ctx.where else ""
         begin = time.perf_counter()
         try:
             changes = step.run(graph, ctx)
         except Exception as error:
-            raise PassError(f"pass {step.name} failed after {done}: {type(error).__name__}: {error}") from error
+            raise PassError(f"pass {step.name} failed{at} after {done}: {type(error).__name__}: {error}") from error
         if type(changes) is not int or changes < 0:
             raise PassError(f"pass {step.name} returned {changes!r}; expected the number of changes")
         middle = time.perf_counter()
@@ -104,11 +123,9 @@ class PassManager:
                 verify_structure(graph, changed, before)
                 check_output_types(graph, types)
             except VerificationError as error:
-                raise VerificationError(f"pass {step.name} (after {done}) broke the graph: {error}") from error
+                raise VerificationError(f"pass {step.name} (after {done}) broke the graph{at}: {error}") from error
             self._record(step, graph, ctx, changes, [node for node in changed if node not in before])
-            self._dump(graph, step.name)
-        self.runs.append(PassRun(step.name, changes, middle - begin, time.perf_counter() - middle))
-        return changes
+        return PassRun(step.name, changes, middle - begin, time.perf_counter() - middle)
 
     def _record(self, step: ExactPass, graph: Graph, ctx: Context, changes: int, made: Sequence[fx.Node]) -> None:
         mine = [node for node in made if step.name in (node.meta.get("provenance") or ())[1:]]
@@ -149,6 +166,8 @@ def first_bad_pass(start: Graph, steps: Sequence[ExactPass], ctx: Context, good:
             before = snapshot(graph)
             step.run(graph, quiet)
             verify_structure(graph, changed_nodes(graph, before), before)
+            for found in list(graph.subgraphs()) if step.enters_bodies else ():
+                step.run(found.graph, quiet.inside(found.path))
         return good(graph)
 
     low, high = 0, len(steps)  # good after `low` passes, bad after `high`

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -25,6 +25,8 @@ _SAMPLE_BYTES = 1024  # constants up to this size are compared whole; of larger 
 @dataclass(frozen=True)
 class MergeCommonSubexpressions(ExactPass):
     """Compute equal values once."""
+
+    enters_bodies: ClassVar[bool] = True
 
     constant_bytes: int = 1024  # equal constants of at least this size are stored once, also without a common operator
 

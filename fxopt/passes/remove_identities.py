@@ -7,6 +7,7 @@ torch graphs a copy stays where a result would share memory with an input or con
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fxopt.ir.graph import Graph
 from fxopt.ir.pattern import Rule
@@ -30,6 +31,8 @@ from fxopt.passes.rules.drop_zero_term import DropZeroTerm
 @dataclass(frozen=True)
 class RemoveIdentities(ExactPass):
     """Remove operators that give back what they got."""
+
+    enters_bodies: ClassVar[bool] = True
 
     signed_zeros: bool = True  # False: x + 0.0 goes too, although it turns -0.0 into 0.0
 

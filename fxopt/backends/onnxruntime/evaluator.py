@@ -13,6 +13,7 @@ from torch import fx
 from fxopt.errors import MissingReference
 from fxopt.ir.graph import Graph, Opaque, label
 from fxopt.ir.onnx.dtypes import FROM_TORCH, from_numpy, to_numpy
+from fxopt.ir.onnx.emitter import with_bodies
 from fxopt.ir.onnx.lane import to_tensor
 from fxopt.ir.onnx.records import NodeRecord
 
@@ -46,16 +47,16 @@ class OnnxEvaluator:
         """The outputs; operators that do not take widened inputs get them in the model's own type."""
         feeds = {name: _array(value) for name, value in values}
         try:
-            return [_value(item) for item in self._session(graph, record, feeds).run(None, feeds)]
+            return [_value(item) for item in self._session(graph, node, record, feeds).run(None, feeds)]
         except MissingReference:
             dtype = _own_float(node)
             if not any(_is_double(value) for _, value in values) or dtype == torch.float64:
                 raise
         feeds = {name: _array(value.to(dtype) if _is_double(value) else value) for name, value in values}
-        results = [_value(item) for item in self._session(graph, record, feeds).run(None, feeds)]
+        results = [_value(item) for item in self._session(graph, node, record, feeds).run(None, feeds)]
         return [item.double() if isinstance(item, torch.Tensor) and item.dtype == dtype else item for item in results]
 
-    def _session(self, graph: Graph, record: NodeRecord, feeds: dict[str, Any]) -> Any:
+    def _session(self, graph: Graph, node: fx.Node, record: NodeRecord, feeds: dict[str, Any]) -> Any:
         signature = tuple((name, str(getattr(value, "dtype", "")), np.ndim(value)) for name, value in feeds.items())
         key = (id(record), signature)
         if key in self._sessions:
@@ -63,9 +64,10 @@ class OnnxEvaluator:
         import onnxruntime
 
         assert record.proto is not None and graph.model is not None
+        proto = with_bodies(graph, node, record.proto)
         inputs = [_value_info(name, value) for name, value in feeds.items()]
         outputs = [onnx.ValueInfoProto(name=name) for name in record.proto.output if name]
-        body = helper.make_graph([record.proto], "node", inputs, outputs)
+        body = helper.make_graph([proto], "node", inputs, outputs)
         model = helper.make_model(
             body,
             opset_imports=list(graph.model.proto.opset_import),

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxopt.errors import MissingReference
 from fxopt.ir.graph import Graph, label
+from fxopt.ir.onnx.emitter import with_bodies
 from fxopt.ir.onnx.records import NodeRecord
 from fxopt.ir.onnx.values import from_array, to_array
 
@@ -22,6 +23,7 @@ def evaluate(graph: Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     record = node.meta.get("onnx")
     if not isinstance(record, NodeRecord) or record.proto is None or graph.model is None:
         raise MissingReference(f"node {label(node)!r}: {node.target} is no operator of ONNX")
+    proto = with_bodies(graph, node, record.proto)
     names = list(record.proto.input) + list(kwargs.get("_captured_names", ()))
     values = list(args) + list(kwargs.get("_captured", ()))
     feeds = {name: to_array(value) for name, value in zip(names, values, strict=True) if name}
@@ -30,7 +32,7 @@ def evaluate(graph: Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     inputs = [ValueInfoProto(name=name, type=TypeProto()) for name in feeds]
     outputs = [ValueInfoProto(name=name, type=TypeProto()) for name in record.proto.output if name]
     model = helper.make_model(
-        helper.make_graph([record.proto], "node", inputs, outputs),
+        helper.make_graph([proto], "node", inputs, outputs),
         opset_imports=list(graph.model.proto.opset_import),
         functions=list(graph.model.proto.functions),
         ir_version=graph.model.proto.ir_version,

@@ -8,14 +8,18 @@ import numpy as np
 
 from fxopt.errors import MissingReference
 from fxopt.ir.onnx import registry
+from fxopt.ir.onnx.bodies import Body, visible
+from fxopt.ir.onnx.bodies import call as call_body
 from fxopt.ir.onnx.lane import is_host, to_tensor
+from fxopt.ir.subgraphs import CAPTURED, FUNCTION
 
 
 class OnnxOp:
     """The operator `domain::op_type` with the schema of `since_version`; interned, so identity is equality.
 
     Inputs are positional arguments (None = omitted), attributes keyword arguments; `_outputs` is the number of outputs
-    when it is not one, and then a tuple is returned. Calling it computes the operator's specification in torch.
+    when it is not one, and then a tuple is returned. Calling it computes the operator's specification in torch, or the
+    function `_function` (of the model, or the schema's). Sub-graphs come as bodies (`fxopt.ir.onnx.bodies`).
 
     Raises:
         MissingReference: the operator has no torch reference; run the graph with an evaluator (`Graph.run`).
@@ -48,14 +52,18 @@ class OnnxOp:
 
     @property
     def has_reference(self) -> bool:
-        """True when the operator has a torch implementation."""
+        """True when the operator has a torch implementation (of its own: calls of functions have none)."""
         return registry.lookup(self.domain, self.op_type) is not None
 
     def __call__(self, *inputs: Any, _outputs: int = 1, **attributes: Any) -> Any:
+        if isinstance(attributes.get(FUNCTION), Body):
+            return call_body(attributes[FUNCTION], inputs, attributes, _outputs)
         reference = registry.lookup(self.domain, self.op_type)
         if reference is None:
             raise MissingReference(f"{self!r} has no torch reference")
         call = registry.Call(self.since_version, _outputs)
+        if CAPTURED in attributes:
+            attributes = visible(attributes)
         if reference.host is not None:
             given = [value for value in inputs if value is not None]
             if given and all(is_host(value) for value in given):

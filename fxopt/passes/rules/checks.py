@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
+from fxopt.ir.fake_values import same_type
 from fxopt.ir.graph import label, merged_shape
 from fxopt.ir.pattern import Match, Mismatch, Refusal
-from fxopt.ir.shapes import same_type
 from fxopt.ir.views.common import is_onnx
 
 _EXACT = (  # polynomials and selections; comparisons, minima and quotients may agree at two sizes by chance

@@ -1,0 +1,1 @@
+"""From ONNX messages to graphs: one file per part of a model."""

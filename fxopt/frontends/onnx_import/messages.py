@@ -1,0 +1,93 @@
+"""What is kept of ONNX messages, and what names a sub-graph takes from around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+
+from fxopt.errors import InvalidModel
+from fxopt.frontends.onnx_import.tensors import copy_field
+
+DEPTH_LIMIT = 30  # nested sub-graphs; protobuf's own limit is 100 messages, three for each sub-graph
+_BODY_FIELDS = ("node", "initializer", "sparse_initializer")
+
+
+def graphs_of(node: NodeProto) -> Iterator[GraphProto]:
+    """The sub-graphs of a node's attributes."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def check_depth(model: ModelProto) -> None:
+    """Check that sub-graphs are not nested too deeply.
+
+    Raises:
+        InvalidModel: they are; the message names a node.
+    """
+    waiting = [(node, 0) for node in model.graph.node if node.attribute]
+    waiting += [(node, 0) for function in model.functions for node in function.node if node.attribute]
+    while waiting:
+        node, depth = waiting.pop()
+        for graph in graphs_of(node):
+            if depth >= DEPTH_LIMIT:
+                raise InvalidModel(
+                    f"node {node.name or node.op_type!r} is inside {depth} nested sub-graphs; "
+                    f"at most {DEPTH_LIMIT} are supported, since protobuf reads no deeper messages"
+                )
+            waiting += [(inner, depth + 1) for inner in graph.node if inner.attribute]
+
+
+def without_graph_body(proto: ModelProto) -> ModelProto:
+    """A copy of the message without nodes and initializers; weights are never copied."""
+    copied = ModelProto()
+    for descriptor, value in proto.ListFields():
+        if descriptor.name != "graph":
+            copy_field(copied, descriptor, value)
+    copied.graph.CopyFrom(graph_header(proto.graph))
+    copied.graph.SetInParent()
+    return copied
+
+
+def graph_header(proto: GraphProto) -> GraphProto:
+    """A copy of the graph without nodes and initializers."""
+    copied = GraphProto()
+    for descriptor, value in proto.ListFields():
+        if descriptor.name not in _BODY_FIELDS:
+            copy_field(copied, descriptor, value)
+    return copied
+
+
+def without_subgraphs(proto: NodeProto) -> NodeProto:
+    """A copy of the node whose sub-graphs are empty: the nested graphs hold what was in them."""
+    if not any(True for _ in graphs_of(proto)):
+        copied: NodeProto = NodeProto.FromString(proto.SerializeToString())
+        return copied
+    copied = NodeProto()
+    for descriptor, value in proto.ListFields():
+        if descriptor.name != "attribute":
+            copy_field(copied, descriptor, value)
+    for attribute in proto.attribute:
+        kept = copied.attribute.add()
+        for descriptor, value in attribute.ListFields():
+            if descriptor.name not in ("g", "graphs"):
+                copy_field(kept, descriptor, value)
+    return copied
+
+
+def captured_names(body: GraphProto) -> list[str]:
+    """Names that a sub-graph takes from the graphs around it, in order of first use; sub-graphs in it included."""
+    local = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
+    local |= {tensor.values.name for tensor in body.sparse_initializer}
+    captured: dict[str, None] = {}
+    for node in body.node:
+        names = list(node.input)
+        for graph in graphs_of(node):
+            names += captured_names(graph)
+        captured.update(dict.fromkeys(name for name in names if name and name not in local))
+        local.update(node.output)
+    captured.update(dict.fromkeys(value.name for value in body.output if value.name and value.name not in local))
+    return list(captured)
