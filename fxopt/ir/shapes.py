@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from fxopt.errors import MissingReference
 from fxopt.ir.graph import Dim, Graph, ValueSpec
 from fxopt.ir.interpreter import constant_value, evaluate
+from fxopt.ir.onnx.foreign import is_foreign
 
 UNKNOWN = object()
 _DEPENDS_ON_DATA = (  # or fake tensors cannot run it
@@ -196,6 +197,8 @@ def _signature(value: Any) -> Any:
     if isinstance(value, dict):
         return _signature(tuple(value.items()))
     if isinstance(value, np.ndarray):
+        if is_foreign(value):  # its elements decide no type
+            return (value.dtype.name, value.shape)
         return (value.dtype.str, value.shape, value.tobytes()) if value.dtype != object else None
     if value is None or isinstance(value, (int, float, str, torch.dtype, torch.device)):
         return (type(value), value)
