@@ -35,6 +35,7 @@ MISSING = dict(
 DATA_DEPENDENT = {  # their output shape, or an operand that is not an int64 constant in the suite, needs data
     *("Compress", "NonZero", "Unique", "CumSum", "CumProd", "Dropout", "OneHot", "Range", "Resize", "Upsample"),
     *("BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix"),
+    *("LabelEncoder", "OneHotEncoder", "TfIdfVectorizer"),
 }
 FIXED_TYPE = {  # the output type is in an attribute, or none of the inputs'
     *("Cast", "CastLike", "BitCast", "Constant", "EyeLike", "BlackmanWindow", "HammingWindow", "HannWindow"),

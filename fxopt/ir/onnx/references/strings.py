@@ -16,8 +16,8 @@ from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
 
-_TURKIC_LOWER = str.maketrans({"I": "ı", "İ": "i"})
-_TURKIC_UPPER = str.maketrans({"i": "İ", "ı": "I"})
+_TURKIC_LOWER = str.maketrans({"I": "\u0131", "\u0130": "i"})
+_TURKIC_UPPER = str.maketrans({"i": "\u0130", "\u0131": "I"})
 
 
 @operators.reference("StringConcat", raw=True)
