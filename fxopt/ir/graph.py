@@ -57,6 +57,7 @@ class Opaque:
 
     def __init__(self, proto: Any) -> None:
         self.proto = proto
+        self.value: Any = None  # what it is in a run, once it is known (`fxopt.ir.onnx.values.opaque_value`)
 
     def __repr__(self) -> str:
         return f"Opaque({type(self.proto).__name__})"

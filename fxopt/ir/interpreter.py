@@ -172,8 +172,15 @@ def _needs_binding(value: Any) -> bool:
 
 
 def constant_value(graph: Graph, node: fx.Node) -> Any:
-    """The value of a `get_attr` node; in ONNX graphs small int64 constants travel in the host lane."""
+    """The value of a `get_attr` node; in ONNX graphs small int64 constants travel in the host lane.
+
+    Tensors of element types that torch lacks are numpy arrays; other opaque constants (sub-graphs) come as they are.
+    """
     value = graph.attribute(str(node.target))
+    if isinstance(value, Opaque):
+        from fxopt.ir.onnx.values import opaque_value
+
+        return opaque_value(value, graph.model.folder if graph.model is not None else None)
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach()

@@ -19,6 +19,7 @@ from fxopt.errors import InvalidInput
 from fxopt.ir.graph import Graph, ValueSpec, label, set_attribute
 from fxopt.ir.interpreter import constant_value
 from fxopt.ir.ledger import Refusal
+from fxopt.ir.onnx.foreign import is_foreign
 from fxopt.ir.onnx.lane import to_tensor
 from fxopt.ir.text import DimNames
 
@@ -211,6 +212,8 @@ def _file_name(node: fx.Node) -> str:
 
 def _value_spec(graph: Graph, node: fx.Node, name: str, dims: DimNames) -> ValueSpec:
     value = node.meta.get("val")
+    if is_foreign(value):
+        return ValueSpec(name, None, tuple(value.shape))
     if isinstance(value, np.ndarray):
         return ValueSpec(name, torch.int64 if value.dtype == object else to_tensor(value).dtype, tuple(value.shape))
     if isinstance(value, torch.Tensor):

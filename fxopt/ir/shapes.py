@@ -35,6 +35,7 @@ from fxopt.ir.body_types import OwnerRun, owner_types
 from fxopt.ir.fake_values import UNKNOWN, same_type
 from fxopt.ir.graph import Dim, Graph, ValueSpec
 from fxopt.ir.interpreter import constant_value, evaluate
+from fxopt.ir.onnx.foreign import is_foreign
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.subgraphs import has_bodies
 
@@ -237,6 +238,8 @@ def _signature(value: Any) -> Any:
     if isinstance(value, dict):
         return _signature(tuple(value.items()))
     if isinstance(value, np.ndarray):
+        if is_foreign(value):  # its elements decide no type
+            return (value.dtype.name, value.shape)
         return (value.dtype.str, value.shape, value.tobytes()) if value.dtype != object else None
     if value is None or isinstance(value, (int, float, str, torch.dtype, torch.device)):
         return (type(value), value)

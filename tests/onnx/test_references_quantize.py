@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
@@ -95,6 +95,7 @@ def test_dequantize_linear(form: str, data: st.DataObject) -> None:
 @settings(max_examples=100, deadline=None)
 @given(x=hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=6), elements=FLOATS))
 def test_dynamic_quantize_linear(x: Array) -> None:
+    assume(not 0 < np.abs(x).max(initial=0) < 1e-35)  # the scale would be 0
     expected = evaluate("DynamicQuantizeLinear", 11, [x], outputs=3)
     result = compute("DynamicQuantizeLinear", 11, [x], outputs=3)
     for actual, wanted in zip(result, expected, strict=True):

@@ -3,7 +3,8 @@
 ONNX computes shapes with int64 tensors (Shape -> Gather -> Concat -> Reshape). In this dialect `Shape` returns a numpy
 array, of dtype object where a dimension is symbolic; the operators that shapes pass through have a second, *host*
 implementation on such arrays, so that dynamic dimensions stay symbolic under fake tensors and `torch.export`.
-A value of a run is a `torch.Tensor` (the tensor lane), a numpy array (the host lane), a list (sequence) or None.
+A value of a run is a `torch.Tensor` (the tensor lane), a numpy array (the host lane; of element types that torch lacks:
+the foreign lane, see `foreign`), a list (sequence), a dict (a map of ai.onnx.ml) or None.
 """
 
 from __future__ import annotations
@@ -21,17 +22,28 @@ HOST_LIMIT = 256  # int64 constants of at most this many elements are host data
 
 
 def is_host(value: object) -> TypeGuard[HostArray]:
-    """True for a numpy array of integers, booleans or symbolic integers."""
+    """True for a numpy array of integers, booleans or symbolic integers; an empty array of objects holds strings."""
     if not isinstance(value, np.ndarray):
         return False
     if value.dtype == object:
-        return all(isinstance(item, (int, np.integer, np.bool_, torch.SymInt)) for item in value.reshape(-1))
+        return value.size > 0 and all(
+            isinstance(item, (int, np.integer, np.bool_, torch.SymInt)) for item in value.reshape(-1)
+        )
     return value.dtype.kind in "iub"
 
 
 def has_symbol(value: HostArray) -> bool:
     """True when an element is a SymInt."""
     return value.dtype == object and any(isinstance(item, torch.SymInt) for item in value.reshape(-1))
+
+
+def int64_if_empty(value: Any) -> Any:
+    """An array of objects without elements, left over from symbolic sizes, as int64; other values as they are."""
+    if isinstance(value, tuple):
+        return tuple(map(int64_if_empty, value))
+    return (
+        value.astype(np.int64) if isinstance(value, np.ndarray) and value.dtype == object and not value.size else value
+    )
 
 
 def to_tensor(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +11,8 @@ from fxopt.errors import MissingReference
 from fxopt.ir.onnx import registry
 from fxopt.ir.onnx.bodies import Body, visible
 from fxopt.ir.onnx.bodies import call as call_body
-from fxopt.ir.onnx.lane import is_host, to_tensor
+from fxopt.ir.onnx.foreign import MOVING, holds_foreign, run_on_codes
+from fxopt.ir.onnx.lane import int64_if_empty, is_host, to_tensor
 from fxopt.ir.subgraphs import CAPTURED, FUNCTION
 
 
@@ -64,17 +66,24 @@ class OnnxOp:
         call = registry.Call(self.since_version, _outputs)
         if CAPTURED in attributes:
             attributes = visible(attributes)
+        if not self.domain and self.op_type in MOVING and any(map(holds_foreign, inputs)):
+            return run_on_codes(self.op_type, functools.partial(_on_tensors, reference, call), inputs, attributes)
         if reference.host is not None:
             given = [value for value in inputs if value is not None]
             if given and all(is_host(value) for value in given):
                 result = reference.host(call, *inputs, **attributes)
                 if result is not NotImplemented:
-                    return result
-        if not reference.raw and any(isinstance(value, np.ndarray) for value in inputs):
-            inputs = tuple(to_tensor(value) for value in inputs)
+                    return int64_if_empty(result)
         try:
-            return reference.torch(call, *inputs, **attributes)
+            return _on_tensors(reference, call, *inputs, **attributes)
         except (TypeError, AttributeError) as error:
             if reference.raw or not any(isinstance(value, np.ndarray) for value in inputs):
                 raise
             raise MissingReference(f"{self!r}: torch has no element type for one of its inputs") from error
+
+
+def _on_tensors(reference: registry.Reference, call: registry.Call, *inputs: Any, **attributes: Any) -> Any:
+    """The torch function's result; host arrays become tensors unless the function takes them as they are."""
+    if not reference.raw and any(isinstance(value, np.ndarray) for value in inputs):
+        inputs = tuple(to_tensor(value) for value in inputs)
+    return reference.torch(call, *inputs, **attributes)

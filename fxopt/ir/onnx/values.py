@@ -1,11 +1,12 @@
 """Values of a run <-> numpy values, as ONNX's tools and ONNX Runtime hold them.
 
-A value of a run is a `torch.Tensor`, a numpy array (shapes, strings, types that torch lacks), a list (a sequence) or
-None (an empty optional).
+A value of a run is a `torch.Tensor`, a numpy array (shapes, strings, types that torch lacks), a list (a sequence), a
+dict (a map) or None (an empty optional).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,51 @@ def from_array(value: Any) -> Any:
 
 def to_array(value: Any) -> Any:
     """A value of a run as a numpy value; shape values become int64 arrays."""
-    value = to_tensor(value)
+    value = to_tensor(opaque_value(value) if isinstance(value, Opaque) else value)
     if isinstance(value, torch.Tensor):
         return to_numpy(value)
     if isinstance(value, (list, tuple)):
         return [to_array(item) for item in value]
-    if isinstance(value, Opaque) and isinstance(value.proto, onnx.TensorProto):
-        return numpy_helper.to_array(value.proto)
     return value
+
+
+def opaque_value(opaque: Opaque, folder: Path | None = None) -> Any:
+    """What an opaque constant is in a run: an array for a tensor, of whatever element type; sub-graphs stay opaque.
+
+    Args:
+        folder: where the model's external data lies.
+    """
+    if opaque.value is None:
+        opaque.value = _value_of(opaque.proto, str(folder or ""))
+    return opaque if opaque.value is None else opaque.value
+
+
+def _value_of(proto: Any, folder: str) -> Any:
+    if isinstance(proto, onnx.TensorProto):
+        return from_array(numpy_helper.to_array(proto, folder))
+    if isinstance(proto, onnx.SparseTensorProto):
+        return _dense(proto)
+    if isinstance(proto, onnx.AttributeProto):
+        return _value_of(proto.t, folder) if proto.type == proto.TENSOR else None
+    if isinstance(proto, onnx.NodeProto):  # a Constant
+        return _attribute_value(proto.attribute[0])
+    return None
+
+
+def _attribute_value(attribute: onnx.AttributeProto) -> Any:
+    if attribute.type == attribute.STRING:
+        return np.array(attribute.s.decode("utf-8", "surrogateescape"), dtype=object)
+    if attribute.type == attribute.STRINGS:
+        return np.array([item.decode("utf-8", "surrogateescape") for item in attribute.strings], dtype=object)
+    return _dense(attribute.sparse_tensor) if attribute.type == attribute.SPARSE_TENSOR else None
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> Any:
+    """A sparse tensor with its zeros; indices are [count] into the flat tensor, or [count, rank]."""
+    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), dtype=values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return from_array(dense)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxopt.ir.onnx.lane import to_ints, to_scalar, to_tensor
-from fxopt.ir.onnx.references.common import as_bits, axes_of, in_int64, pad_list, pad_with, require
+from fxopt.ir.onnx.references.common import along, as_bits, axes_of, in_int64, pad_list, pad_with, product
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -89,10 +89,29 @@ def col2im(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> Tensor:
-    """The sum of overlapping blocks, given as columns, in an image."""
+    """The sum of overlapping blocks, given as columns [N, C * block elements, blocks], in an image [N, C, *sizes]."""
     size, block = to_ints(image_shape) or [], to_ints(block_shape) or []
-    require(len(size) == 2, f"Col2Im over {len(size)} axes has no torch reference")
-    low, high = (pads or [0] * 4)[:2], (pads or [0] * 4)[2:]
-    padded = [length + before + after for length, before, after in zip(size, low, high)]
-    image = torch.ops.aten.col2im(to_tensor(x), padded, block, dilations or [1, 1], [0, 0], strides or [1, 1])
+    rank = len(size)
+    low, high = (pads or [0] * 2 * rank)[:rank], (pads or [0] * 2 * rank)[rank:]
+    padded = [length + before + after for length, before, after in zip(size, low, high, strict=True)]
+    steps, gaps = strides or [1] * rank, dilations or [1] * rank
+    columns: Tensor = to_tensor(x)
+    if rank == 2:
+        image = torch.ops.aten.col2im(columns, padded, block, gaps, [0, 0], steps)
+    else:
+        index = _block_index(padded, block, gaps, steps, columns.device)
+        flat = columns.reshape(columns.shape[0], columns.shape[1] // product(block), -1)
+        zeros = torch.zeros([*flat.shape[:2], product(padded)], dtype=flat.dtype, device=flat.device)
+        image = zeros.index_add(2, index, flat).reshape([*flat.shape[:2], *padded])
     return pad_with(image, pad_list([-pad for pad in low], [-pad for pad in high]))
+
+
+def _block_index(sizes: list[Any], block: list[Any], gaps: list[int], steps: list[int], device: torch.device) -> Tensor:
+    """The pixel, in the flat image, of every element of every block, [block elements * blocks]."""
+    index = torch.zeros([], dtype=torch.int64, device=device)
+    rank = len(sizes)
+    for axis, (size, length, gap, step) in enumerate(zip(sizes, block, gaps, steps, strict=True)):
+        count = (size - gap * (length - 1) - 1) // step + 1
+        inside = along(torch.arange(length, device=device) * gap, 2 * rank, axis)
+        index = index * size + inside + along(torch.arange(count, device=device) * step, 2 * rank, rank + axis)
+    return index.reshape(-1)

@@ -15,6 +15,8 @@ from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[batch, length, heads * size] as [batch, heads, length, size]."""
@@ -75,6 +77,14 @@ def _combine(mask: Tensor | None, allowed: Tensor | None) -> Tensor | None:
     return torch.where(allowed, mask, torch.full_like(mask, -math.inf))
 
 
+def _softmax(x: Tensor) -> Tensor:
+    """Softmax over the last axis; 16-bit numbers are rounded at every step, as the specification's function does."""
+    if x.dtype not in _HALF:
+        return torch.softmax(x, -1)
+    exponential = torch.exp(x - x.amax(-1, keepdim=True))
+    return exponential / exponential.sum(-1, keepdim=True)
+
+
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, precision: Any, mode: int
 ) -> tuple[Tensor, Tensor]:
@@ -82,7 +92,7 @@ def _explicit(
     repeats = q.shape[1] // k.shape[1]
     if repeats != 1:
         k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
-    root = math.sqrt(scale)
+    root = torch.scalar_tensor(math.sqrt(scale), dtype=q.dtype, device=q.device)  # the function rounds it too
     scores = torch.matmul(q * root, (k * root).transpose(2, 3))
     stages = [scores]
     if softcap > 0:
@@ -94,7 +104,7 @@ def _explicit(
         scores = scores + mask
     stages.append(scores)
     wide = scores if precision is None or q.dtype == torch.float64 else scores.to(TO_TORCH[precision])
-    weights = torch.softmax(wide, -1)
+    weights = _softmax(wide)
     if mask is not None:
         empty = (mask == -math.inf).all(-1, keepdim=True)
         weights = torch.where(empty, torch.zeros_like(weights), weights)
@@ -146,7 +156,7 @@ def attention(
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
     windows = (left_window_size, right_window_size)
-    fused = call.outputs < 4 and not softcap and softmax_precision is None
+    fused = call.outputs < 4 and not softcap and softmax_precision is None and q.dtype not in _HALF
     plain = mask is None and past_key is None and nonpad_kv_seqlen is None and windows == (-1, -1)
     if fused and plain:  # torch's causal mask is aligned top left, as here where there is no past
         causal, both = bool(is_causal), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fxopt.errors import MissingReference
 from fxopt.ir.onnx.dtypes import TO_TORCH
+from fxopt.ir.onnx.foreign import host_data
 from fxopt.ir.onnx.lane import HOST_LIMIT, HostArray, has_symbol, is_host, to_ints, to_scalar, to_tensor
 from fxopt.ir.onnx.registry import Call, Operators
 
@@ -132,3 +134,35 @@ def hamming_window(call: Call, size: Any, output_datatype: int = 1, periodic: in
 def blackman_window(call: Call, size: Any, output_datatype: int = 1, periodic: int = 1) -> Tensor:
     """0.42 - 0.5 cos(2 pi n / N) + 0.08 cos(4 pi n / N)."""
     return _cosine_window(size, periodic, output_datatype, (0.42, 0.5, 0.08))
+
+
+def _mel(hertz: float) -> float:
+    return 2595 * math.log10(1 + hertz / 700)
+
+
+@operators.reference("MelWeightMatrix", raw=True)
+def mel_weight_matrix(
+    call: Call,
+    num_mel_bins: Any,
+    dft_length: Any,
+    sample_rate: Any,
+    lower_edge_hertz: Any,
+    upper_edge_hertz: Any,
+    output_datatype: int = 1,
+) -> Tensor:
+    """Triangular filters [dft_length // 2 + 1, num_mel_bins] with evenly spaced edges in mel, 2595 log10(1 + f / 700).
+
+    The spacing is (upper - lower) / (num_mel_bins + 2), as in ONNX's reference implementation.
+    """
+    given = (num_mel_bins, dft_length, sample_rate, lower_edge_hertz, upper_edge_hertz)
+    bins, length, rate, low, high = (to_scalar(host_data(value)) for value in given)
+    step = (_mel(high) - _mel(low)) / (bins + 2)
+    hertz = [700 * (10 ** ((_mel(low) + index * step) / 2595) - 1) for index in range(bins + 2)]
+    edges = [int((length + 1) * frequency // rate) for frequency in hertz]
+    weights = torch.zeros([length // 2 + 1, bins], dtype=torch.float64)
+    for index, (left, centre, right) in enumerate(zip(edges, edges[1:], edges[2:])):
+        for position in range(left, centre):
+            weights[position, index] = (position - left) / (centre - left)
+        for position in range(centre, max(right, centre + 1)):
+            weights[position, index] = (right - position) / (right - centre) if right > centre else 1.0
+    return weights.to(TO_TORCH[output_datatype])

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from fxopt.ir.onnx.foreign import host_data
 from fxopt.ir.onnx.lane import to_scalar
 from fxopt.ir.onnx.references.common import first, require
+from fxopt.ir.onnx.references.random import generator
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -46,6 +49,14 @@ def lrn(call: Call, x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.7
     return x / torch.pow(bias + alpha / size * total, beta)
 
 
+def _dropped(x: Tensor, chance: float, seed: int | None) -> tuple[Tensor, Tensor]:
+    """x with a share of zeros and the rest divided by what stays, and the mask of what stays."""
+    if isinstance(x, FakeTensor):
+        return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    kept = torch.from_numpy(generator(seed).uniform(0, 1, tuple(x.shape)) >= chance).to(x.device)
+    return torch.where(kept, x / (1 - chance), torch.zeros_like(x)), kept
+
+
 @operators.reference("Dropout")
 def dropout(
     call: Call,
@@ -56,10 +67,11 @@ def dropout(
     is_test: int = 0,
     consumed_inputs: list[int] | None = None,
 ) -> Any:
-    """x and an all-true mask: the operator at inference."""
-    if training_mode is not None and bool(to_scalar(training_mode)):
-        chance = 0.5 if ratio is None else float(to_scalar(ratio))
-        require(chance == 0, f"Dropout in training mode with ratio {chance} is random")
+    """x and an all-true mask at inference; in training a share of `ratio` is dropped at random, the rest scaled."""
+    if training_mode is not None and bool(to_scalar(host_data(training_mode))):
+        chance = 0.5 if ratio is None else float(to_scalar(host_data(ratio)))
+        if chance > 0:
+            return first(call, *_dropped(x, chance, seed))
     require(call.version >= 7 or bool(is_test), "Dropout below opset 7 with is_test=0 trains")
     mask = torch.ones_like(x, dtype=torch.bool if call.version >= 10 else x.dtype)
     return first(call, x, mask)
