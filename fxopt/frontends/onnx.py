@@ -93,6 +93,13 @@ def _check(proto: ModelProto, path: Path | None, content: ModelProto | bytes) ->
         raise InvalidModel(f"{where} is not a valid ONNX model; the ONNX checker says: {reason}") from error
 
 
+def _dangling(body: GraphProto) -> frozenset[str]:
+    """Names that have a type but no value, as tools leave them when they remove nodes."""
+    live = {name for node in body.node for name in node.output}
+    live.update(value.name for value in (*body.input, *body.initializer))
+    return frozenset(value.name for value in body.value_info if value.name not in live)
+
+
 def _is_external(tensor: TensorProto) -> bool:
     return tensor.data_location == TensorProto.EXTERNAL
 
@@ -102,7 +109,7 @@ class _Importer:
         self.proto = proto
         self.weights = weights
         self.folder = folder
-        self.record = ModelRecord(_without_graph_body(proto), folder)
+        self.record = ModelRecord(_without_graph_body(proto), folder, dangling=_dangling(proto.graph))
         self.opsets = self.record.opsets
         self.fx = fx.Graph()
         self.root = torch.nn.Module()

@@ -316,6 +316,7 @@ def _emit(graph: Graph, forms: Forms) -> tuple[ModelProto, list[tuple[TensorProt
     live = {name for node in proto.graph.node for name in node.output}
     live.update(tensor.name for tensor in proto.graph.initializer)
     live.update(value.name for value in proto.graph.input)
+    live.update(() if graph.model is None else graph.model.dangling)
     if any(value.name not in live for value in proto.graph.value_info):
         kept = [value for value in proto.graph.value_info if value.name in live]
         del proto.graph.value_info[:]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxopt.errors import MissingReference
 from fxopt.ir.onnx.references.common import require
 from fxopt.ir.onnx.references.contrib_matmul import unpack
 from fxopt.ir.onnx.registry import Call, Operators
@@ -162,7 +163,7 @@ def qmoe(
     require(all(other is None for other in others), "QMoE with global or activation scales has no torch reference")
     require(weights_prepacked != 1, "QMoE with weights in a packed layout has no torch reference")
 
-    def real(name: str, weight: Tensor | None, scales: Tensor | None, zeros: Tensor | None) -> Any:
+    def real(name: str, weight: Tensor | None, scales: Tensor | None, zeros: Tensor | None) -> Tensor | None:
         return _dequantized(
             weight, scales, zeros, options.get(f"{name}_expert_weight_bits", expert_weight_bits), block_size
         )
@@ -170,6 +171,7 @@ def qmoe(
     fc1 = real("fc1", fc1_weights, fc1_scales, fc1_zero_points)
     fc2 = real("fc2", fc2_weights, fc2_scales, fc2_zero_points)
     fc3 = real("fc3", fc3_weights, fc3_scales, fc3_zero_points)
-    require(fc1 is not None and fc2 is not None, "QMoE without scales has no torch reference")
+    if fc1 is None or fc2 is None:
+        raise MissingReference("QMoE without scales has no torch reference")
     mixing = _mixing(router_probs, router_weights, k, normalize_routing_weights)
     return _mixture(x, mixing, (fc1, fc1_bias), (fc2, fc2_bias), (fc3, fc3_bias), options)
