@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import torch
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto
 
 from fxopt.errors import InvalidModel
 from fxopt.frontends.onnx_import.functions import key_of
@@ -49,10 +49,17 @@ def load(
         if check:
             _check(proto, Path(source), content)
         del content
-    record = ModelRecord(without_graph_body(proto), folder)
+    record = ModelRecord(without_graph_body(proto), folder, dangling=_dangling(proto.graph))
     functions = {key_of(item.domain, item.name, item.overload): item for item in proto.functions}
     model = Model(folder, weights or {}, proto.ir_version, functions)
     return Importer(model, record.opsets).main(proto.graph, record)
+
+
+def _dangling(body: GraphProto) -> frozenset[str]:
+    """Names that have a type but no value, as tools leave them when they remove nodes."""
+    live = {name for node in body.node for name in node.output}
+    live.update(value.name for value in (*body.input, *body.initializer))
+    return frozenset(value.name for value in body.value_info if value.name not in live)
 
 
 def _read(path: Path) -> bytes:

@@ -354,11 +354,12 @@ def _header(graph: Graph, inside: Emitter) -> GraphProto:
     return GraphProto(name=graph.name, input=inputs, output=[value_info(spec, spec.name) for spec in graph.outputs])
 
 
-def drop_stale_types(proto: GraphProto) -> None:
-    """Remove the declared types of values that the graph no longer has."""
+def drop_stale_types(proto: GraphProto, dangling: frozenset[str] = frozenset()) -> None:
+    """Remove the declared types of values that the graph no longer has; `dangling` are names it never had."""
     live = {name for node in proto.node for name in node.output}
     live.update(tensor.name for tensor in proto.initializer)
     live.update(value.name for value in proto.input)
+    live |= dangling
     if any(value.name not in live for value in proto.value_info):
         kept = [value for value in proto.value_info if value.name in live]
         del proto.value_info[:]

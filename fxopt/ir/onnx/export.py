@@ -40,7 +40,7 @@ def _emit(
     for domain, version in emitter.opsets.items():
         if domain not in known:
             proto.opset_import.append(helper.make_opsetid(domain, version))
-    drop_stale_types(proto.graph)
+    drop_stale_types(proto.graph, graph.model.dangling)
     return proto, pending
 
 

@@ -60,6 +60,7 @@ class ModelRecord:
     proto: onnx.ModelProto
     folder: Path | None = None  # where external data lies
     external: bool = False  # the file kept its weights beside it
+    dangling: frozenset[str] = frozenset()  # names with a value_info that no value of the file had
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

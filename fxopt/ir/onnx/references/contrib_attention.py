@@ -1,4 +1,4 @@
-"""Attention of the domain `com.microsoft`: MultiHeadAttention and RotaryEmbedding."""
+"""Attention of the domain `com.microsoft` on projections, and RotaryEmbedding."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxopt.ir.onnx.references.attention import merge_heads, rotate, split_heads
 from fxopt.ir.onnx.references.common import first, require
+from fxopt.ir.onnx.references.contrib_self_attention import causal_scores, mask_scores, total_of
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators("com.microsoft")
@@ -49,31 +50,77 @@ def multi_head_attention(
     mask_filter_value: float = -10000.0,
     unidirectional: int = 0,
 ) -> Any:
-    """softmax(scale * q @ k' + bias) @ v per head, with heads in the last axis; also the grown key and value."""
-    if key is None or value is None or query.dim() != 3:
-        return _refuse("packed query, key and value")
+    """softmax(scale * q @ k' + bias) @ v per head, with heads in the last axis; the grown key and value; the weights.
+
+    Query, key and value may come as one [batch, length, heads, 3, size], key and value as one with 2.
+    """
     require(past_sequence_length is None and cache_indirection is None, "MultiHeadAttention with shared buffers")
-    require(call.outputs < 4, "MultiHeadAttention with the output qk has no torch reference")
+    query, key, value = _unpacked(query, key, value)
     q_bias, k_bias, v_bias = _bias_parts(bias, query, value)
     q, k, v = _heads(query, q_bias, num_heads), _heads(key, k_bias, num_heads), _heads(value, v_bias, num_heads)
     if past_key is not None and past_value is not None:
         k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
-    mask = attention_bias
+    added = None
     if key_padding_mask is not None:
-        require(key_padding_mask.dim() == 2, "MultiHeadAttention with lengths as padding mask has no torch reference")
-        padding = torch.where(key_padding_mask[:, None, None, :] != 0, 0.0, mask_filter_value).to(q.dtype)
-        mask = padding if mask is None else mask + padding
-    if unidirectional:
-        past = k.shape[2] - q.shape[2]
-        ahead = torch.arange(k.shape[2], device=q.device) > torch.arange(q.shape[2], device=q.device)[:, None] + past
-        causal = torch.where(ahead, -math.inf, 0.0).to(q.dtype)
-        mask = causal if mask is None else mask + causal
+        added = mask_scores(key_padding_mask, q.shape[0], k.shape[2], mask_filter_value, q)
+    mask = total_of(added, attention_bias, causal_scores(q, k) if unidirectional else None)
+    return _attended(call, q, k, v, mask, scale)
+
+
+def _unpacked(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value on their own, heads in the last axis where they were packed."""
+    if key is None:
+        require(query.dim() == 5, f"packed query, key and value of rank {query.dim()} have no torch reference")
+        q, k, v = (part.flatten(2) for part in query.unbind(3))
+        return q, k, v
+    if value is None:
+        require(key.dim() == 5, f"packed key and value of rank {key.dim()} have no torch reference")
+        k, v = (part.flatten(2) for part in key.unbind(3))
+        return query, k, v
+    return query, key, value
+
+
+def _attended(call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Any:
+    """Attention with heads on their own axis; the keys and values; the scores before the softmax."""
     y = merge_heads(F.scaled_dot_product_attention(q, k, v, mask, scale=scale or None))
-    return first(call, y, k, v)
+    if call.outputs < 4:
+        return first(call, y, k, v)
+    scores = torch.matmul(q, k.transpose(2, 3)) * (scale or 1 / math.sqrt(q.shape[3]))
+    return y, k, v, scores if mask is None else scores + mask
 
 
-def _refuse(what: str) -> Any:
-    require(False, f"MultiHeadAttention with {what} has no torch reference")
+@operators.reference("DecoderMaskedMultiHeadAttention")
+def decoder_masked_multi_head_attention(
+    call: Call,
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    mask_index: Tensor | None = None,
+    attention_bias: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
+    past_sequence_length: Tensor | None = None,
+    beam_width: Tensor | None = None,
+    cache_indirection: Tensor | None = None,
+    bias: Tensor | None = None,
+    num_heads: int = 1,
+    scale: float | None = None,
+    mask_filter_value: float = -10000.0,
+    output_qk: int = 0,
+    past_present_share_buffer: int = 0,
+) -> Any:
+    """MultiHeadAttention of one new token, on its own keys after the past ones, or on those of another sequence."""
+    require(not past_present_share_buffer, "DecoderMaskedMultiHeadAttention with shared buffers")
+    require(cache_indirection is None, "DecoderMaskedMultiHeadAttention with beams has no torch reference")
+    if key is None:
+        query, key, value = query.chunk(3, -1)
+    assert value is not None
+    q_bias, k_bias, v_bias = _bias_parts(bias, query, value)
+    q, k, v = _heads(query, q_bias, num_heads), _heads(key, k_bias, num_heads), _heads(value, v_bias, num_heads)
+    if past_key is not None and past_value is not None:
+        k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
+    added = None if mask_index is None else mask_scores(mask_index, q.shape[0], k.shape[2], mask_filter_value, q)
+    return _attended(call, q, k, v, total_of(added, attention_bias), scale)
 
 
 @operators.reference("RotaryEmbedding")

@@ -108,14 +108,23 @@ def matmul_n_bits(
     """
     require(bits in (2, 4, 8), f"MatMulNBits with {bits} bits has no torch reference")
     require(not weight_prepacked, "MatMulNBits with a weight in a packed layout has no torch reference")
-    require(g_idx is None, "MatMulNBits with g_idx has no torch reference")
+    if 0 in b.shape:  # an omitted projection
+        y = a.new_zeros([*a.shape[:-1], N])
+        return y if bias is None else y + bias
     blocks = (K + block_size - 1) // block_size
     dtype = torch.promote_types(a.dtype, scales.dtype)
-    numbers = unpack(b.reshape(N, blocks, -1), bits).to(dtype)
+    numbers = unpack(b.reshape(N, blocks, -1), bits).to(dtype).reshape(N, -1)[:, :K]
     zero: Any = float(2 ** (bits - 1))
     if zero_points is not None:
         packed = zero_points.dtype == torch.uint8
-        zero = unpack(zero_points.reshape(N, -1), bits)[:, :blocks] if packed else zero_points
-        zero = zero.reshape(N, blocks, 1).to(dtype)
-    weight = ((numbers - zero) * scales.reshape(N, blocks, 1)).reshape(N, -1)[:, :K]
+        zero = unpack(zero_points.reshape(N, -1), bits)[:, :blocks] if packed else zero_points.reshape(N, blocks)
+        zero = _per_column(zero.to(dtype), K, block_size, g_idx)
+    weight = (numbers - zero) * _per_column(scales.reshape(N, blocks), K, block_size, g_idx)
     return F.linear(a, weight.to(a.dtype), bias)
+
+
+def _per_column(parameter: Tensor, columns: int, block_size: int, g_idx: Tensor | None) -> Tensor:
+    """A parameter per block as one per column; `g_idx` names the block of every column where they are out of order."""
+    if g_idx is not None:
+        return parameter.index_select(1, g_idx[:columns].to(torch.int64))
+    return parameter.repeat_interleave(block_size, 1)[:, :columns]

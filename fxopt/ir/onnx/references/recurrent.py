@@ -175,9 +175,13 @@ def lstm(
     initial_c: Tensor | None = None,
     peephole: Tensor | None = None,
     input_forget: int = 0,
+    seen: Activation | None = None,
     **options: Any,
 ) -> Any:
-    """c' = forget * c + input * g(..), h' = output * h(c'); the gates see c through the peepholes."""
+    """c' = forget * c + input * g(..), h' = output * h(c'); the gates see c through the peepholes.
+
+    `seen` (no attribute of the operator) is what the recurrent product sees of h.
+    """
     require(not options.get("clip"), "LSTM with clip has no torch reference: runtimes disagree on what it bounds")
     hidden = r.shape[-1]
 
@@ -189,6 +193,8 @@ def lstm(
 
         def step(value: Tensor, state: State) -> State:
             hidden_state, cell = state
+            if seen is not None:
+                hidden_state = seen(hidden_state)
             gates = value @ w[direction].t() + hidden_state @ r[direction].t() + w_bias + r_bias
             into, out, forget, candidate = gates.chunk(4, -1)
             into = f(into + see_input * cell)
