@@ -10,6 +10,7 @@ changed in place, so copies of a graph share them.
 - `probe`: the same at other sizes of the named dimensions; `failure`: why fake tensors do not go through it;
 - `onnx`: the record of the ONNX node, constant or input it came from (`fxopt.ir.onnx.records`);
 - `stands_for`: the name of the node that it replaced, by which calibration statistics are found;
+- `levels`: scale and zero point of the 256 levels that span the value's range on the calibration data;
 - `provenance`: a tuple of strings, oldest first: where the node came from and which passes made it.
 """
 
