@@ -15,6 +15,7 @@ them as `_captured`, named by `_captured_names`. Copies of a graph have copies o
 - `unknown`: why the type of a node with bodies is (in part) unknown;
 - `onnx`: the record of the ONNX node, constant or input it came from (`fxopt.ir.onnx.records`);
 - `stands_for`: the name of the node that it replaced, by which calibration statistics are found;
+- `levels`: scale and zero point of the 256 levels that span the value's range on the calibration data;
 - `provenance`: a tuple of strings, oldest first: where the node came from and which passes made it.
 """
 

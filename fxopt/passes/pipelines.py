@@ -9,6 +9,7 @@ from fxopt.passes.fold_batch_norm import FoldBatchNorm
 from fxopt.passes.fold_constants import FoldConstants
 from fxopt.passes.fold_norm_scale import FoldNormScale
 from fxopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
+from fxopt.passes.quantize_between import QuantizeBetween
 from fxopt.passes.quantize_linear import QuantizeLinear
 from fxopt.passes.remove_identities import RemoveIdentities
 
@@ -32,7 +33,10 @@ def spelling_pipeline() -> list[ExactPass]:
 
 def tidying_pipeline() -> list[ExactPass]:
     """What cleans up behind lossy passes; run once, before the result is verified and measured."""
-    return [FoldNormScale()]  # factors that smoothing put behind norms
+    return [
+        FoldNormScale(),  # factors that smoothing put behind norms
+        QuantizeBetween(),  # what is left in floats between 8-bit operators
+    ]
 
 
 def lossy_passes() -> list[LossyPass]:

@@ -16,10 +16,13 @@ from onnx import TensorProto
 from torch import fx
 
 from fxopt.ir.graph import shape_of
-from fxopt.ir.onnx.export import Emitter, Forms
+from fxopt.ir.onnx.export import Emitter, Form, Forms
+from fxopt.ir.ops.concat_a8 import concat_a8
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
+from fxopt.ir.ops.elementwise_a8 import add_a8, mul_a8
 from fxopt.ir.ops.linear_nbits import linear_nbits
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
+from fxopt.ir.ops.pool_a8 import average_pool_a8, global_average_pool_a8
 from fxopt.ir.packing import pack, unpack
 
 
@@ -127,17 +130,81 @@ def _conv(emitter: Emitter, node: fx.Node) -> str:
     if bias is not None:
         inputs.append(_conv_bias(emitter, node))
     y = emitter.output(node)
-    plain, quantized = emitter.fresh(f"{y}_conv"), emitter.fresh(f"{y}_quantized")
+    plain = emitter.fresh(f"{y}_conv")
     attributes: dict[str, Any] = {
         "strides": stride, "pads": pads, "dilations": dilation, "group": groups,
         "kernel_shape": list(_tensor(emitter, codes).shape[2:]),
     }  # fmt: skip
     emitter.node("Conv", inputs, [plain], **attributes)
-    scale_name, zero_name = _range(emitter, y_scale, y_zero, y)  # type: ignore[arg-type]
+    return _on_levels(emitter, y, plain, y_scale, y_zero)
+
+
+def _on_levels(emitter: Emitter, y: str, plain: str, scale: Any, zero: Any) -> str:
+    """Q/DQ behind the value `plain`; the result `y` is on these levels, so takers with the same ones add no pair."""
+    quantized = emitter.fresh(f"{y}_quantized")
+    scale_name, zero_name = _range(emitter, scale, zero, y)
     emitter.node("QuantizeLinear", [plain, scale_name, zero_name], [quantized])
     emitter.node("DequantizeLinear", [quantized, scale_name, zero_name], [y])
-    emitter.shared["levels", y, y_scale, y_zero] = y  # consumers with the same range need no second pair
+    emitter.shared["levels", y, scale, zero] = y
     return y
+
+
+def _elementwise(op_type: str) -> Form:
+    """Q/DQ around an element-wise operator: QLinearAdd, QLinearMul."""
+
+    def form(emitter: Emitter, node: fx.Node) -> str:
+        arguments: Any = node.args
+        x, other, x_scale, x_zero, other_scale, other_zero, y_scale, y_zero = arguments
+        operands = [
+            _requantized(emitter, emitter.value(x), x_scale, x_zero),
+            _requantized(emitter, emitter.value(other), other_scale, other_zero),
+        ]
+        y = emitter.output(node)
+        plain = emitter.fresh(f"{y}_{op_type.lower()}")
+        emitter.node(op_type, operands, [plain])
+        return _on_levels(emitter, y, plain, y_scale, y_zero)
+
+    return form
+
+
+def _concat(emitter: Emitter, node: fx.Node) -> str:
+    """Q/DQ around Concat: QLinearConcat."""
+    arguments: Any = node.args
+    xs, scales, zeros, axis, y_scale, y_zero = arguments
+    operands = [
+        _requantized(emitter, emitter.value(x), scale, zero) for x, scale, zero in zip(xs, scales, zeros, strict=True)
+    ]
+    y = emitter.output(node)
+    plain = emitter.fresh(f"{y}_concat")
+    emitter.node("Concat", operands, [plain], axis=axis)
+    return _on_levels(emitter, y, plain, y_scale, y_zero)
+
+
+def _global_average_pool(emitter: Emitter, node: fx.Node) -> str:
+    """Q/DQ around GlobalAveragePool: QLinearGlobalAveragePool."""
+    arguments: Any = node.args
+    x, keepdim, x_scale, x_zero, y_scale, y_zero = arguments
+    levels = _requantized(emitter, emitter.value(x), x_scale, x_zero)
+    y = emitter.output(node)
+    pooled = emitter.fresh(f"{y}_pooled")
+    emitter.node("GlobalAveragePool", [levels], [pooled])
+    if keepdim:
+        return _on_levels(emitter, y, pooled, y_scale, y_zero)
+    kept = _on_levels(emitter, emitter.fresh(f"{y}_kept"), pooled, y_scale, y_zero)
+    emitter.node("Flatten", [kept], [y], axis=1)
+    return y
+
+
+def _average_pool(emitter: Emitter, node: fx.Node) -> str:
+    """Q/DQ around AveragePool: QLinearAveragePool."""
+    arguments: Any = node.args
+    x, kernel, stride, pads, include_pad, x_scale, x_zero, y_scale, y_zero = arguments
+    levels = _requantized(emitter, emitter.value(x), x_scale, x_zero)
+    y = emitter.output(node)
+    pooled = emitter.fresh(f"{y}_pooled")
+    attributes: dict[str, Any] = {"kernel_shape": kernel, "strides": stride, "pads": pads}
+    emitter.node("AveragePool", [levels], [pooled], count_include_pad=int(include_pad), **attributes)
+    return _on_levels(emitter, y, pooled, y_scale, y_zero)
 
 
 def _conv_bias(emitter: Emitter, node: fx.Node) -> str:
@@ -194,4 +261,9 @@ FORMS: Forms = {
     linear_w8a8.target: _linear_static,
     conv_w8a8.target: _conv,
     linear_nbits.target: _linear_nbits,
+    add_a8.target: _elementwise("Add"),
+    mul_a8.target: _elementwise("Mul"),
+    concat_a8.target: _concat,
+    global_average_pool_a8.target: _global_average_pool,
+    average_pool_a8.target: _average_pool,
 }

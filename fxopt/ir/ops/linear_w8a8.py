@@ -32,6 +32,11 @@ def quantized(x: Tensor, scale: Tensor | float, zero: Tensor | float) -> Tensor:
     return (torch.round(x / scale) + zero).clamp(0, 255).double() - zero
 
 
+def on_levels(y: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
+    """The nearest of the values scale * (0 - zero ... 255 - zero), saturated; y is float64."""
+    return (((torch.round(y / scale) + zero).clamp(0, 255) - zero) * scale).to(dtype)
+
+
 def _linear(q: Tensor, scale: Tensor | float, codes: Tensor, scales: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     accumulated = torch.matmul(q, codes.double().t())  # exact: |sum| <= 255 * 127 * in < 2^53
     y = accumulated.to(x.dtype) * (scales.to(x.dtype) * scale)

@@ -21,11 +21,13 @@ from fxopt.ir.op import Op
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
 from fxopt.ir.target import Cost
-from fxopt.ir.views.common import aten, is_aten, is_onnx, only_user
+from fxopt.ir.views.common import argument, scalar_constant
 from fxopt.ir.views.conv import Conv, conv, convs
+from fxopt.ir.views.eight_bit import saturated, source
 from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.fold_norm_scale import can_absorb
+from fxopt.passes.quantize_between import behind
 from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
 from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, smoothed
@@ -110,9 +112,12 @@ class EightBit:
     # ---- estimate
 
     def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
-        """The input; for a convolution also the output, whose range is quantised too."""
+        """The input; for a convolution also the output and what may be quantised between it and the next ones."""
         view = _view(graph, candidate)
-        return (view.x,) if isinstance(view, Linear) else (view.x, _result(view))
+        if isinstance(view, Linear):
+            return (view.x,)
+        result = _result(graph, view)
+        return (view.x, source(view.x), result, *behind(graph, result))
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error on the calibration rows, and the work of both forms."""
@@ -140,7 +145,7 @@ class EightBit:
     # ---- apply
 
     def apply(self, graph: Graph, candidate: Candidate, stats: Stats) -> None:
-        """Replace the linear or convolution (with the ReLU behind it) by the integer operator."""
+        """Replace the linear or convolution (with the ReLU or clip behind it) by the integer operator."""
         view = _view(graph, candidate)
         operator, operands = self._operands(graph, view, candidate.setting, stats)
         codes, scales, bias, *rest = operands
@@ -154,7 +159,12 @@ class EightBit:
             graph.add_constant(bias, f"{stem}_bias", source) if corrected else view.bias_node,
             *rest,
         )
-        replaced(graph, view, _result(view), operator.target, arguments, self.name)
+        result = _result(graph, view)
+        node = replaced(graph, view, result, operator.target, arguments, self.name)
+        if isinstance(view, Conv):
+            for value in behind(graph, node):
+                if value in stats:
+                    value.meta["levels"] = static_range(stats[value], setting_ranges(candidate.setting))
 
     def _operands(
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats
@@ -168,14 +178,14 @@ class EightBit:
         bias = self._bias(graph, view, setting, stats, s, (codes, scales))
         if setting["activations"] == "dynamic":
             return linear_w8a8_dynamic, (codes, scales, bias)
-        ranges = setting.get("ranges", "minmax")
+        ranges = setting_ranges(setting)
         if s is not None:
             x_scale, x_zero = affine(*_channel_range(stats[view.x], s))
         else:
-            x_scale, x_zero = static_range(stats[view.x], ranges)
+            x_scale, x_zero = static_range(stats[_ranged(view)], ranges)
         if isinstance(view, Linear):
             return linear_w8a8, (codes, scales, bias, x_scale, x_zero)
-        y_scale, y_zero = static_range(stats[_result(view)], ranges)
+        y_scale, y_zero = static_range(stats[_result(graph, view)], ranges)
         pads = [*view.padding[0], *view.padding[1]]
         shape = (list(view.stride), pads, list(view.dilation), view.groups)
         return conv_w8a8, (codes, scales, bias, x_scale, x_zero, y_scale, y_zero, *shape)
@@ -289,12 +299,20 @@ def _view(graph: Graph, candidate: Candidate) -> Linear | Conv:
     return view
 
 
-def _result(view: Linear | Conv) -> fx.Node:
-    """The node whose value the integer operator replaces: the ReLU behind a convolution, if nothing else uses it."""
-    user = only_user(view.node) if isinstance(view, Conv) else None
-    if user is not None and (is_onnx(user, "Relu") or is_aten(user, aten.relu.default)):
-        return user
-    return view.node
+def _result(graph: Graph, view: Linear | Conv) -> fx.Node:
+    """The node whose value the integer operator replaces: the ReLU or clip behind a convolution is part of it."""
+    return saturated(graph, view.node) if isinstance(view, Conv) else view.node
+
+
+def _ranged(view: Linear | Conv) -> fx.Node:
+    """The value whose range the input is given: max pooling and the like keep the levels of what they select from."""
+    return view.x if isinstance(view, Linear) else source(view.x)
+
+
+def setting_ranges(setting: Setting) -> str:
+    """How ranges of static activations are found."""
+    method: str = setting.get("ranges", "minmax")
+    return method
 
 
 def _linear_on_sample(x: Tensor, operands: tuple[Any, ...], run_time: tuple[float, int]) -> Tensor:
@@ -316,7 +334,15 @@ def _float_result(graph: Graph, view: Linear | Conv, x: Tensor) -> Tensor:
     if isinstance(view, Linear):
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
     result = _float_conv(x, view, weight, bias)
-    return result if _result(view) is view.node else result.relu()
+    return _saturated_like(graph, _result(graph, view), view.node, result)
+
+
+def _saturated_like(graph: Graph, behind_it: fx.Node, node: fx.Node, value: Tensor) -> Tensor:
+    """The value after the ReLU or clip that `saturated` found behind `node`."""
+    if behind_it is node:
+        return value
+    top = scalar_constant(graph, argument(behind_it, 2, "max"))
+    return value.clamp(min=0.0, max=top)
 
 
 def _float_conv(x: Tensor, view: Conv, weight: Tensor, bias: Tensor | None) -> Tensor:
