@@ -1,0 +1,39 @@
+"""Arm Cortex-A53, four cores in order at 1.4 GHz (Raspberry Pi 3, many phones): no 8-bit dot product."""
+
+from fxopt.ir.target import Target
+
+TARGET = Target(
+    name="cortex-a53",
+    kind="cpu",
+    arch="aarch64",
+    backend="tvm",
+    source=(
+        "peak: one 128-bit FMLA per cycle (Arm Cortex-A53 Technical Reference Manual: one 128-bit Advanced SIMD "
+        "datapath) at 1.4 GHz, 8-bit products as SMLAL and SADALP at twice that; cache sizes of the BCM2837; "
+        "bandwidths, launch time and efficiency factors are assumptions"
+    ),
+    error="never measured",
+    interval=0.7,
+    peak={"float32": 11.2e9, "int8": 22.4e9},
+    bandwidth=2.2e9,
+    cache_bytes=512 * 2**10,
+    cache_bandwidth=6e9,
+    launch_seconds=0.3e-6,
+    cores=4,
+    features=frozenset({"neon"}),
+    efficiency={
+        "linear": 0.5,
+        "linear.int8": 0.4,
+        "conv": 0.4,
+        "conv.int8": 0.3,
+        "conv.narrow": 0.2,
+        "conv.narrow.int8": 0.1,
+        "attention": 0.4,
+        "norm": 0.2,
+        "elementwise": 0.2,
+        "quantize": 0.1,
+        "other": 0.1,
+        "memory": 1.0,
+        "parallel": 0.9,
+    },
+)

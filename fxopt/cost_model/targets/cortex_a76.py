@@ -1,0 +1,37 @@
+"""Arm Cortex-A76 at 2.4 GHz, one core: with the 8-bit dot product."""
+
+from fxopt.ir.target import Target
+
+TARGET = Target(
+    name="cortex-a76",
+    kind="cpu",
+    arch="aarch64",
+    backend="tvm",
+    source=(
+        "peak: two 128-bit FMLA and two 128-bit SDOT per cycle (Arm Cortex-A76 Software Optimization Guide) at 2.4 "
+        "GHz; bandwidths, launch time and efficiency factors are assumptions"
+    ),
+    error="never measured",
+    interval=0.6,
+    peak={"float32": 38.4e9, "int8": 153.6e9},
+    bandwidth=8e9,
+    cache_bytes=2 * 2**20,
+    cache_bandwidth=25e9,
+    launch_seconds=0.1e-6,
+    features=frozenset({"neon", "dotprod"}),
+    efficiency={
+        "linear": 0.6,
+        "linear.int8": 0.5,
+        "conv": 0.5,
+        "conv.int8": 0.4,
+        "conv.narrow": 0.25,
+        "conv.narrow.int8": 0.1,
+        "attention": 0.4,
+        "norm": 0.2,
+        "elementwise": 0.2,
+        "quantize": 0.1,
+        "other": 0.1,
+        "memory": 1.0,
+        "parallel": 0.9,
+    },
+)
