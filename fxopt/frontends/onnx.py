@@ -58,7 +58,8 @@ def load(
 def _dangling(body: GraphProto) -> frozenset[str]:
     """Names that have a type but no value, as tools leave them when they remove nodes."""
     live = {name for node in body.node for name in node.output}
-    live.update(value.name for value in (*body.input, *body.initializer))
+    live.update(value.name for value in body.input)
+    live.update(tensor.name for tensor in body.initializer)
     return frozenset(value.name for value in body.value_info if value.name not in live)
 
 
