@@ -238,7 +238,7 @@ def test_a_small_linear_is_refused_by_its_price(target: str) -> None:
     pattern = r"does not pay: predicted [\d.e-]+ us, now [\d.e-]+ us \((launch|memory|compute)-bound\)"
     assert all(re.fullmatch(pattern, row.reason) for row in refused)
     assert result.report.outcome == "nothing paid" and "does not pay" in result.report.why
-    assert all(row.error is not None and row.error < 1e-2 for row in refused)
+    assert all(row.error is not None and row.error < 0.1 for row in refused)
 
 
 def test_a_large_linear_is_accepted_on_a_gpu_by_prediction() -> None:
