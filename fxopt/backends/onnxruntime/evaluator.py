@@ -14,6 +14,7 @@ from fxopt.errors import MissingReference
 from fxopt.ir.graph import Graph, Opaque, label
 from fxopt.ir.onnx.dtypes import FROM_TORCH, from_numpy, to_numpy
 from fxopt.ir.onnx.emitter import with_bodies
+from fxopt.ir.onnx.foreign import CODES
 from fxopt.ir.onnx.lane import to_tensor
 from fxopt.ir.onnx.records import NodeRecord
 
@@ -119,6 +120,8 @@ def _array(value: Any) -> Any:
 def _value_info(name: str, value: Any) -> onnx.ValueInfoProto:
     if not isinstance(value, np.ndarray):
         raise MissingReference(f"value {name!r} of type {type(value).__name__} cannot be given to ONNX Runtime")
+    if value.dtype.name in CODES:
+        raise MissingReference(f"value {name!r} of type {value.dtype} cannot be given to ONNX Runtime")
     if value.dtype.kind in "OUS":
         element = int(onnx.TensorProto.STRING)
     else:

@@ -67,4 +67,5 @@ def non_max_suppression(
         low, high = corners(batch_boxes, center_point_box)
         for label, class_scores in enumerate(batch_scores):
             selected += [(batch, label, box) for box in select(class_scores, low, high, most, iou, limit)]
-    return torch.tensor(selected, dtype=torch.int64).reshape(-1, 3)
+    device = boxes.device if isinstance(boxes, Tensor) else None
+    return torch.tensor(selected, dtype=torch.int64, device=device).reshape(-1, 3)

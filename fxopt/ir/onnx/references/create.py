@@ -13,6 +13,7 @@ from fxopt.errors import MissingReference
 from fxopt.ir.onnx.dtypes import TO_TORCH
 from fxopt.ir.onnx.foreign import host_data
 from fxopt.ir.onnx.lane import HOST_LIMIT, HostArray, has_symbol, is_host, to_ints, to_scalar, to_tensor
+from fxopt.ir.onnx.references.common import require
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -61,8 +62,9 @@ def host_constant_of_shape(call: Call, shape: HostArray, value: Any = None) -> A
 
 
 @operators.reference("Range", raw=True)
-def arange(call: Call, start: Any, limit: Any, delta: Any) -> Tensor:
-    """start, start + delta, ... up to but without limit."""
+def arange(call: Call, start: Any, limit: Any, delta: Any, stash_type: int = 1) -> Tensor:
+    """start, start + delta, ... up to but without limit; 16-bit numbers are computed in float32."""
+    require(stash_type == 1, f"Range with stash_type {stash_type}")
     bounds = (start, limit, delta)
     typed = [bound for bound in bounds if isinstance(bound, Tensor)]
     known = [bound.dtype for bound in bounds if isinstance(bound, np.ndarray) and bound.dtype != object]
@@ -77,7 +79,7 @@ def arange(call: Call, start: Any, limit: Any, delta: Any) -> Tensor:
 
 
 @operators.host("Range")
-def host_arange(call: Call, start: HostArray, limit: HostArray, delta: HostArray) -> Any:
+def host_arange(call: Call, start: HostArray, limit: HostArray, delta: HostArray, stash_type: int = 1) -> Any:
     """A small concrete range as a host array."""
     if any(has_symbol(bound) for bound in (start, limit, delta)):
         return NotImplemented

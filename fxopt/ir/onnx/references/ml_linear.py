@@ -70,10 +70,10 @@ def linear_classifier(
 def linear_regressor(
     call: Call,
     x: Tensor,
-    coefficients: list[float],
+    coefficients: list[float] | None = None,
     intercepts: list[float] | None = None,
     post_transform: str = "NONE",
     targets: int = 1,
 ) -> Tensor:
     """The values [N, targets] of x [N, F]; a single target is transformed too, which ONNX Runtime leaves as it is."""
-    return transform(_scores(x, coefficients, intercepts, targets), str(post_transform)).to(torch.float32)
+    return transform(_scores(x, coefficients or [], intercepts, targets), str(post_transform)).to(torch.float32)

@@ -47,8 +47,8 @@ def kernel(x: Tensor, vectors: Tensor, kind: str, parameters: list[float] | None
 def svm_regressor(
     call: Call,
     x: Tensor,
-    coefficients: list[float],
-    rho: list[float],
+    coefficients: list[float] | None = None,
+    rho: list[float] | None = None,
     kernel_params: list[float] | None = None,
     kernel_type: str = "LINEAR",
     n_supports: int = 0,
@@ -59,11 +59,12 @@ def svm_regressor(
     """The values [N, 1] of x [N, F] as float32; for one class 1 inside and -1 outside."""
     wide = as_rows(as_float(x))
     weights = vector(coefficients, wide)
+    offset = rho[0] if rho else 0.0
     features = wide
     if n_supports:
         vectors = vector(support_vectors, wide).reshape(n_supports, -1)
         features = kernel(wide, vectors, str(kernel_type), kernel_params)
-    scores = (features @ weights + rho[0]).unsqueeze(1)
+    scores = (features @ weights + offset).unsqueeze(1)
     if one_class:
         return torch.where(scores > 0, 1.0, -1.0).to(torch.float32)
     return transform(scores, str(post_transform)).to(torch.float32)
@@ -138,8 +139,8 @@ def probabilities(scores: Array, classes: int, prob_a: list[float], prob_b: list
 def svm_classifier(
     call: Call,
     x: Tensor,
-    coefficients: list[float],
-    rho: list[float],
+    coefficients: list[float] | None = None,
+    rho: list[float] | None = None,
     classlabels_ints: list[int] | None = None,
     classlabels_strings: list[str] | None = None,
     kernel_params: list[float] | None = None,
@@ -155,7 +156,7 @@ def svm_classifier(
     classes = max(len(classlabels_strings or classlabels_ints or []), 1)
     name, labels = str(post_transform), (classlabels_ints, classlabels_strings)
     if not vectors_per_class:
-        scores = wide @ vector(coefficients, wide).reshape(classes, -1).T + rho[0]
+        scores = wide @ vector(coefficients, wide).reshape(classes, -1).T + (rho[0] if rho else 0.0)
         winner = scores.argmax(1) if classes > 1 else (scores[:, 0] > 0).to(torch.int64)
     else:
         count = sum(vectors_per_class)

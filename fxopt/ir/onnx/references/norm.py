@@ -114,12 +114,17 @@ def batch_normalization(
     is_test: int = 0,
     consumed_inputs: list[int] | None = None,
 ) -> Any:
-    """(x - mean) / sqrt(var + epsilon) * scale + bias per channel; in training mode with the statistics of x."""
-    require(bool(spatial), "BatchNormalization with spatial=0 has no torch reference")
-    if call.version >= 14 and training_mode:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias per channel; in training mode with the statistics of x.
+
+    Below opset 14 several outputs ask for training; with `spatial` 0 (below 9) there is a parameter for every element
+    of a sample.
+    """
+    if training_mode if call.version >= 14 else call.outputs > 1:
+        require(bool(spatial), "BatchNormalization in training with spatial=0 has no torch reference")
         return _training(call, x, scale, bias, mean, var, epsilon, momentum)
     require(call.version >= 7 or bool(is_test), "BatchNormalization below opset 7 with is_test=0 trains")
-    require(call.outputs == 1, "BatchNormalization with several outputs trains, below opset 14")
+    if not spatial:
+        return (x - mean) * torch.rsqrt(var + epsilon) * scale + bias
     if x.dtype == scale.dtype == bias.dtype == mean.dtype == var.dtype and x.dim() >= 2:
         return F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
     return _affine(x, scale, bias, mean, var, epsilon)
@@ -149,4 +154,5 @@ def _training(
     y = _affine(x, scale, bias, batch_mean, batch_var, epsilon)
     running_mean = mean * momentum + batch_mean * (1 - momentum)
     running_var = var * momentum + batch_var * (1 - momentum)
-    return first(call, y, running_mean.to(mean.dtype), running_var.to(var.dtype))
+    running = running_mean.to(mean.dtype), running_var.to(var.dtype)
+    return first(call, y, *running, batch_mean.to(mean.dtype), batch_var.to(var.dtype))

@@ -174,7 +174,7 @@ def average_pool(
 def lp_pool(
     call: Call,
     x: Tensor,
-    kernel_shape: list[int],
+    kernel_shape: list[int] | None = None,
     auto_pad: str = "NOTSET",
     ceil_mode: int = 0,
     dilations: list[int] | None = None,
@@ -182,7 +182,8 @@ def lp_pool(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> Tensor:
-    """(sum of |x| ** p over a moving window) ** (1 / p)."""
+    """(sum of |x| ** p over a moving window, in version 1 by default over everything) ** (1 / p)."""
+    kernel_shape = kernel_shape or list(x.shape[2:])
     window = window_of(x, kernel_shape, strides, dilations, auto_pad, pads, ceil_mode)
     powers = pad_with(x.abs().pow(p), window.pads_list)
     return window_sum(powers, window).pow(1.0 / p)

@@ -67,7 +67,7 @@ def random_normal_like(
 ) -> Tensor:
     """RandomNormal in the shape, and unless `dtype` says otherwise in the type, of x."""
     result: Tensor = random_normal(call, list(x.shape), _like(x, dtype), mean, scale, seed)
-    return result
+    return result.to(x.device) if isinstance(x, Tensor) else result
 
 
 @operators.reference("RandomUniformLike", raw=True)
@@ -76,7 +76,7 @@ def random_uniform_like(
 ) -> Tensor:
     """RandomUniform in the shape, and unless `dtype` says otherwise in the type, of x."""
     result: Tensor = random_uniform(call, list(x.shape), _like(x, dtype), high, low, seed)
-    return result
+    return result.to(x.device) if isinstance(x, Tensor) else result
 
 
 @operators.reference("Bernoulli")
@@ -97,4 +97,4 @@ def multinomial(call: Call, x: Tensor, dtype: int = 6, sample_size: int = 1, see
     limits = host_data(torch.softmax(x.double(), -1).cumsum(-1))
     points = generator(seed).rand(x.shape[0], sample_size)
     chosen = (points[..., None] >= limits[:, None, :-1]).sum(-1)
-    return torch.from_numpy(chosen).to(TO_TORCH[dtype])
+    return torch.from_numpy(chosen).to(device=x.device, dtype=TO_TORCH[dtype])

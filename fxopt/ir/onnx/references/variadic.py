@@ -15,6 +15,8 @@ from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @operators.reference("Where")
 def where(call: Call, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -93,6 +95,8 @@ def clip(
     consumed_inputs: list[int] | None = None,
 ) -> Tensor:
     """min(max(x, low), high); the bounds are attributes below opset 11, inputs since."""
+    if call.version == 6:  # its defaults also turn infinity into the largest float32
+        min, max = -_LARGEST if min is None else min, _LARGEST if max is None else max
     if min is not None or max is not None:
         x = torch.clamp(x, min, max)
     if low is not None:
