@@ -17,6 +17,8 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from torch import fx
 
 from fxopt.errors import InvalidModel
+from fxopt.frontends.infer_types import undeclared_types
+from fxopt.frontends.input_shapes import Shapes, override
 from fxopt.ir.graph import Graph, Opaque
 from fxopt.ir.onnx.dtypes import TO_TORCH, from_numpy
 from fxopt.ir.onnx.op import OnnxOp
@@ -34,15 +36,18 @@ def load(
     *,
     check: bool = True,
     weights: Mapping[str, torch.Tensor] | None = None,
+    input_shapes: Shapes | None = None,
 ) -> Graph:
     """Import a model from a file or a message; the source is never changed.
 
     Args:
         check: let the ONNX checker see the model first.
         weights: the values of initializers whose bytes the message does not hold; they are shared, not copied.
+        input_shapes: per input its sizes, names of dimensions, or None where the model's stays (see `input_shapes`).
 
     Raises:
         InvalidModel: the file is missing or unreadable, is not an ONNX model, or the checker rejects it.
+        InvalidInput: the given shapes do not fit the model.
     """
     folder: Path | None = None
     if isinstance(source, ModelProto):
@@ -56,7 +61,10 @@ def load(
         if check:
             _check(proto, Path(source), content)
         del content
-    return _Importer(proto, folder, weights or {}).model()
+    graph = _Importer(proto, folder, weights or {}).model()
+    if input_shapes:
+        override(graph, input_shapes)
+    return graph
 
 
 def _read(path: Path) -> bytes:
@@ -96,7 +104,8 @@ def _check(proto: ModelProto, path: Path | None, content: ModelProto | bytes) ->
 def _dangling(body: GraphProto) -> frozenset[str]:
     """Names that have a type but no value, as tools leave them when they remove nodes."""
     live = {name for node in body.node for name in node.output}
-    live.update(value.name for value in (*body.input, *body.initializer))
+    live.update(value.name for value in body.input)
+    live.update(tensor.name for tensor in body.initializer)
     return frozenset(value.name for value in body.value_info if value.name not in live)
 
 
@@ -137,6 +146,7 @@ class _Importer:
         if missing:
             raise InvalidModel(f"the model's outputs {missing} are not computed by any node")
         self.fx.output(tuple(self.values[value.name] for value in body.output))
+        self.record.extra["inferred"] = undeclared_types(self.proto)
         return Graph(
             self.fx,
             self.root,

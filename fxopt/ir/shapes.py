@@ -285,13 +285,17 @@ def _fake_value(spec: ValueSpec, sizes: Mapping[str, int]) -> Any:
 
 def _declared(graph: Graph, node: fx.Node, run: tuple[str, FakeTensorMode, dict[str, int]]) -> Any:
     """The value that the ONNX file declares for the node (`value_info` or output), or UNKNOWN."""
-    record = node.meta.get("onnx")
+    index = 0
+    source: Any = node
+    if node.target is operator.getitem:
+        source, index = node.args  # type: ignore[assignment]
+    record = source.meta.get("onnx")
     if graph.model is None or record is None:
         return UNKNOWN
     outputs: tuple[str, ...] = getattr(record, "outputs", ())
-    if len(outputs) != 1:
+    if source is node and len(outputs) != 1:
         return UNKNOWN
-    spec = _declarations(graph).get(outputs[0])
+    spec = _declarations(graph).get(outputs[index])
     names = _dimension_names(graph)
     if spec is None or any(isinstance(dim, str) and dim not in names for dim in spec.shape or ()):
         return UNKNOWN
@@ -305,7 +309,8 @@ def _declarations(graph: Graph) -> dict[str, ValueSpec]:
         from fxopt.ir.onnx.signature import value_spec
 
         body = graph.model.proto.graph
-        graph.model.extra["declared"] = {value.name: value_spec(value) for value in (*body.value_info, *body.output)}
+        declared = {value.name: value_spec(value) for value in (*body.value_info, *body.output)}
+        graph.model.extra["declared"] = {**graph.model.extra.get("inferred", {}), **declared}
     found: dict[str, ValueSpec] = graph.model.extra["declared"]
     return found
 
