@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fxopt.cli import bench, compare, explain, inspect, lists, optimize, predict
+from fxopt.cli import bench, compare, convert, explain, inspect, lists, optimize, predict
 
 
 def _dashes(text: str) -> str:
@@ -47,6 +47,7 @@ app.command("explain")(explain.explain)
 app.command("predict")(predict.predict)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("convert")(convert.convert)
 app.command("passes")(lists.passes)
 app.command("targets")(lists.targets)
 app.command("backends")(lists.backends)

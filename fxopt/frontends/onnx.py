@@ -12,6 +12,8 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import GraphProto, ModelProto
 
 from fxopt.errors import InvalidModel
+from fxopt.frontends.infer_types import undeclared_types
+from fxopt.frontends.input_shapes import Shapes, override
 from fxopt.frontends.onnx_import.functions import key_of
 from fxopt.frontends.onnx_import.importer import Importer, Model
 from fxopt.frontends.onnx_import.messages import DEPTH_LIMIT, check_depth, without_graph_body
@@ -25,14 +27,17 @@ def load(
     *,
     check: bool = True,
     weights: Mapping[str, torch.Tensor] | None = None,
+    input_shapes: Shapes | None = None,
 ) -> Graph:
     """Import a model from a file or a message; the source is never changed.
 
     Args:
         check: let the ONNX checker see the model first.
         weights: the values of initializers whose bytes the message does not hold; they are shared, not copied.
+        input_shapes: per input its sizes, names of dimensions, or None where the model's stays (see `input_shapes`).
 
     Raises:
+        InvalidInput: the given shapes do not fit the model.
         InvalidModel: the file is missing or unreadable, is not an ONNX model, or the checker rejects it.
     """
     folder: Path | None = None
@@ -52,7 +57,11 @@ def load(
     record = ModelRecord(without_graph_body(proto), folder, dangling=_dangling(proto.graph))
     functions = {key_of(item.domain, item.name, item.overload): item for item in proto.functions}
     model = Model(folder, weights or {}, proto.ir_version, functions)
-    return Importer(model, record.opsets).main(proto.graph, record)
+    record.extra["inferred"] = undeclared_types(proto)
+    graph = Importer(model, record.opsets).main(proto.graph, record)
+    if input_shapes:
+        override(graph, input_shapes)
+    return graph
 
 
 def _dangling(body: GraphProto) -> frozenset[str]:

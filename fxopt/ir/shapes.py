@@ -331,7 +331,8 @@ def _declarations(graph: Graph) -> dict[str, ValueSpec]:
         from fxopt.ir.onnx.signature import value_spec
 
         body = graph.model.proto.graph
-        graph.model.extra["declared"] = {value.name: value_spec(value) for value in (*body.value_info, *body.output)}
+        declared = {value.name: value_spec(value) for value in (*body.value_info, *body.output)}
+        graph.model.extra["declared"] = {**graph.model.extra.get("inferred", {}), **declared}
     found: dict[str, ValueSpec] = graph.model.extra["declared"]
     return found
 

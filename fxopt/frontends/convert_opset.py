@@ -1,0 +1,395 @@
+"""A model at a newer version of the ONNX operator set: node by node, and verified by running both.
+
+ONNX's own converter takes whole models, and refuses those with functions or operators of other domains. Here it sees
+one node at a time: a node whose operator did not change between the versions is kept as it is, byte for byte, one that
+did is converted alone and put in its place; operators of other domains, functions and sub-graphs stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from fxopt.errors import InvalidModel, InvalidOption, MissingReference, Unsupported, VerificationError
+from fxopt.frontends.onnx import load
+from fxopt.frontends.to_onnx import run_onnxruntime
+from fxopt.ir.graph import Graph
+from fxopt.ir.ledger import Ledger
+
+_SMALL = 1024  # bytes; constants up to here are shown to the converter, which may turn them into attributes or back
+_DYNAMIC = 3  # size of dynamic dimensions in the inputs that both models are run on
+_SAME_MEANING = {"If", "Loop"}  # their versions differ in element types only
+_TOLERANCE = 1e-10  # noise to signal: both are run with the same definitions, so only orders of sums may differ
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model, what was changed in it, and what the comparison said."""
+
+    model: ModelProto
+    source: int
+    target: int
+    changed: tuple[str, ...]  # "node: Operator-11 became Operator-13", for nodes that were rewritten
+    error: float | None = None  # largest noise to signal of an output; None: not compared
+    remark: str = ""  # why the two could not be compared
+
+    def __str__(self) -> str:
+        if self.source == self.target:
+            return f"the model is at opset {self.target} already"
+        nodes = f"{len(self.changed)} nodes rewritten" if len(self.changed) != 1 else "1 node rewritten"
+        proof = f"not verified: {self.remark}" if self.error is None else f"verified, noise to signal {self.error:.1e}"
+        return f"converted from opset {self.source} to {self.target}: {nodes}; {proof}"
+
+
+@dataclass
+class _Scope:
+    """What conversion of one graph or function needs to know."""
+
+    source: int
+    target: int
+    types: dict[str, ValueInfoProto]
+    constants: dict[str, TensorProto]
+    changed: list[str]
+    doubtful: list[str]  # nodes that are kept although their operator changed: only a comparison can tell
+    names: set[str]
+    initializers: list[TensorProto] = field(default_factory=list)  # new ones
+
+    def fresh(self, name: str) -> str:
+        """A value name that is not in use."""
+        free, count = name, 0
+        while free in self.names:
+            count += 1
+            free = f"{name}_{count}"
+        self.names.add(free)
+        return free
+
+
+def opset_of(model: ModelProto) -> int:
+    """The version of the default operator set that the model imports."""
+    found = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if not found:
+        raise InvalidModel("the model imports no version of the ONNX operator set")
+    return int(found[0])
+
+
+def convert(
+    model: ModelProto, opset: int, *, inputs: Sequence[torch.Tensor] | None = None, verify: bool = True
+) -> Conversion:
+    """The model at `opset`; the given message is not changed.
+
+    Args:
+        inputs: what both models are run on; None: numbers made up from the types of the inputs.
+        verify: compare the two, in torch, or in ONNX Runtime where an operator has no torch reference.
+
+    Raises:
+        InvalidOption: the version is older than the model's, or unknown to the installed ONNX.
+        Unsupported: a node cannot be converted.
+        VerificationError: the result computes something else.
+    """
+    source = opset_of(model)
+    latest = onnx.defs.onnx_opset_version()
+    if not source <= opset <= latest:
+        raise InvalidOption(
+            f"opset {opset}: the model is at opset {source} and the installed ONNX knows {latest}; "
+            f"expected {source} to {latest} (models are converted upwards only)"
+        )
+    if source == opset:
+        return Conversion(model, source, opset, ())
+    made = ModelProto()
+    made.CopyFrom(model)
+    changed: list[str] = []
+    doubtful: list[str] = []
+    _convert_graph(made.graph, _scope_of(model, opset, changed, doubtful))
+    for function in made.functions:
+        own = [entry for entry in function.opset_import if entry.domain in ("", "ai.onnx")]
+        names = {name for node in function.node for name in (*node.input, *node.output)} | set(function.input)
+        scope = _Scope(int(own[0].version) if own else source, opset, {}, {}, changed, doubtful, names)
+        nodes = _convert_nodes(function.node, scope)
+        nodes = [*(_constant_node(tensor) for tensor in scope.initializers), *nodes]
+        del function.node[:]
+        function.node.extend(nodes)
+        for entry in own:
+            entry.version = opset
+    for entry in made.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = opset
+    made.ir_version = max(made.ir_version, helper.find_min_ir_version_for(list(made.opset_import), ignore_unknown=True))
+    result = Conversion(made, source, opset, tuple(changed))
+    if verify:
+        result = _verified(model, result, inputs)
+    if doubtful and result.error is None:
+        raise Unsupported(
+            f"opset {source} to {opset}: whether these nodes keep their meaning could not be compared "
+            f"({result.remark or 'verification is off'}): {'; '.join(doubtful)}"
+        )
+    return result
+
+
+def convert_graph(graph: Graph, opset: int, ledger: Ledger | None = None) -> Graph:
+    """The graph of an ONNX model at `opset`, which a pass or backend needs; the ledger says so.
+
+    Raises: as `convert`, and Unsupported where the graph is not of ONNX origin or too large for one message.
+    """
+    from fxopt.ir.onnx.export import to_model
+
+    result = convert(to_model(graph), opset)
+    if ledger is not None:
+        ledger.note(str(result))
+        for line in result.changed:
+            ledger.note(line)
+    return load(result.model)
+
+
+def _scope_of(model: ModelProto, opset: int, changed: list[str], doubtful: list[str]) -> _Scope:
+    typed = model.graph
+    with suppress(onnx.shape_inference.InferenceError, ValueError, RuntimeError):  # else the declared types have to do
+        typed = onnx.shape_inference.infer_shapes(model).graph
+    types = {value.name: value for value in (*typed.value_info, *typed.input, *typed.output)}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    names = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    return _Scope(opset_of(model), opset, types, constants, changed, doubtful, names | types.keys() | constants.keys())
+
+
+def _convert_graph(graph: GraphProto, scope: _Scope) -> None:
+    """Convert the nodes of a graph in place."""
+    inner = _Scope(
+        scope.source,
+        scope.target,
+        {**scope.types, **{value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}},
+        {**scope.constants, **{tensor.name: tensor for tensor in graph.initializer}},
+        scope.changed,
+        scope.doubtful,
+        scope.names,
+    )
+    inner.names.update(name for node in graph.node for name in node.output)
+    nodes = _convert_nodes(graph.node, inner)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(inner.initializers)
+
+
+def _convert_nodes(nodes: Iterable[NodeProto], scope: _Scope) -> list[NodeProto]:
+    result = []
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                _convert_graph(attribute.g, scope)
+            for body in attribute.graphs:
+                _convert_graph(body, scope)
+        result.extend(_convert_node(node, scope))
+    return result
+
+
+def _convert_node(node: NodeProto, scope: _Scope) -> list[NodeProto]:
+    """The node itself where its operator did not change, or what takes its place."""
+    if node.domain not in ("", "ai.onnx"):
+        return [node]
+    before, after = (_since(node.op_type, version) for version in (scope.source, scope.target))
+    if before is None or before == after:
+        return [node]
+    label = node.name or node.output[0]
+    if any(attribute.HasField("ref_attr_name") for attribute in node.attribute) or _has_body(node):
+        return [_as_it_is(node, scope, before, after, "it refers to its function, or has a body")]
+    try:
+        made = onnx.version_converter.convert_version(_alone(node, scope), scope.target).graph
+    except (RuntimeError, ValueError) as error:
+        return [_as_it_is(node, scope, before, after, " ".join(str(error).split()))]
+    if _same(made, node):
+        return [node]
+    scope.changed.append(f"{label}: {node.op_type}-{before} became {_names(made)} of opset {scope.target}")
+    return _spliced(made, node, scope)
+
+
+def _since(op_type: str, version: int) -> int | None:
+    """The schema version in force; None where the operator has none (as in early drafts, or when it was removed)."""
+    try:
+        schema = onnx.defs.get_schema(op_type, version, "")
+    except onnx.defs.SchemaError:
+        return None
+    return None if schema.deprecated else int(schema.since_version)
+
+
+def _has_body(node: NodeProto) -> bool:
+    return any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute)
+
+
+def _as_it_is(node: NodeProto, scope: _Scope, before: int, after: int | None, reason: str) -> NodeProto:
+    """The node unchanged where the newer operator takes it; verification says whether it means the same.
+
+    Raises:
+        Unsupported: the newer operator has no such attribute, or not so many inputs.
+    """
+    label, cause = node.name or node.output[0], f" ({reason})"
+    if after is None:
+        raise Unsupported(f"node {label!r}: {node.op_type} is not in opset {scope.target}{cause}")
+    schema = onnx.defs.get_schema(node.op_type, scope.target, "")
+    unknown = [item.name for item in node.attribute if item.name not in schema.attributes]
+    if unknown or not schema.min_input <= len(node.input) <= schema.max_input:
+        what = f"attributes {unknown} are unknown to it" if unknown else f"it does not take {len(node.input)} inputs"
+        what = f"{node.op_type}-{before} has no form as {node.op_type}-{after}: {what}"
+        raise Unsupported(f"node {label!r}: {what}{cause}")
+    if node.op_type not in _SAME_MEANING:
+        scope.doubtful.append(f"{label} ({node.op_type}-{before} as {node.op_type}-{after}: {reason})")
+    return node
+
+
+def _alone(node: NodeProto, scope: _Scope) -> ModelProto:
+    """The node as a model of its own."""
+    small = [name for name in dict.fromkeys(node.input) if name in scope.constants and _is_small(scope.constants[name])]
+    inputs = [name for name in dict.fromkeys(node.input) if name and name not in small]
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [_typed(name, scope) for name in inputs],
+        [_typed(name, scope) for name in node.output if name],
+        [scope.constants[name] for name in small],
+    )
+    opset = helper.make_opsetid("", scope.source)
+    model = helper.make_model(graph, opset_imports=[opset])
+    model.ir_version = min(model.ir_version, max(4, helper.find_min_ir_version_for([opset])))
+    return model
+
+
+def _is_small(tensor: TensorProto) -> bool:
+    return tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= _SMALL
+
+
+def _typed(name: str, scope: _Scope) -> ValueInfoProto:
+    if name in scope.types and scope.types[name].type.WhichOneof("value"):
+        return scope.types[name]
+    if name in scope.constants:
+        tensor = scope.constants[name]
+        return helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+
+def _same(made: GraphProto, node: NodeProto) -> bool:
+    """True when the converter left the node as it was."""
+    if len(made.node) != 1 or made.node[0].op_type != node.op_type:
+        return False
+    (other,) = made.node
+    known = {attribute.name: attribute for attribute in node.attribute}
+    unchanged = len(other.attribute) == len(known) and all(
+        attribute.name in known and helper.get_attribute_value(attribute) == _value(known[attribute.name])
+        for attribute in other.attribute
+        if attribute.type != AttributeProto.TENSOR
+    )
+    return unchanged and list(other.input) == list(node.input)
+
+
+def _value(attribute: AttributeProto) -> object:
+    return helper.get_attribute_value(attribute)
+
+
+def _names(made: GraphProto) -> str:
+    return " + ".join(node.op_type for node in made.node if node.op_type != "Constant") or "nothing"
+
+
+def _spliced(made: GraphProto, node: NodeProto, scope: _Scope) -> list[NodeProto]:
+    """The nodes that take the place of `node`, with values and constants under names of their own."""
+    label = node.name or node.output[0]
+    kept = {*node.input, *node.output}
+    renamed: dict[str, str] = {}
+    given = {value.name for value in made.input}
+    for tensor in made.initializer:
+        if tensor.name not in kept and tensor.name not in given:
+            renamed[tensor.name] = scope.fresh(f"{label}_{tensor.name}")
+            copy = TensorProto.FromString(tensor.SerializeToString())
+            copy.name = renamed[tensor.name]
+            scope.initializers.append(copy)
+    for other in made.node:
+        for name in other.output:
+            if name and name not in kept:
+                renamed[name] = scope.fresh(f"{label}_{name}")
+    result = []
+    for other in made.node:
+        copy_ = NodeProto.FromString(other.SerializeToString())
+        del copy_.input[:], copy_.output[:]
+        copy_.input.extend(renamed.get(name, name) for name in other.input)
+        copy_.output.extend(renamed.get(name, name) for name in other.output)
+        last = any(name in node.output for name in copy_.output)
+        copy_.name = node.name if last else f"{label}_{other.op_type}"
+        if last:
+            copy_.doc_string = node.doc_string
+            copy_.metadata_props.extend(node.metadata_props)
+        result.append(copy_)
+    return result
+
+
+def _constant_node(tensor: TensorProto) -> NodeProto:
+    return helper.make_node("Constant", [], [tensor.name], value=tensor)
+
+
+def _verified(model: ModelProto, result: Conversion, inputs: Sequence[torch.Tensor] | None) -> Conversion:
+    """The conversion with the error that was measured, or the reason why none was."""
+    before, after = load(model, check=False), load(result.model)
+    try:
+        given = list(inputs) if inputs is not None else _made_up(before)
+        pair = [_run(graph, given) for graph in (before, after)]
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        remark = f"the model does not run on made-up inputs ({type(error).__name__}: {first[:200]})"
+        return replace(result, error=None, remark=remark)
+    worst = 0.0
+    for spec, expected, found in zip(before.outputs, *pair, strict=True):
+        error_ = _noise(expected, found)
+        if not error_ <= _TOLERANCE:
+            raise VerificationError(
+                f"the model at opset {result.target} computes another {spec.name!r} than at opset {result.source}: "
+                f"noise to signal {error_:.1e}; rewritten were: {'; '.join(result.changed) or 'no nodes'}"
+            )
+        worst = max(worst, error_)
+    return replace(result, error=worst, remark="")
+
+
+def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    try:
+        with torch.no_grad():
+            return list(graph.run(list(inputs)))
+    except MissingReference:
+        return run_onnxruntime(graph, inputs)
+
+
+def _made_up(graph: Graph) -> list[torch.Tensor]:
+    """One input each by type and shape: normal numbers, and 0 or 1 for integers, which are valid indices."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for spec in graph.inputs:
+        if spec.dtype is None or spec.shape is None:
+            raise InvalidModel(f"input {spec} has no type that torch can make up")
+        shape = [dim if isinstance(dim, int) else _DYNAMIC for dim in spec.shape]
+        if spec.dtype.is_floating_point:
+            made.append(torch.randn(shape, generator=generator).to(spec.dtype))
+        else:
+            made.append(torch.randint(0, 2, shape, generator=generator).to(spec.dtype))
+    return made
+
+
+def _noise(expected: object, found: object) -> float:
+    """Noise to signal of a result; infinite where type, shape or a non-number differ."""
+    right, value = _array(expected), _array(found)
+    if right.shape != value.shape or right.dtype != value.dtype:
+        return math.inf
+    if right.dtype.kind not in "fc":
+        return 0.0 if np.array_equal(right, value) else math.inf
+    finite = np.isfinite(right)
+    others_agree = np.array_equal(right[~finite], value[~finite], equal_nan=True)
+    if not np.array_equal(finite, np.isfinite(value)) or not others_agree:
+        return math.inf
+    difference, signal = right[finite] - value[finite], right[finite]
+    noise, power = (float(np.square(np.abs(item).astype(np.float64)).sum()) for item in (difference, signal))
+    return 0.0 if noise == 0 else noise / max(power, 1e-30)
+
+
+def _array(item: object) -> np.ndarray[Any, Any]:
+    if isinstance(item, torch.Tensor) and item.dtype == torch.bfloat16:
+        item = item.float()
+    return np.asarray(item)
