@@ -68,6 +68,7 @@ class Cost:
 
 
 _NARROW = 64  # products per result
+_NARROW_PRODUCT = 16  # the same where the kernel is one position: a matrix product, which needs no gathering
 
 
 def conv_kind(weight: Sequence[int]) -> str:
@@ -75,7 +76,8 @@ def conv_kind(weight: Sequence[int]) -> str:
 
     Depthwise convolutions and those of few channels: kernels starve there (benchmarks/host_rates.py).
     """
-    return "conv.narrow" if math.prod(weight[1:]) < _NARROW else "conv"
+    is_product = len(weight) > 2 and math.prod(weight[2:]) == 1 and weight[1] >= _NARROW_PRODUCT
+    return "conv.narrow" if math.prod(weight[1:]) < _NARROW and not is_product else "conv"
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,12 @@ def _spatial_mean(graph: Graph, node: fx.Node) -> bool | None:
     found = read(graph, node, "mean")
     if found is None:
         return None
-    x, axes, keeps = found
-    value = tensor_value(x)
-    if value is None or value.dim() != 4 or not isinstance(axes, tuple) or not isinstance(keeps, (bool, int)):
+    _, axes, keeps = found
+    value = tensor_value(node)  # that of the operand is not known while it is an operator just made
+    if value is None or not isinstance(axes, tuple) or not all(isinstance(axis, int) for axis in axes):
         return None
-    return bool(keeps) if sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3] else None
+    rank = value.dim() + (0 if keeps else len(axes))
+    return bool(keeps) if rank == 4 and sorted(axis % 4 for axis in axes) == [2, 3] else None
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

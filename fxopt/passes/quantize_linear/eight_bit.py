@@ -28,7 +28,7 @@ from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.fold_norm_scale import can_absorb
 from fxopt.passes.quantize_between import behind
-from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
+from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of, with_conversions
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
 from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, smoothed
 from fxopt.passes.stats import Extremes, Stats, ValueStats
@@ -64,6 +64,7 @@ class EightBit:
             return
         weight = view.weight(graph)
         group = f"{op_name} {'x'.join(map(str, weight.shape))}"
+        limit = 63 if _saturates(ctx) and not _is_depthwise(view, weight) else 127
         wanted = [kind for kind in kinds if self.activations in ("auto", kind)]
         if not wanted:
             refusal = Refusal("a convolution has no {} form that pays; use activations=static", self.activations)
@@ -72,7 +73,7 @@ class EightBit:
             name = f"{op_name}_dynamic" if kind == "dynamic" else op_name
             refused = self._refusal(graph, ctx, view, name)
             for smooth in self._smoothings(view) if refused is None else (False,):
-                yield self._candidate(ctx, view.node, group, kind, refused, smooth)
+                yield self._candidate(ctx, view.node, group, kind, refused, smooth, limit)
 
     def _smoothings(self, view: Linear | Conv) -> tuple[bool, ...]:
         if isinstance(view, Conv) or self.smooth == "off":
@@ -80,9 +81,16 @@ class EightBit:
         return (True,) if self.smooth == "on" else (False, True)
 
     def _candidate(
-        self, ctx: Context, node: fx.Node, group: str, kind: str, refusal: Refusal | None, smooth: bool = False
+        self,
+        ctx: Context,
+        node: fx.Node,
+        group: str,
+        kind: str,
+        refusal: Refusal | None,
+        smooth: bool = False,
+        limit: int = 127,
     ) -> Candidate:
-        values: dict[str, Any] = {"activations": kind, "limit": 63 if _saturates(ctx) else 127}
+        values: dict[str, Any] = {"activations": kind, "limit": limit}
         if smooth:
             values["smooth"] = True
         if self.ranges != "minmax" and kind == "static":
@@ -129,13 +137,15 @@ class EightBit:
             stats.cache["reference", candidate.node] = _float_result(graph, view, x)
         reference = stats.cache["reference", candidate.node]
         after = operator.cost_of(value_of(view.x), *operands)
+        before = float_cost(view, weight)
         if isinstance(view, Conv):
+            before = with_conversions(graph, view, _result(graph, view), before)
             result = operator.function(x, *operands)
         else:
             smoothing = self._smoothing(graph, view, candidate.setting, stats)
             after = after if smoothing is None else after + _smoothing_cost(graph, view)
             result = _on_sample(x, operands, weight, stats[view.x], smoothing, candidate.setting["limit"])
-        return Estimate(noise_to_signal(reference, result), float_cost(view, weight), after, 3 * weight.numel())
+        return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel())
 
     def _sample(self, view: Linear | Conv, stats: Stats) -> Tensor:
         sample = stats[view.x].sample
@@ -164,7 +174,7 @@ class EightBit:
         if isinstance(view, Conv):
             for value in behind(graph, node):
                 if value in stats:
-                    value.meta["levels"] = static_range(stats[value], setting_ranges(candidate.setting))
+                    value.meta["levels"] = static_range(stats[value], _ranges(candidate.setting))
 
     def _operands(
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats
@@ -178,7 +188,7 @@ class EightBit:
         bias = self._bias(graph, view, setting, stats, s, (codes, scales))
         if setting["activations"] == "dynamic":
             return linear_w8a8_dynamic, (codes, scales, bias)
-        ranges = setting_ranges(setting)
+        ranges = _ranges(setting)
         if s is not None:
             x_scale, x_zero = affine(*_channel_range(stats[view.x], s))
         else:
@@ -291,6 +301,11 @@ def _saturates(ctx: Context) -> bool:
     return not ({"avx512_vnni", "avx_vnni", "amx_int8"} & ctx.target.features)
 
 
+def _is_depthwise(view: Linear | Conv, weight: Tensor) -> bool:
+    """One input and one output channel per group: ONNX Runtime's kernels for these multiply in 32 bits everywhere."""
+    return isinstance(view, Conv) and view.groups == weight.shape[0] and weight.shape[1] == 1
+
+
 def _view(graph: Graph, candidate: Candidate) -> Linear | Conv:
     node = graph.find(candidate.node)
     assert node is not None, f"{candidate.node} is not in the graph"
@@ -309,7 +324,7 @@ def _ranged(view: Linear | Conv) -> fx.Node:
     return view.x if isinstance(view, Linear) else source(view.x)
 
 
-def setting_ranges(setting: Setting) -> str:
+def _ranges(setting: Setting) -> str:
     """How ranges of static activations are found."""
     method: str = setting.get("ranges", "minmax")
     return method
