@@ -1,0 +1,169 @@
+"""softmax(q @ k.T * scale + mask) @ v, one query block at a time; the scores never leave a scratch of a few rows.
+
+All keys of a query are scored before the softmax, so that no running rescaling is needed; memory is linear in the
+number of keys (as in Rabe & Staats, 2021).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fxopt.backends.tvm.emit import Expr, Kernel, each, float32, int32, spread, tail
+from fxopt.backends.tvm.kernels.rows import softmax_row
+from fxopt.backends.tvm.library import tirx
+from fxopt.backends.tvm.machine import Machine
+
+_QUERIES = 4  # queries that share the loads of keys and values
+
+
+@dataclass(frozen=True)
+class Attention:
+    """q [batch, heads, queries, width], k [batch, key_heads, keys, width], v [..., keys, value_width]."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    width: int
+    value_width: int
+    scale: float
+    causal: bool = False
+    mask: Literal["", "float32", "bool"] = ""
+    mask_strides: tuple[int, int, int] = (0, 0, 0)  # of batch, head, query; keys are contiguous
+    mask_size: int = 0
+
+    @property
+    def scratch(self) -> int:
+        """Floats: scores of some queries, and the keys of one head transposed."""
+        return _QUERIES * self.keys + self.width * self.keys
+
+
+def attention(name: str, size: Attention, machine: Machine) -> Any:
+    """`void NAME(q, k, v, [mask], scratch, y [batch, heads, queries, value_width])`.
+
+    A float mask is added to the scores; a bool one (as bytes) keeps the keys where it is true. A query without any key
+    gives NaN, as the definition does.
+    """
+    kernel = Kernel(name)
+    q = kernel.buffer("q", size.batch * size.heads * size.queries * size.width)
+    k = kernel.buffer("k", size.batch * size.key_heads * size.keys * size.width)
+    v = kernel.buffer("v", size.batch * size.key_heads * size.keys * size.value_width)
+    mask = (
+        kernel.buffer("mask", size.mask_size, "float32" if size.mask == "float32" else "uint8") if size.mask else None
+    )
+    scratch = kernel.buffer("scratch", size.scratch)
+    y = kernel.buffer("y", size.batch * size.heads * size.queries * size.value_width)
+    emitter = _Emitter(kernel, size, machine, q, k, v, mask, scratch, y)
+    shared = size.heads // size.key_heads
+    with kernel.loop(size.batch, "b") as b, kernel.loop(size.key_heads, "kh") as key_head:
+        pair = kernel.let(b * size.key_heads + key_head)
+        emitter.transpose(pair)
+        with kernel.loop(shared, "h") as h:
+            head = kernel.let(key_head * shared + h)
+            full, rest = divmod(size.queries, _QUERIES)
+            with kernel.loop(full, "q") as block:
+                emitter.block(b, head, pair, block * _QUERIES, _QUERIES)
+            if rest:
+                emitter.block(b, head, pair, int32(full * _QUERIES), rest)
+    return kernel.function()
+
+
+@dataclass(frozen=True)
+class _Emitter:
+    kernel: Kernel
+    size: Attention
+    machine: Machine
+    q: Any
+    k: Any
+    v: Any
+    mask: Any
+    scratch: Any
+    y: Any
+
+    def transpose(self, pair: Expr) -> None:
+        """The keys of one head as [width, keys] behind the scores: scores are then sums along lanes of keys."""
+        size, kernel = self.size, self.kernel
+        start = kernel.let(pair * (size.keys * size.width))
+        with kernel.loop(size.width, "d") as d:
+            place = kernel.let(d * size.keys + _QUERIES * size.keys)
+
+            def copy(at: Expr, lanes: int) -> None:
+                value = kernel.load(self.k, start + at * size.width + d, lanes, size.width)
+                kernel.store(self.scratch, place + at, value, lanes)
+
+            each(kernel, size.keys, self.machine.lanes, copy)
+
+    def block(self, b: Expr, head: Expr, pair: Expr, query: Expr, count: int) -> None:
+        """Scores, softmax and the weighted sum of the values for `count` queries."""
+        size, kernel = self.size, self.kernel
+        first = kernel.let((b * size.heads + head) * size.queries + query)
+        lanes = self.machine.lanes
+        each_pair = 2 * lanes if size.keys >= 2 * lanes else lanes
+        each(kernel, size.keys, each_pair, lambda at, n: self.scores(first, query, (b, head), at, n, count))
+        for i in range(count):
+            softmax_row(kernel, self.machine, size.keys, self.scratch, int32(i * size.keys), self.scratch,
+                        int32(i * size.keys))  # fmt: skip
+        values = kernel.let(pair * (size.keys * size.value_width))
+        each(kernel, size.value_width, each_pair, lambda at, n: self.weighted(first, values, at, n, count))
+
+    def scores(self, first: Expr, query: Expr, where: tuple[Expr, Expr], at: Expr, lanes: int, count: int) -> None:
+        """`count` queries times `lanes` keys."""
+        size, kernel = self.size, self.kernel
+        sums = kernel.local(count * lanes)
+        pieces = tail(lanes, self.machine.lanes)
+        for i in range(count):
+            for offset, n in pieces:
+                kernel.store(sums, i * lanes + offset, float32(0.0, n), n)
+        with kernel.loop(size.width, "d") as d:
+            place = d * size.keys + _QUERIES * size.keys
+            keys = [kernel.let(kernel.load(self.scratch, place + at + offset, n)) for offset, n in pieces]
+            for i in range(count):
+                value = kernel.let(kernel.load(self.q, (first + i) * size.width + d))
+                for (offset, n), key in zip(pieces, keys, strict=True):
+                    old = kernel.load(sums, i * lanes + offset, n)
+                    kernel.store(sums, i * lanes + offset, old + spread(value, n) * key, n)
+        for i in range(count):
+            for offset, n in pieces:
+                score = kernel.load(sums, i * lanes + offset, n) * float32(size.scale, n)
+                score = self.masked(kernel.let(score), where, query + i, at + offset, n)
+                kernel.store(self.scratch, i * size.keys + at + offset, score, n)
+
+    def masked(self, score: Expr, where: tuple[Expr, Expr], query: Expr, key: Expr, lanes: int) -> Expr:
+        """The scores with what is masked at -inf."""
+        size, kernel = self.size, self.kernel
+        none = float32(-math.inf, lanes)
+        if size.mask:
+            b, h, q = size.mask_strides
+            value = kernel.load(self.mask, where[0] * b + where[1] * h + query * q + key, lanes)
+            if size.mask == "float32":
+                score = score + value
+            else:
+                score = tirx.Select(tirx.NE(value, spread(tirx.IntImm("uint8", 0), lanes)), score, none)
+        if size.causal:
+            keys = key if lanes == 1 else tirx.Ramp(key, int32(1), lanes)
+            score = tirx.Select(keys <= spread(query, lanes), score, none)
+        return score
+
+    def weighted(self, first: Expr, values: Expr, at: Expr, lanes: int, count: int) -> None:
+        """`count` results of `lanes` columns."""
+        size, kernel = self.size, self.kernel
+        sums = kernel.local(count * lanes)
+        pieces = tail(lanes, self.machine.lanes)
+        for i in range(count):
+            for offset, n in pieces:
+                kernel.store(sums, i * lanes + offset, float32(0.0, n), n)
+        with kernel.loop(size.keys, "key") as key:
+            row = values + key * size.value_width + at
+            loaded = [kernel.let(kernel.load(self.v, row + offset, n)) for offset, n in pieces]
+            for i in range(count):
+                weight = kernel.let(kernel.load(self.scratch, key + i * size.keys))
+                for (offset, n), value in zip(pieces, loaded, strict=True):
+                    old = kernel.load(sums, i * lanes + offset, n)
+                    kernel.store(sums, i * lanes + offset, old + spread(weight, n) * value, n)
+        for i in range(count):
+            for offset, n in pieces:
+                place = (first + i) * size.value_width + at + offset
+                kernel.store(self.y, place, kernel.load(sums, i * lanes + offset, n), n)
