@@ -198,6 +198,11 @@ def _load(model: Model, example_inputs: Any, options: Options, backend: Backend,
         from fxopt.frontends.onnx import load
 
         graph = load(model)
+        missing = {spec.name for spec in graph.inputs if spec.shape is None} & set(options.input_shapes or {})
+        if missing:
+            from fxopt.frontends.input_shapes import override
+
+            override(graph, {name: (options.input_shapes or {})[name] for name in missing})
         notes.extend(filter(None, [concern_here(graph, "the model")]))
         return graph
     args, kwargs = bound(example_inputs)
