@@ -21,11 +21,12 @@ from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from fxopt.errors import GraphSyntaxError, unknown
-from fxopt.ir.graph import Graph, Opaque, ValueSpec, set_attribute
+from fxopt.ir.graph import Graph, Opaque, set_attribute
 from fxopt.ir.onnx.bodies import AttributeReference
 from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.op import OnnxOp
-from fxopt.ir.structural_hash import FUNCTIONS, TORCH_CONSTANTS, expression, quoted
+from fxopt.ir.structural_hash import FUNCTIONS, TORCH_CONSTANTS
+from fxopt.ir.text_header import dotted, read_header, refused, shown, torch_constant
 
 HELPERS = frozenset([  # names that a text uses, and that no variable of it may have
     "attribute", "const", "graph", "onnx", "opaque", "ops", "overload", "run_file", "subgraph",
@@ -65,16 +66,8 @@ def from_text(text: str, constants: Mapping[str, torch.Tensor]) -> Graph:
             gc.enable()
 
 
-def _refused(node: ast.AST, message: str) -> GraphSyntaxError:
-    return GraphSyntaxError(f"line {getattr(node, 'lineno', 1)}: {message}")
-
-
 def _not_an_argument(node: ast.AST) -> GraphSyntaxError:
-    return _refused(node, f"{_shown(node)!r} is not an argument that a graph can hold")
-
-
-def _shown(node: ast.AST) -> str:
-    return f"{ast.unparse(node).splitlines()[0]:.80}"
+    return refused(node, f"{shown(node)!r} is not an argument that a graph can hold")
 
 
 def _module(module: ast.Module, constants: Mapping[str, torch.Tensor]) -> Graph:
@@ -88,16 +81,16 @@ def _module(module: ast.Module, constants: Mapping[str, torch.Tensor]) -> Graph:
         elif isinstance(node, ast.FunctionDef):
             is_body = BODY_NAME.fullmatch(node.name) is not None and node.name not in bodies
             if found is not None or not (node.name == "main" or is_body):
-                raise _refused(node, f"function {node.name!r}: a text holds one function, main, and bodies before it")
+                raise refused(node, f"function {node.name!r}: a text holds one function, main, and bodies before it")
             made = _Reader(constants, bodies, taken).function(node)
             if is_body:
                 bodies[node.name] = made
             else:
                 found = made
         elif not (index == 0 and _is_docstring(node)) and ast.dump(node) != _MAIN:
-            raise _refused(node, f"{_shown(node)!r} is not part of the form")
+            raise refused(node, f"{shown(node)!r} is not part of the form")
     if found is None:
-        raise _refused(module, "there is no function main")
+        raise refused(module, "there is no function main")
     return found
 
 
@@ -118,14 +111,14 @@ class _Reader:
     def function(self, node: ast.FunctionDef) -> Graph:
         decorator = node.decorator_list[0] if node.decorator_list else node
         if len(node.decorator_list) != 1 or not isinstance(decorator, ast.Call):
-            raise _refused(decorator, "main needs @graph(...) as its only decorator")
-        header = _header(decorator)
+            raise refused(decorator, "main needs @graph(...) as its only decorator")
+        header = read_header(decorator)
         self.at = header.pop("at", "")
         given = node.args
         if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults:
-            raise _refused(node, "main takes plain parameters only")
+            raise refused(node, "main takes plain parameters only")
         if len(given.args) != len(header["inputs"]):
-            raise _refused(node, f"{len(given.args)} parameters, inputs declares {len(header['inputs'])}")
+            raise refused(node, f"{len(given.args)} parameters, inputs declares {len(header['inputs'])}")
         for parameter in given.args:
             name = self.new_name(parameter, parameter.arg, parameter.annotation)
             self.values[parameter.arg] = self.fx.create_node("placeholder", name, name=name)
@@ -133,25 +126,25 @@ class _Reader:
             self.statement(statement)
         result = node.body[-1]
         if not isinstance(result, ast.Return) or not isinstance(result.value, ast.Tuple):
-            raise _refused(result, f"the last statement must return a tuple, got {_shown(result)!r}")
+            raise refused(result, f"the last statement must return a tuple, got {shown(result)!r}")
         count, declared = len(result.value.elts), len(header["outputs"])
         if count != declared:
-            raise _refused(result, f"{count} values are returned, outputs declares {declared}")
+            raise refused(result, f"{count} values are returned, outputs declares {declared}")
         self.fx.output(self.value(result.value))
         if len(header.get("captures", ())) > len(header["inputs"]):
-            raise _refused(node, f"{len(header['captures'])} captures of {len(header['inputs'])} inputs")
+            raise refused(node, f"{len(header['captures'])} captures of {len(header['inputs'])} inputs")
         return Graph(self.fx, self.root, **header)
 
     def new_name(self, node: ast.AST, variable: str, annotation: ast.expr | None) -> str:
         """The node's name: the variable's, or the string annotation where Python or a helper uses that name."""
         if variable in HELPERS or variable in self.bodies:
-            raise _refused(node, f"{variable!r} is the name of a helper")
+            raise refused(node, f"{variable!r} is the name of a helper")
         if variable in self.values:
-            raise _refused(node, f"{variable!r} is assigned twice")
+            raise refused(node, f"{variable!r} is assigned twice")
         if annotation is None:
             return variable
         if not isinstance(annotation, ast.Constant) or not isinstance(annotation.value, str):
-            raise _refused(node, f"the annotation of {variable!r} must be a string, the node's name")
+            raise refused(node, f"the annotation of {variable!r} must be a string, the node's name")
         return annotation.value
 
     def statement(self, node: ast.stmt) -> None:
@@ -162,7 +155,7 @@ class _Reader:
             target, annotation = node.target, node.annotation
         value = getattr(node, "value", None)
         if not isinstance(target, ast.Name) or not isinstance(value, (ast.Call, ast.Subscript)):
-            raise _refused(node, f"expected `name = operator(...)` or a final return, got {_shown(node)!r}")
+            raise refused(node, f"expected `name = operator(...)` or a final return, got {shown(node)!r}")
         name = self.new_name(node, target.id, annotation)
         self.values[target.id] = self.node(name, value)
 
@@ -179,7 +172,7 @@ class _Reader:
         for item in node.keywords:
             named = self.dictionary(item.value) if item.arg is None else {item.arg: self.value(item.value)}
             if not kwargs.keys().isdisjoint(named):
-                raise _refused(item, f"the keyword {min(kwargs.keys() & named.keys())!r} is given twice")
+                raise refused(item, f"the keyword {min(kwargs.keys() & named.keys())!r} is given twice")
             kwargs.update(named)
         return self.fx.create_node("call_function", target, tuple(map(self.value, node.args)), kwargs, name=name)
 
@@ -191,9 +184,9 @@ class _Reader:
         if kind == "opaque" and len(literals) == 2 and not options:
             value = _opaque(node, *literals)
         elif kind == "opaque" or literals or (options and not host):
-            raise _refused(node, "expected const(name), const(name, host=True) or opaque(name, message type, base64)")
+            raise refused(node, "expected const(name), const(name, host=True) or opaque(name, message type, base64)")
         elif target not in self.constants or not target.startswith(self.at):
-            raise _refused(node, f"constant {target!r} is not among the {len(self.constants)} given")
+            raise refused(node, f"constant {target!r} is not among the {len(self.constants)} given")
         else:
             value = to_numpy(self.constants[target]) if host else self.constants[target]
         return self.held(name, node, target.removeprefix(self.at), value)
@@ -204,7 +197,7 @@ class _Reader:
         again = isinstance(target, ast.Constant) and target.value in self.registered
         wrong = held not in self.bodies or (held in self.taken and not again)
         if len(node.args) != 2 or node.keywords or not isinstance(target, ast.Constant) or wrong:
-            raise _refused(node, "expected subgraph(name, body), a function above that no other constant holds")
+            raise refused(node, "expected subgraph(name, body), a function above that no other constant holds")
         self.taken.add(held)
         return self.held(name, node, str(target.value), self.bodies[held])
 
@@ -213,13 +206,13 @@ class _Reader:
             try:
                 set_attribute(self.root, target, value)
             except (KeyError, AttributeError, TypeError) as error:
-                raise _refused(node, f"{target!r} cannot be the name of a constant: {error}") from error
+                raise refused(node, f"{target!r} cannot be the name of a constant: {error}") from error
             self.registered.add(target)
         return self.fx.create_node("get_attr", target, name=name)
 
     def target(self, node: ast.expr) -> Any:
         """The operator that an expression spells: a dotted name, or a call of `onnx` or `overload` with literals."""
-        key: Any = (_dotted(node.func), *_literals(node)) if isinstance(node, ast.Call) else _dotted(node)
+        key: Any = (dotted(node.func), *_literals(node)) if isinstance(node, ast.Call) else dotted(node)
         if key not in self.targets:
             self.targets[key] = _called(node, key) if isinstance(node, ast.Call) else _named(node, key)
         return self.targets[key]
@@ -228,7 +221,7 @@ class _Reader:
         """The argument that an expression spells."""
         if isinstance(node, ast.Name):
             if node.id not in self.values:
-                raise _refused(node, f"{node.id!r} is not defined above")
+                raise refused(node, f"{node.id!r} is not defined above")
             return self.values[node.id]
         if isinstance(node, ast.Constant) and not isinstance(node.value, (bytes, complex)):
             return node.value
@@ -242,15 +235,15 @@ class _Reader:
             operand = getattr(node.operand, "value", None)
             if type(operand) in (int, float):
                 return -operand  # type: ignore[operator]
-        dotted = _dotted(node.func if isinstance(node, ast.Call) else node)
-        if isinstance(node, ast.Attribute) and isinstance(found := _torch_constant(dotted), TORCH_CONSTANTS):
+        spelled = dotted(node.func if isinstance(node, ast.Call) else node)
+        if isinstance(node, ast.Attribute) and isinstance(found := torch_constant(spelled), TORCH_CONSTANTS):
             return found
-        if dotted.startswith("torch.ops.") or dotted == "overload":
+        if spelled.startswith("torch.ops.") or spelled == "overload":
             return self.target(node)
-        if isinstance(node, ast.Call) and dotted in _MAKERS and not node.keywords:
+        if isinstance(node, ast.Call) and spelled in _MAKERS and not node.keywords:
             args = [self.value(argument) for argument in node.args]
             try:
-                return _MAKERS[dotted](*args)
+                return _MAKERS[spelled](*args)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise _not_an_argument(node) from error
         raise _not_an_argument(node)
@@ -263,7 +256,7 @@ class _Reader:
             if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
                 raise _not_an_argument(node)
             if key.value in found:
-                raise _refused(node, f"the key {key.value!r} is given twice")
+                raise refused(node, f"the key {key.value!r} is given twice")
             found[key.value] = self.value(item)
         return found
 
@@ -272,25 +265,11 @@ def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _dotted(node: ast.expr) -> str:
-    """`a.b.c` as text; "" for another expression."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return ".".join(reversed([*parts, node.id])) if isinstance(node, ast.Name) else ""
-
-
 def _literals(node: ast.Call) -> list[Any]:
     values = [getattr(argument, "value", None) for argument in node.args]
     if any(type(value) not in (str, int) for value in values):
-        raise _refused(node, f"{_shown(node)!r}: expected literal strings and numbers")
+        raise refused(node, f"{shown(node)!r}: expected literal strings and numbers")
     return values
-
-
-def _torch_constant(dotted: str) -> Any:
-    prefix, _, name = dotted.rpartition(".")
-    return getattr(torch, name, None) if prefix == "torch" else None
 
 
 def _called(node: ast.Call, key: tuple[Any, ...]) -> Any:
@@ -300,7 +279,7 @@ def _called(node: ast.Call, key: tuple[Any, ...]) -> Any:
         return OnnxOp(*literals)
     if name == "overload" and kinds == [str, str, str] and not node.keywords:
         return _overload(node, *literals)
-    raise _refused(node, f"expected onnx(domain, op_type, since_version) or overload(...), got {_shown(node)!r}")
+    raise refused(node, f"expected onnx(domain, op_type, since_version) or overload(...), got {shown(node)!r}")
 
 
 def _named(node: ast.expr, key: str) -> Any:
@@ -309,12 +288,12 @@ def _named(node: ast.expr, key: str) -> Any:
         from fxopt.ir.op import all_ops
 
         if path[1] not in all_ops():
-            raise _refused(node, str(unknown("fxopt operator", path[1], all_ops())))
+            raise refused(node, str(unknown("fxopt operator", path[1], all_ops())))
         return all_ops()[path[1]].target
     if len(path) == 5 and path[:2] == ["torch", "ops"]:
         return _overload(node, *path[2:])
     if key not in FUNCTIONS:
-        raise _refused(node, f"{_shown(node)!r} is not an operator that a graph can hold")
+        raise refused(node, f"{shown(node)!r} is not an operator that a graph can hold")
     return FUNCTIONS[key]
 
 
@@ -323,18 +302,18 @@ def _overload(node: ast.expr, namespace: str, name: str, overload: str) -> OpOve
     found = getattr(packet, overload, None) if isinstance(packet, OpOverloadPacket) else None
     if not isinstance(found, OpOverload):
         spelled = f"torch.ops.{namespace}.{name}.{overload}"
-        raise _refused(node, f"no operator {spelled}; is the library that registers it loaded?")
+        raise refused(node, f"no operator {spelled}; is the library that registers it loaded?")
     return found
 
 
 def _opaque(node: ast.AST, kind: Any, content: Any) -> Opaque:
     message: Any = getattr(onnx, str(kind), None)
     if not isinstance(message, type) or not issubclass(message, Message):
-        raise _refused(node, f"{kind!r} is not a protobuf message of onnx")
+        raise refused(node, f"{kind!r} is not a protobuf message of onnx")
     try:
         return Opaque(message.FromString(base64.b64decode(str(content), validate=True)))
     except (ValueError, DecodeError) as error:
-        raise _refused(node, f"{content!r:.80} is not a base64 text of a {kind}: {error}") from error
+        raise refused(node, f"{content!r:.80} is not a base64 text of a {kind}: {error}") from error
 
 
 def _check_import(node: ast.Import | ast.ImportFrom) -> None:
@@ -343,77 +322,4 @@ def _check_import(node: ast.Import | ast.ImportFrom) -> None:
         allowed = HELPERS if node.module == "fxopt.ir.text" else ()
     for alias in node.names:
         if alias.name not in allowed or alias.asname is not None:
-            raise _refused(node, f"import of {alias.name}: only the helpers of fxopt.ir.text, torch, operator and math")
-
-
-# ---- the decorator
-
-
-def header_text(graph: Graph, at: str = "") -> list[str]:
-    """The keywords of `@graph(...)`, one per line."""
-    options = [f"origin={quoted(graph.origin)}"]
-    for key, specs in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-        options.append(f"{key}={expression(list(map(_spec_entry, specs)), {})}")
-    if graph.name != "main":
-        options.append(f"name={quoted(graph.name)}")
-    if graph.sizes:
-        options.append(f"sizes={expression(graph.sizes, {})}")
-    if graph.captures:
-        options.append(f"captures={expression(list(graph.captures), {})}")
-    if at:
-        options.append(f"at={quoted(at)}")
-    return options
-
-
-def _spec_entry(spec: ValueSpec) -> tuple[Any, ...]:
-    dtype = None if spec.dtype is None else str(spec.dtype).removeprefix("torch.")
-    return spec.name, dtype, None if spec.shape is None else list(spec.shape)
-
-
-def _header(node: ast.Call) -> dict[str, Any]:
-    """The keywords of `@graph(...)`, as arguments of `Graph`."""
-    given: dict[str, Any] = {"name": "main"}
-    for item in node.keywords:
-        try:
-            given[item.arg or "**"] = ast.literal_eval(item.value)
-        except (ValueError, TypeError) as error:
-            raise _refused(item, f"{item.arg}: {_shown(item.value)!r} is not a literal") from error
-    wanted = {"origin", "inputs", "outputs", "name"}
-    if _dotted(node.func) != "graph" or node.args or set(given) - {"sizes", "captures", "at"} != wanted:
-        raise _refused(node, f"expected @graph(origin, inputs, outputs, name, sizes), got {sorted(given)}")
-    sizes = given.get("sizes", {})
-    if not isinstance(sizes, dict) or any((type(name), type(size)) != (str, int) for name, size in sizes.items()):
-        raise _refused(node, f"sizes is {sizes!r}, expected the size of each named dimension")
-    if given["origin"] not in ("torch", "onnx") or not isinstance(given["name"], str):
-        raise _refused(node, f"origin is {given['origin']!r}, expected 'torch' or 'onnx'; name is {given['name']!r}")
-    captures = given.get("captures", [])
-    if not isinstance(captures, list) or not all(type(name) is str for name in [*captures, given.get("at", "")]):
-        raise _refused(node, f"captures is {captures!r}, expected a list of names; `at` is a text")
-    if "captures" in given:
-        given["captures"] = tuple(captures)
-    try:
-        for key in ("inputs", "outputs"):
-            given[key] = tuple(map(read_spec, given[key] if isinstance(given[key], list) else [given[key]]))
-    except (ValueError, TypeError, LookupError, NotImplementedError) as error:
-        raise _refused(node, f"{error}") from error
-    return given
-
-
-def read_spec(entry: Any) -> ValueSpec:
-    """An input or output from `(name, dtype, shape)`.
-
-    Raises:
-        ValueError: the entry has another form.
-    """
-    if not isinstance(entry, tuple) or len(entry) != 3 or not isinstance(entry[0], str):
-        raise ValueError(f"{entry!r} is not (name, dtype, shape)")
-    name, dtype_name, shape = entry
-    dtype = None if dtype_name is None else _torch_constant(f"torch.{dtype_name}")
-    if dtype_name is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r}: {dtype_name!r} is not a dtype of torch")
-    if shape is not None and not isinstance(shape, list):
-        raise ValueError(f"{name!r}: the shape {shape!r} is neither a list nor None")
-    wrong = [dim for dim in shape or () if dim is not None and type(dim) not in (int, str)]
-    if wrong:
-        raise ValueError(f"{name!r}: the dimension {wrong[0]!r} is not a number, a name or None")
-    return ValueSpec(name, dtype, None if shape is None else tuple(shape))
+            raise refused(node, f"import of {alias.name}: only the helpers of fxopt.ir.text, torch, operator and math")

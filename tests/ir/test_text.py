@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-import fxopt.ir.text as text_module
+import fxopt.ir.text_files as text_module
 from fxopt.errors import GraphSyntaxError, InvalidInput, InvalidModel, OutputError, Unsupported
 from fxopt.ir.graph import Graph, Opaque, ValueSpec
 from fxopt.ir.onnx.op import OnnxOp
