@@ -49,6 +49,7 @@ def optimize(
     seed: int = 0,
     dump: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Optimized:
     """Make a model faster on a target within an error budget; what does not pay is rolled back.
 
@@ -73,6 +74,7 @@ def optimize(
         require_speedup, require_passes: recorded for the caller; see `Optimized.unmet`.
         guard_seconds: time for measuring.
         dump: a folder for the graph after every pass.
+        resume: a file for the state of the calibration: a run that was cut off goes on from it.
 
     Raises:
         FxoptError: in its subclasses: unknown names, invalid models, inputs and options, failed captures.
@@ -80,7 +82,7 @@ def optimize(
     options = Options(
         target, dynamic_shapes, calibration, evaluate, budget, objective, passes, backend, include, exclude, threads,
         force, require_speedup, tuple(require_passes), input_shapes, guard_seconds, seed,
-        None if dump is None else Path(dump), progress,
+        None if dump is None else Path(dump), progress, None if resume is None else Path(resume),
     )  # fmt: skip
     resolve_backend(backend, resolve_target(target, threads), [])  # unknown names fail now, not at the first call
     resolve_passes(passes)
@@ -231,7 +233,7 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
     request = Request(
         target, backend, samples, passes, options.evaluate, options.budget, options.objective,
         resolve_pattern("include", options.include), resolve_pattern("exclude", options.exclude), options.threads,
-        options.force, options.guard_seconds, options.dump, options.progress, notes,
+        options.force, options.guard_seconds, options.dump, options.progress, notes, options.resume,
     )  # fmt: skip
     return graph, request
 

@@ -145,7 +145,7 @@ class Optimizer:
             nodes = {node for step, candidate in legal for node in step.observed(exact, candidate)}
             stats = collect(
                 exact, self.calibration, nodes, evaluator=self.evaluator, progress=self.request.progress,
-                histograms=any(step.histograms for step, _ in legal),
+                histograms=any(step.histograms for step, _ in legal), state=self.request.resume,
             )  # fmt: skip
         with self.stage("estimates"):
             candidates, prices = self._priced(exact, offered, unpaid, stats)

@@ -41,6 +41,7 @@ class Options:
     seed: int = 0
     dump: Path | None = None
     progress: Progress | None = None
+    resume: Path | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:

@@ -39,6 +39,7 @@ class Request:
     dump: Path | None = None
     progress: Progress | None = None
     warnings: list[str] = field(default_factory=list)
+    resume: Path | None = None  # the state of the calibration
 
 
 @dataclass

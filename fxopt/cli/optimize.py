@@ -52,6 +52,10 @@ def optimize(
     report: Annotated[
         Path | None, typer.Option(help="Write report and ledger as one HTML file.", metavar="FILE.html")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="State of the calibration: a run that was cut off goes on from it.", metavar="FILE.npz"),
+    ] = None,
     dump: Annotated[
         Path | None, typer.Option(help="Write the graph after every pass into this folder.", metavar="FOLDER")
     ] = None,
@@ -63,8 +67,20 @@ def optimize(
     out = Output(json)
     require_model(model)
     _check_files(model, output, report, dump)
+    if resume is not None and resume.is_dir():
+        raise InvalidOption(
+            f"--resume {resume} is a folder; expected a file that is written as the calibration proceeds"
+        )
     if dry_run:
-        _check_dry_run({"--output": output, "--report": report, "--dump": dump, "--require-speedup": require_speedup})
+        _check_dry_run(
+            {
+                "--output": output,
+                "--report": report,
+                "--dump": dump,
+                "--require-speedup": require_speedup,
+                "--resume": resume,
+            }
+        )
     planning: dict[str, Any] = {
         "calibration": calibration,
         "budget": options.budget_from(budget),
@@ -96,6 +112,7 @@ def optimize(
             require_passes=tuple(require_pass),
             guard_seconds=guard_seconds,
             dump=dump,
+            resume=resume,
             progress=progress,
         )
     failure = result.unmet

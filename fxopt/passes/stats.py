@@ -6,8 +6,10 @@ image-like value) are kept, never the value itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
 from fxopt.passes.histogram import Histogram
 
+_STATE_SECONDS = 5.0  # between two writings of the state
 ROWS = 256
 ITEMS = 8
 Progress = Callable[[str, int, int], None]
@@ -147,8 +150,17 @@ def collect(
     evaluator: Evaluator | None = None,
     progress: Progress | None = None,
     histograms: bool = False,
+    state: Path | None = None,
 ) -> Stats:
-    """Run the graph on every sample (flat inputs) and keep statistics of `nodes`, with histograms when asked."""
+    """Run the graph on every sample (flat inputs) and keep statistics of `nodes`, with histograms when asked.
+
+    Args:
+        state: a file from which an earlier run that was cut off goes on, and that is written as this one proceeds.
+
+    Raises:
+        InvalidInput: a sample gives NaN, or the state belongs to something else.
+        OutputError: the state cannot be written.
+    """
     wanted = {node.name for node in nodes}
     share = max(1, ROWS // max(1, len(samples)))
     stats = Stats({name: ValueStats(histogram=Histogram() if histograms else None, _share=share) for name in wanted})
@@ -159,9 +171,21 @@ def collect(
 
     if not wanted:
         return stats
+    from fxopt.passes import stats_file  # it imports this file
+
+    key = "" if state is None else stats_file.fingerprint(graph, samples, sorted(wanted), histograms)
+    earlier = None if state is None else stats_file.load(state, key)
+    if earlier is not None:
+        stats.samples, stats.values = earlier
+    written = time.monotonic()
     for index, sample in enumerate(samples):
+        if index < stats.samples:
+            continue
         graph.run(sample, evaluator=evaluator, observer=observe)
         stats.samples += 1
+        if state is not None and (stats.samples == len(samples) or time.monotonic() - written > _STATE_SECONDS):
+            stats_file.save(state, key, stats.samples, stats.values)
+            written = time.monotonic()
         if progress is not None:
             progress("calibrating", index + 1, len(samples))
     return stats
