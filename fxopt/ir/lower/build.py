@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from fxopt.ir.exported import drop_checks, is_same_value
 from fxopt.ir.graph import Dim, Graph, ValueSpec, set_attribute
@@ -65,7 +66,7 @@ class _Builder:
             elif node.op == "get_attr":
                 self.nodes[node] = self.constant(node)
             elif node.op == "output":
-                results = tuple(self.nodes[item] for item in torch.utils._pytree.tree_leaves(node.args[0]))
+                results = tuple(self.nodes[item] for item in pytree.tree_leaves(node.args[0]))
             elif is_same_value(node):
                 self.nodes[node] = self.nodes[node.args[0]]
             else:
