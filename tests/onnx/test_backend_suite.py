@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.onnx_suite import LIMIT_SECONDS, Outcome, run_suite, table
 
 EXCEPTIONS = Path(__file__).with_name("suite_exceptions.txt")
-PASSED, NATIVE = 2013, 2013  # at least
+PASSED, NATIVE = 2023, 2023  # at least, with Pillow
 NEEDS_PILLOW = "needs Pillow"
 
 pytestmark = pytest.mark.slow
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 @cache
 def outcomes() -> dict[str, Outcome]:
+    torch.manual_seed(0)  # of what is random without a seed
     return run_suite()
 
 
@@ -51,6 +53,7 @@ def test_the_list_is_no_longer_than_it_must_be() -> None:
 
 
 def test_counts() -> None:
+    pytest.importorskip("PIL")
     total = table(outcomes())["all"]
     assert total["passed"] >= PASSED
     assert total["native"] >= NATIVE
