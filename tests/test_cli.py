@@ -22,7 +22,19 @@ from tests.conftest import ROOT, mlp
 
 Cli = Callable[..., Any]
 QUICK = ("--guard-seconds", "0.2")
-COMMANDS = ("optimize", "inspect", "explain", "compare", "bench", "predict", "passes", "targets", "backends", "ops")
+COMMANDS = (
+    "optimize",
+    "inspect",
+    "explain",
+    "compare",
+    "bench",
+    "convert",
+    "predict",
+    "passes",
+    "targets",
+    "backends",
+    "ops",
+)
 
 
 def outputs(path: Path, x: np.ndarray) -> np.ndarray:

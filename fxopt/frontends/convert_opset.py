@@ -192,52 +192,92 @@ def _convert_node(node: NodeProto, scope: _Scope) -> list[NodeProto]:
     """The node itself where its operator did not change, or what takes its place."""
     if node.domain not in ("", "ai.onnx"):
         return [node]
-    before, after = (_since(node.op_type, version) for version in (scope.source, scope.target))
-    if before is None or before == after:
+    before, after = (_schema(node.op_type, version) for version in (scope.source, scope.target))
+    if before is None or after is None or before.since_version == after.since_version:
         return [node]
+    if node.op_type == "GroupNormalization" and before.since_version < 21 <= scope.target:
+        return _group_normalization(node, scope)
     label = node.name or node.output[0]
     if any(attribute.HasField("ref_attr_name") for attribute in node.attribute) or _has_body(node):
-        return [_as_it_is(node, scope, before, after, "it refers to its function, or has a body")]
+        return [_as_it_is(node, before, after, scope, "it refers to its function, or has a body")]
     try:
         made = onnx.version_converter.convert_version(_alone(node, scope), scope.target).graph
     except (RuntimeError, ValueError) as error:
-        return [_as_it_is(node, scope, before, after, " ".join(str(error).split()))]
+        return [_as_it_is(node, before, after, scope, " ".join(str(error).split()))]
     if _same(made, node):
         return [node]
-    scope.changed.append(f"{label}: {node.op_type}-{before} became {_names(made)} of opset {scope.target}")
+    scope.changed.append(
+        f"{label}: {node.op_type}-{before.since_version} became {_names(made)} of opset {scope.target}"
+    )
     return _spliced(made, node, scope)
 
 
-def _since(op_type: str, version: int) -> int | None:
-    """The schema version in force; None where the operator has none (as in early drafts, or when it was removed)."""
+def _group_normalization(node: NodeProto, scope: _Scope) -> list[NodeProto]:
+    """GroupNormalization with a scale and bias per channel, as since 21, from those per group; ONNX's converter errs.
+
+    Raises:
+        Unsupported: the number of channels is not known.
+    """
+    label = node.name or node.output[0]
+    shape = list(scope.types[node.input[0]].type.tensor_type.shape.dim) if node.input[0] in scope.types else []
+    channels = shape[1].dim_value if len(shape) > 1 else 0
+    groups = next(int(attribute.i) for attribute in node.attribute if attribute.name == "num_groups")
+    if not channels:
+        raise Unsupported(
+            f"node {label!r}: GroupNormalization-18 has one scale per group, GroupNormalization-21 one per channel, "
+            f"and the number of channels of {node.input[0]!r} is not known; export the model with its shapes"
+        )
+    made: list[NodeProto] = []
+
+    def constant(values: list[int]) -> str:
+        name = scope.fresh(f"{label}_sizes")
+        scope.initializers.append(onnx.numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    def step(op_type: str, *inputs: str) -> str:
+        name = scope.fresh(f"{label}_{op_type}")
+        made.append(helper.make_node(op_type, inputs, [name], name))
+        return name
+
+    column, table, flat = constant([groups, 1]), constant([groups, channels // groups]), constant([channels])
+    newer = NodeProto.FromString(node.SerializeToString())
+    for index in (1, 2):
+        newer.input[index] = step("Reshape", step("Expand", step("Reshape", node.input[index], column), table), flat)
+    scope.changed.append(f"{label}: GroupNormalization-18 became one with a scale per channel")
+    return [*made, newer]
+
+
+def _schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
+    """The schema in force; None where there is none, as for operators of early drafts."""
     try:
-        schema = onnx.defs.get_schema(op_type, version, "")
+        return onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:
         return None
-    return None if schema.deprecated else int(schema.since_version)
 
 
 def _has_body(node: NodeProto) -> bool:
     return any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute)
 
 
-def _as_it_is(node: NodeProto, scope: _Scope, before: int, after: int | None, reason: str) -> NodeProto:
+def _as_it_is(
+    node: NodeProto, before: onnx.defs.OpSchema, after: onnx.defs.OpSchema, scope: _Scope, reason: str
+) -> NodeProto:
     """The node unchanged where the newer operator takes it; verification says whether it means the same.
 
     Raises:
         Unsupported: the newer operator has no such attribute, or not so many inputs.
     """
     label, cause = node.name or node.output[0], f" ({reason})"
-    if after is None:
+    old, new = (f"{node.op_type}-{schema.since_version}" for schema in (before, after))
+    if after.deprecated:
         raise Unsupported(f"node {label!r}: {node.op_type} is not in opset {scope.target}{cause}")
-    schema = onnx.defs.get_schema(node.op_type, scope.target, "")
-    unknown = [item.name for item in node.attribute if item.name not in schema.attributes]
-    if unknown or not schema.min_input <= len(node.input) <= schema.max_input:
+    unknown = [item.name for item in node.attribute if item.name not in after.attributes]
+    if unknown or not after.min_input <= len(node.input) <= after.max_input:
         what = f"attributes {unknown} are unknown to it" if unknown else f"it does not take {len(node.input)} inputs"
-        what = f"{node.op_type}-{before} has no form as {node.op_type}-{after}: {what}"
+        what = f"{old} has no form as {new}: {what}"
         raise Unsupported(f"node {label!r}: {what}{cause}")
     if node.op_type not in _SAME_MEANING:
-        scope.doubtful.append(f"{label} ({node.op_type}-{before} as {node.op_type}-{after}: {reason})")
+        scope.doubtful.append(f"{label} ({old} as {new}: {reason})")
     return node
 
 
@@ -333,13 +373,18 @@ def _verified(model: ModelProto, result: Conversion, inputs: Sequence[torch.Tens
     before, after = load(model, check=False), load(result.model)
     try:
         given = list(inputs) if inputs is not None else _made_up(before)
-        pair = [_run(graph, given) for graph in (before, after)]
+        right = _run(before, given)
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        remark = f"the model does not run on made-up inputs ({type(error).__name__}: {first[:200]})"
-        return replace(result, error=None, remark=remark)
+        return replace(result, error=None, remark=f"the model does not run on the inputs ({_first_line(error)})")
+    try:
+        made = _run(after, given)
+    except Exception as error:
+        raise VerificationError(
+            f"the model at opset {result.target} does not run where that at opset {result.source} does: "
+            f"{_first_line(error)}"
+        ) from error
     worst = 0.0
-    for spec, expected, found in zip(before.outputs, *pair, strict=True):
+    for spec, expected, found in zip(before.outputs, right, made, strict=True):
         error_ = _noise(expected, found)
         if not error_ <= _TOLERANCE:
             raise VerificationError(
@@ -348,6 +393,10 @@ def _verified(model: ModelProto, result: Conversion, inputs: Sequence[torch.Tens
             )
         worst = max(worst, error_)
     return replace(result, error=worst, remark="")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

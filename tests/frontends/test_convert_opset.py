@@ -76,6 +76,18 @@ CASES: dict[str, ModelProto] = {
         [node("BatchNormalization", ["x", "a", "b", "m", "v"], ["y"])],
         constants={name: np.array([0.5, 1.5, 2.5], F32) for name in "abmv"},
     ),
+    "GroupNormalization": model(
+        18,
+        [node("GroupNormalization", ["x", "a", "b"], ["y"], num_groups=2)],
+        [2, 4, 5],
+        {"a": np.array([0.5, 2], F32), "b": np.array([1, 3], F32)},
+    ),
+    "GridSample": model(
+        16,
+        [node("GridSample", ["x", "g"], ["y"], mode="bicubic")],
+        [1, 2, 4, 4],
+        {"g": np.linspace(-1, 1, 8, dtype=F32).reshape(1, 2, 2, 2)},
+    ),
     "dynamic": model(
         11, [node("Relu", ["x"], ["r"]), node("Squeeze", ["r"], ["y"], axes=[1])], ["n", 1, 4], outputs=2
     ),
@@ -166,16 +178,37 @@ def test_same_version_changes_nothing() -> None:
     assert str(result) == "the model is at opset 12 already"
 
 
-def test_refuses_what_has_no_newer_form() -> None:
-    """Softmax of opset 11 flattens: without its rank the converter gives up, and what it would mean is not known."""
-    source = CASES["Softmax"].__class__.FromString(CASES["Softmax"].SerializeToString())
+def behind_unknown(*nodes: NodeProto, opset: int, **constants: Any) -> ModelProto:
+    """Nodes on `u`, whose type nobody knows."""
     custom = node("Opaque", ["x"], ["u"], domain="elsewhere")
+    return model(opset, [custom, *nodes], constants=constants, imports=[helper.make_opsetid("elsewhere", 1)])
+
+
+def test_a_model_that_does_not_run_is_converted_and_said_to_be_unverified() -> None:
+    result = convert(behind_unknown(node("Softmax", ["u"], ["y"], axis=1), opset=11), 13)
+    assert result.error is None
+    assert "not verified: the model does not run on the inputs" in str(result)
+    assert [entry.op_type for entry in result.model.graph.node] == ["Opaque", "Shape", "Flatten", "Softmax", "Reshape"]
+
+
+def test_refuses_what_cannot_be_said() -> None:
+    norm = node("GroupNormalization", ["u", "a", "a"], ["y"], "norm", num_groups=1)
+    with pytest.raises(Unsupported, match="node 'norm': .* number of channels of 'u' is not known"):
+        convert(behind_unknown(norm, opset=18, a=np.ones(1, F32)), 21)
+
+
+def test_refuses_what_was_kept_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(proto: ModelProto, target: int) -> ModelProto:
+        raise RuntimeError("No Adapter For Softmax")
+
+    monkeypatch.setattr(onnx.version_converter, "convert_version", refuses)
     softmax = node("Softmax", ["u"], ["y"], "probabilities", axis=1)
-    del source.graph.node[:]
-    source.graph.node.extend([custom, softmax])
-    source.opset_import.append(helper.make_opsetid("elsewhere", 1))
-    with pytest.raises(Unsupported, match=r"(?s)probabilities \(Softmax-11 as Softmax-13.*|node 'probabilities'"):
-        convert(source, 13)
+    with pytest.raises(Unsupported, match=r"probabilities \(Softmax-11 as Softmax-13: No Adapter For Softmax\)"):
+        convert(behind_unknown(softmax, opset=11), 13)
+    with pytest.raises(VerificationError, match="computes another 'y'"):
+        convert(CASES["Softmax"], 13)
+    with pytest.raises(Unsupported, match="Squeeze-11 has no form as Squeeze-13: attributes"):
+        convert(CASES["Squeeze"], 13)
 
 
 def test_a_wrong_conversion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
