@@ -135,7 +135,7 @@ def test_a_missing_model_suggests_its_neighbours(cli: Cli, model_file: Path) -> 
         (("-p", "./absent.py:MyPass"), r"absent\.py: no such file"),
         (("--require-pass", "quantise-linear"), "unknown pass 'quantise-linear'; did you mean 'quantize-linear'"),
         (("--targt", "host"), "No such option: --targt.*--target"),
-        (("--resume", "state"), "No such option: --resume"),
+        (("--energy", "1"), "No such option: --energy"),
         (("--budget", "-1"), "--budget -1: expected a number"),
         (("--budget", "some"), "--budget some: expected a number"),
         (("--objective", "speed"), "(?i)objective.*speed.*latency"),
