@@ -42,9 +42,8 @@ def targets(graph: Graph) -> list[str]:
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
 
-@pytest.mark.parametrize(
-    "name", ["digits-cnn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("digits-vit", "byte-lm"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-cnn", "digits-vit", "byte-lm"])
 def test_example_models_keep_their_dynamic_dimensions(name: str) -> None:
     graph = load(MODELS / f"{name}.onnx")
     infer(graph)
@@ -72,6 +71,66 @@ def test_if_becomes_cond() -> None:
     result = lowered(flows.CAPTURING, (TRUE, *sample), (FALSE, *sample), (TRUE, torch.randn(1, 3), sample[1]))
     assert targets(result).count("cond") == 1
     assert [spec.shape for spec in result.outputs] == [("n", 3)]
+
+
+def test_branches_of_different_sizes_have_an_unknown_size() -> None:
+    text = flows.CAPTURING.replace("t = Mul(s, two)", "t = Concat <axis = 0> (s, s)")
+    text = text.replace("float[n, 3] y", "float[m, 3] y").replace("(float[n, 3] t)", "(float[m, 3] t)")
+    sample = (torch.randn(5, 3), torch.randn(3))
+    result = lowered(text, (TRUE, *sample), (FALSE, *sample))
+    assert result.outputs[0].shape == (None, 3)
+
+
+def test_a_branch_may_give_back_an_input_and_use_captured_sizes() -> None:
+    text = """
+    main (bool c, float[n, 3] x) => (float[n, 3] y) {
+      [shape] s = Shape(x)
+      [if] y = If (c) <
+        then_branch = then () => (float[n, 3] t) { [same] t = Identity(x) },
+        else_branch = other () => (float[n, 3] e) { [reshape] e = Reshape(x, s) }>
+    }
+    """
+    x = torch.randn(6, 3)
+    lowered(text, (TRUE, x), (FALSE, x))
+
+
+def test_a_loop_in_a_branch() -> None:
+    text = """
+    main (bool c, float[2] x, int64 n) => (float[2] y) {
+      [yes] yes = Constant <value = bool {1}> ()
+      [if] y = If (c) <
+        then_branch = then () => (float[2] t) {
+          [loop] t = Loop (n, yes, x) <body = body (int64 i, bool go, float[2] a) => (bool on, float[2] b) {
+              [keep] on = Identity(go)
+              [add] b = Add(a, x)
+            }>
+        },
+        else_branch = other () => (float[2] e) { [neg] e = Neg(x) }>
+    }
+    """
+    x = torch.randn(2)
+    lowered(text, (TRUE, x, torch.tensor(0)), (TRUE, x, torch.tensor(4)), (FALSE, x, torch.tensor(4)))
+
+
+def test_sequences_do_not_leave_a_branch() -> None:
+    text = """
+    main (bool c, float[2] x) => (float[2] y) {
+      [if] s = If (c) <
+        then_branch = then () => (seq(float[2]) t) { [one] t = SequenceConstruct(x) },
+        else_branch = other () => (seq(float[2]) e) { [two] e = SequenceConstruct(x, x) }>
+      [zero] z = Constant <value = int64 {0}> ()
+      [at] y = SequenceAt(s, z)
+    }
+    """
+    with pytest.raises(Unsupported, match="node 'if': a list goes in or out of its body"):
+        lowered(text)
+
+
+def test_carried_values_that_grow_are_refused() -> None:
+    text = flows.WHILE.replace("b = Add(a, a)", "b = Concat <axis = 0> (a, a)").replace("float[1] b", "float[p] b")
+    text = text.replace("Less(b, l)", "Less(l, l)").replace("float[1] y", "float[p] y")
+    with pytest.raises(Unsupported, match="node 'loop' cannot be lowered.*shape"):
+        lowered(text)
 
 
 def test_nested_ifs() -> None:

@@ -197,6 +197,31 @@ def test_recursive_functions_are_refused() -> None:
         load(onnx.parser.parse_model(flows.HEADER + text), check=False)
 
 
+def chain(length: int) -> onnx.ModelProto:
+    """A call of a function that calls a function that ..., inside an If."""
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("my", 1)]
+    functions = []
+    for level in range(length):
+        last = level == length - 1
+        node = helper.make_node("Neg" if last else f"f{level + 1}", ["v"], ["r"], domain="" if last else "my")
+        functions.append(helper.make_function("my", f"f{level}", ["v"], ["r"], [node], opsets, []))
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    call = helper.make_node("f0", ["x"], ["y"], domain="my")
+    branch = helper.make_graph([call], "branch", [], [value])
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    inputs = [helper.make_tensor_value_info("c", TensorProto.BOOL, [])]
+    inputs.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [2]))
+    graph = helper.make_graph([node], "main", inputs, [value])
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+
+
+def test_deep_calls_run_and_too_deep_ones_are_a_clear_error() -> None:
+    (y,) = load(chain(59), check=False).run([torch.tensor(True), torch.ones(2)])
+    assert y.tolist() == [-1.0, -1.0]
+    with pytest.raises(InvalidModel, match="'f59' is inside 60 sub-graphs and functions"):
+        load(chain(500), check=False)
+
+
 def test_an_operator_without_reference_runs_through_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxopt.ir.onnx import registry
 

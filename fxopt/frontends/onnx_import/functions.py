@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fxopt.frontends.onnx_import.importer import Importer, Model
 
 Key = tuple[str, str, str]  # domain, name, overload
-DEPTH_LIMIT = 60  # functions that call functions
 PLAIN = frozenset(
     {
         AttributeProto.INT,
@@ -92,12 +91,11 @@ def _graph(model: Model, key: Key, proto: FunctionProto, opsets: Mapping[str, in
     if key in model.calling:
         shown = " -> ".join("::".join(filter(None, item)) for item in calls[model.calling.index(key) :])
         raise InvalidModel(f"the function {proto.name!r} of domain {proto.domain!r} calls itself: {shown}")
-    if len(calls) > DEPTH_LIMIT:
-        raise InvalidModel(f"functions call each other more than {DEPTH_LIMIT} deep, down to {proto.name!r}")
     own = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in proto.opset_import}
     model.calling.append(key)
     try:
-        return importer(model, own or opsets).function(proto)
+        with model.deeper(proto.name):
+            return importer(model, own or opsets).function(proto)
     finally:
         model.calling.pop()
 

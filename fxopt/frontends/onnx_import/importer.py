@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from fxopt.ir.onnx.records import ConstantRecord, InputRecord, ModelRecord, Node
 from fxopt.ir.onnx.signature import value_spec
 from fxopt.ir.subgraphs import CAPTURED, CAPTURED_NAMES, FUNCTION
 
+DEPTH_LIMIT = 60  # sub-graphs and functions inside each other
+
 
 @dataclass
 class Model:
@@ -37,6 +40,24 @@ class Model:
     imported: dict[Key, Function] = field(default_factory=dict)
     calling: list[Key] = field(default_factory=list)  # the functions around what is imported now
     external: bool = False
+    depth: int = 0
+
+    @contextmanager
+    def deeper(self, name: str) -> Iterator[None]:
+        """While a sub-graph or function is imported.
+
+        Raises:
+            InvalidModel: it is inside too many others.
+        """
+        if self.depth >= DEPTH_LIMIT:
+            raise InvalidModel(
+                f"{name!r} is inside {self.depth} sub-graphs and functions; at most {DEPTH_LIMIT} are supported"
+            )
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
 
 
 class Importer:
@@ -220,7 +241,8 @@ class Importer:
         return self.constant(name, value, ConstantRecord(name, "attribute", stored))
 
     def body(self, proto: GraphProto) -> Graph:
-        return Importer(self.model, self.opsets).subgraph(proto)
+        with self.model.deeper(proto.name):
+            return Importer(self.model, self.opsets).subgraph(proto)
 
     def function_constant(self, function: Function) -> fx.Node:
         """The constant that holds a function: one for all of its calls in this graph."""

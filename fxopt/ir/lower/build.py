@@ -123,4 +123,6 @@ class _Builder:
         if isinstance(size, int):
             return size
         text = str(size.node.expr)
+        if re.search(r"\bu\d+\b", text):
+            return None  # it depends on data
         return self.symbols.get(text) or re.sub(r"\bs\d+\b", lambda found: self.symbols.get(found[0], found[0]), text)
