@@ -7,7 +7,7 @@ where the file declares nothing, ONNX's inference (which knows the standard oper
 from __future__ import annotations
 
 import onnx
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, TensorProto
 
 from fxopt.ir.graph import ValueSpec
 from fxopt.ir.onnx import registry
@@ -17,16 +17,19 @@ _SMALL = 1024  # bytes; larger initializers are no shapes, and are left out of w
 
 
 def undeclared_types(proto: ModelProto) -> dict[str, ValueSpec]:
-    """The inferred types of undeclared values that operators without a torch reference give; {} where all are known.
+    """The inferred types of undeclared values behind operators without a torch reference, or behind strings.
+
+    {} where there are none: fake tensors then tell all types, and the inference is not run.
 
     The message is not changed. Inference that fails infers nothing.
     """
     body = proto.graph
     declared = {value.name for value in (*body.value_info, *body.output)}
+    strings = any(value.type.tensor_type.elem_type == TensorProto.STRING for value in body.input)
     wanted = {
         name
         for node in body.node
-        if registry.lookup("" if node.domain == "ai.onnx" else node.domain, node.op_type) is None
+        if strings or registry.lookup("" if node.domain == "ai.onnx" else node.domain, node.op_type) is None
         for name in node.output
         if name and name not in declared
     }

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ FORMS = ((23, True), (20, True), (20, False))  # (opset, whether torch's optimis
 SHARED_BYTES = 1024  # initializers of more bytes share the module's memory instead of being written to the message
 BESIDE_BYTES = 1 << 26  # weights of more bytes lie beside the model that is verified: they are then not held twice
 _PATH_KEY, _OLD_NAMES = "fxopt.from", re.compile(r"^(val_\d+|)$")
+_ROUNDINGS = 16  # times the rounding error of the computation in torch that other orders of sums may make
 _MAX_NOISE = {torch.float64: 1e-8, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -87,12 +89,15 @@ def onnx_graph_of(
             unproven = unproven or graph
             notes.append(f"{form} does not run on the example inputs: {_first_line(error)}")
             continue
-        fault = difference(expected, given, program.outputs)
+        fault = difference(expected, given, program.outputs, partial(both_precisions, graph, program.examples))
         if not fault:
             return graph, [*notes, f"exported as {form}"] if notes else []
         notes.append(f"{form} computes something else than the module: {fault}")
     if unproven is not None:
-        return unproven, [*notes, "the exported graph could not be verified"]
+        fault, remark = _verified_in_torch(unproven, program, expected)
+        if not fault:
+            return unproven, [*notes, remark]
+        notes.append(f"the form that does not run there computes something else in torch: {fault}")
     if cause is not None:
         advice = (
             "To fix it: write the operator with others that have an ONNX form (mixtures of experts of Hugging Face: "
@@ -262,9 +267,42 @@ def run_onnxruntime(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.
     return [from_numpy(np.asarray(result)) for result in session.run(None, feed)]
 
 
-def difference(expected: Sequence[Any], given: Sequence[torch.Tensor], names: Sequence[str]) -> str:
-    """What is wrong with the outputs; "" when they are those of the module up to rounding."""
-    for name, right, value in zip(names, expected, given, strict=True):
+def _verified_in_torch(graph: Graph, program: Program, expected: Sequence[Any]) -> tuple[str, str]:
+    """What is wrong with a graph that its runner cannot run ("" for nothing), and what to say of it else.
+
+    ONNX Runtime has no bfloat16 kernels on most machines, for example; the operators' definitions in torch do run.
+    """
+    try:
+        with torch.no_grad():
+            given = graph.run(list(program.examples))
+    except Exception as error:
+        return "", f"the exported graph could not be verified: torch does not run it either ({_first_line(error)})"
+    fault = difference(expected, given, program.outputs, partial(both_precisions, graph, program.examples))
+    return fault, "verified with the definitions of its operators in torch instead"
+
+
+def both_precisions(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[tuple[Any, Any]]:
+    """Per output the graph's results in torch, in float64 and in its own types; [] where torch cannot run it."""
+    try:
+        with torch.no_grad():
+            return list(zip(graph.run(list(inputs), widen=True), graph.run(list(inputs)), strict=True))
+    except Exception:  # then the outputs are judged without
+        return []
+
+
+def difference(
+    expected: Sequence[Any],
+    given: Sequence[torch.Tensor],
+    names: Sequence[str],
+    precisions: Callable[[], Sequence[tuple[Any, Any]]] | None = None,
+) -> str:
+    """What is wrong with the outputs; "" when they are those of the module up to rounding.
+
+    Noise is judged by the signal. An output that is zero up to rounding has none: where the noise is too large,
+    `precisions` (each output in float64 and in the model's types) tells the rounding error of the computation itself,
+    and `expected` and `given` have to be as near to float64 as that, up to a factor.
+    """
+    for index, (name, right, value) in enumerate(zip(names, expected, given, strict=True)):
         if not isinstance(right, torch.Tensor):
             if int(value) != int(right):
                 return f"output {name!r} is {int(value)}, not {int(right)}"
@@ -276,11 +314,24 @@ def difference(expected: Sequence[Any], given: Sequence[torch.Tensor], names: Se
             if not torch.equal(right, value):
                 return f"output {name!r} differs in {int((right != value).sum())} of {right.numel()} elements"
             continue
-        exact, found = right.double(), value.double()
-        finite = exact.isfinite()
+        wide, found = right.double(), value.double()
+        finite = wide.isfinite()
         if not torch.equal(finite, found.isfinite()):
             return f"output {name!r} is not finite in other places"
-        noise = float((exact - found)[finite].square().sum() / exact[finite].square().sum().clamp(min=1e-30))
-        if not noise <= _MAX_NOISE.get(right.dtype, 1e-2):
+        noise = float((wide - found)[finite].square().sum() / wide[finite].square().sum().clamp(min=1e-30))
+        if noise <= _MAX_NOISE.get(right.dtype, 1e-2):
+            continue
+        runs = precisions() if precisions is not None else ()
+        if index >= len(runs) or not _is_rounding(wide, found, *runs[index]):
             return f"output {name!r} has a noise-to-signal ratio of {noise:.1e}"
     return ""
+
+
+def _is_rounding(expected: torch.Tensor, given: torch.Tensor, exact: Any, rounded: Any) -> bool:
+    """True when two results are no further from the exact one than a few times what rounding makes of it."""
+    if not isinstance(exact, torch.Tensor) or exact.shape != expected.shape or not exact.isfinite().all():
+        return False
+    exact = exact.double()
+    unit = float((rounded.double() - exact).square().sum())
+    errors = [float((result - exact).square().sum()) for result in (expected, given)]
+    return unit > 0 and max(errors) <= _ROUNDINGS**2 * unit

@@ -115,8 +115,8 @@ def test_parse_reads_what_is_written(shape: list[Any]) -> None:
     assert parse([text]) == {"x": tuple(shape)}
 
 
-def test_types_behind_an_operator_without_reference() -> None:
-    """Split of strings has no reference; ONNX's inference knows what it gives."""
+def test_types_behind_strings() -> None:
+    """Fake tensors hold no strings; ONNX's inference knows what a split of them gives."""
     info = helper.make_tensor_value_info
     nodes = [
         helper.make_node("StringSplit", ["x"], ["parts", "counts"], delimiter=" "),

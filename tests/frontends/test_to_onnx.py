@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from fxopt.errors import CaptureError
 from fxopt.frontends.onnx import load as load_onnx
-from fxopt.frontends.to_onnx import difference, onnx_graph_of, run_onnxruntime, to_onnx
+from fxopt.frontends.to_onnx import both_precisions, difference, onnx_graph_of, run_onnxruntime, to_onnx
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.onnx.export import save, to_model
 from tests.zoo import BUILDERS, Mlp, case, graph, program
@@ -230,7 +230,63 @@ def test_what_cannot_be_run_is_returned_unproven() -> None:
     assert captured.model is not None
     assert captured.model.opsets[""] == 23
     assert notes[0] == "opset 23 does not run on the example inputs: RuntimeError: no kernel"
-    assert notes[-1] == "the exported graph could not be verified"
+    assert notes[-1] == "verified with the definitions of its operators in torch instead"
+
+
+def test_what_nobody_can_run_is_said_to_be_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Graph, inputs: Sequence[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(Graph, "run", broken)
+    _, notes = onnx_graph_of(program("mlp"), "Mlp", verify=broken)
+    assert notes[-1].startswith("the exported graph could not be verified: torch does not run it either (RuntimeError")
+
+
+def test_a_wrong_graph_that_only_torch_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("no kernel")
+
+    run = Graph.run
+    monkeypatch.setattr(
+        Graph, "run", lambda graph, inputs, **options: [2 * value for value in run(graph, inputs, **options)]
+    )
+    with pytest.raises(CaptureError, match="computes something else in torch: output .* noise-to-signal"):
+        onnx_graph_of(program("mlp"), "Mlp", verify=broken)
+
+
+def test_bfloat16_is_verified_in_torch() -> None:
+    """ONNX Runtime's CPU provider has no bfloat16 kernels for most operators."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 4)).eval().bfloat16()
+    captured, notes = to_onnx(module, torch.randn(3, 16, dtype=torch.bfloat16))
+    assert captured.outputs[0].dtype == torch.bfloat16
+    assert not notes or notes[-1] == "verified with the definitions of its operators in torch instead"
+
+
+class Cancels(nn.Module):
+    """Zero up to rounding: a sum of probabilities, less one, which every order of sums rounds in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 257)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x).softmax(-1) * 3).sum(-1) - 3
+
+
+def test_an_output_that_is_zero_up_to_rounding() -> None:
+    torch.manual_seed(0)
+    module, x = Cancels().eval(), torch.randn(50, 64)
+    captured, notes = to_onnx(module, x)
+    assert notes == []
+    (given,) = run_onnxruntime(captured, [x])
+    with torch.no_grad():
+        expected = module(x)
+    assert difference([expected], [given], ["y"]).startswith("output 'y' has a noise-to-signal ratio of")
+    judged = partial(both_precisions, captured, [x])
+    assert difference([expected], [given], ["y"], judged) == ""
+    assert difference([expected], [given + 1e-4], ["y"], judged) != ""
+    assert difference([expected + 1e-4], [given], ["y"], judged) != ""
 
 
 def test_an_operator_without_an_onnx_form() -> None:
