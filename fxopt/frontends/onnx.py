@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx
@@ -16,9 +16,10 @@ from fxopt.frontends.infer_types import undeclared_types
 from fxopt.frontends.input_shapes import Shapes, override
 from fxopt.frontends.onnx_import.functions import key_of
 from fxopt.frontends.onnx_import.importer import Importer, Model
-from fxopt.frontends.onnx_import.messages import DEPTH_LIMIT, check_depth, without_graph_body
+from fxopt.frontends.onnx_import.messages import without_graph_body
 from fxopt.frontends.onnx_import.tensors import is_external
 from fxopt.ir.graph import Graph
+from fxopt.ir.onnx.model_checks import DEPTH_LIMIT, check_message
 from fxopt.ir.onnx.records import ModelRecord
 
 
@@ -38,30 +39,46 @@ def load(
 
     Raises:
         InvalidInput: the given shapes do not fit the model.
-        InvalidModel: the file is missing or unreadable, is not an ONNX model, or the checker rejects it.
+        InvalidModel: the file is missing or unreadable, is not an ONNX model, or is rejected by our checks or ONNX's.
     """
+    try:
+        graph = _load(source, check, weights or {})
+    except UnicodeError as error:
+        raise InvalidModel(f"the model holds a name or text that is not UTF-8: {error}") from error
+    if input_shapes:
+        override(graph, input_shapes)
+    return graph
+
+
+def _load(source: str | os.PathLike[str] | ModelProto, check: bool, weights: Mapping[str, torch.Tensor]) -> Graph:
     folder: Path | None = None
     if isinstance(source, ModelProto):
         proto = source
-        check_depth(proto)
+        files = check_message(proto, None, weights)
         if check:
             _check(proto, None, proto)
     else:
         folder = Path(source).resolve().parent
         content = _read(Path(source))
         proto = _parse(content, Path(source))
-        check_depth(proto)
+        files = _checked(proto, Path(source), folder, weights)
         if check:
             _check(proto, Path(source), content)
         del content
     record = ModelRecord(without_graph_body(proto), folder, dangling=_dangling(proto.graph))
     functions = {key_of(item.domain, item.name, item.overload): item for item in proto.functions}
-    model = Model(folder, weights or {}, proto.ir_version, functions)
+    model = Model(folder, weights, proto.ir_version, functions)
     record.extra["inferred"] = undeclared_types(proto)
-    graph = Importer(model, record.opsets).main(proto.graph, record)
-    if input_shapes:
-        override(graph, input_shapes)
-    return graph
+    record.files = frozenset(files)
+    return Importer(model, record.opsets).main(proto.graph, record)
+
+
+def _checked(proto: ModelProto, path: Path, folder: Path, elsewhere: Collection[str] = ()) -> set[Path]:
+    """The files of external data; errors name the model's file."""
+    try:
+        return check_message(proto, folder, elsewhere)
+    except InvalidModel as error:
+        raise InvalidModel(f"{path}: {error}") from error
 
 
 def _dangling(body: GraphProto) -> frozenset[str]:

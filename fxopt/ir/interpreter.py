@@ -90,8 +90,11 @@ class GraphRun:
         """
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, inputs, strict=True))
         for node in self.graph.fx.nodes:
-            if node.op == "output":
-                continue
+            for used in node.all_input_nodes:
+                if used not in values:
+                    values[used] = self._value(used, values, attributes)
+            if node.op == "output" or (node.op == "get_attr" and self.widen and self.observer is None):
+                continue  # wide constants are made where they are used first: all at once would be twice the model
             if node.op != "placeholder":
                 values[node] = self._value(node, values, attributes)
             if self.observer is not None:

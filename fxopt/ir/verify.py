@@ -6,6 +6,7 @@ an exact pass may be no further from float64 than the graph before it was.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fxopt.ir.shapes import update
 from fxopt.ir.subgraphs import CAPTURED, CAPTURED_NAMES, Subgraph
 
 Snapshot = dict[fx.Node, tuple[Any, Any, Any]]
+_SAMPLE_ELEMENTS = 1 << 28  # larger inputs are not made up
 _SLACK = 16  # units in the last place of the largest element that an exact rewrite may add
 
 
@@ -159,13 +161,16 @@ def _shown(value: Any) -> str:
 
 
 def synthetic_sample(inputs: Sequence[ValueSpec], sizes: dict[str, int], seed: int = 0) -> list[torch.Tensor] | None:
-    """Inputs for verification when the user gave none: normal floats, integers 0 and 1; None when types are unknown."""
+    """Inputs for verification when the user gave none: normal floats, integers 0 and 1; None when types are unknown
+    or an input is huge."""
     generator = torch.Generator().manual_seed(seed)
     sample = []
     for spec in inputs:
         if spec.dtype is None or spec.shape is None or any(dim is None for dim in spec.shape):
             return None
         shape = [sizes.get(dim, 2) if isinstance(dim, str) else int(dim or 0) for dim in spec.shape]
+        if math.prod(shape) > _SAMPLE_ELEMENTS:
+            return None
         if spec.dtype.is_floating_point:
             sample.append(torch.randn(shape, generator=generator).to(spec.dtype))
         else:

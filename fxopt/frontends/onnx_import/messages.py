@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
-from fxopt.errors import InvalidModel
 from fxopt.frontends.onnx_import.tensors import copy_field
 
-DEPTH_LIMIT = 30  # nested sub-graphs; protobuf's own limit is 100 messages, three for each sub-graph
 _BODY_FIELDS = ("node", "initializer", "sparse_initializer")
 
 
@@ -20,25 +18,6 @@ def graphs_of(node: NodeProto) -> Iterator[GraphProto]:
             yield attribute.g
         elif attribute.type == AttributeProto.GRAPHS:
             yield from attribute.graphs
-
-
-def check_depth(model: ModelProto) -> None:
-    """Check that sub-graphs are not nested too deeply.
-
-    Raises:
-        InvalidModel: they are; the message names a node.
-    """
-    waiting = [(node, 0) for node in model.graph.node if node.attribute]
-    waiting += [(node, 0) for function in model.functions for node in function.node if node.attribute]
-    while waiting:
-        node, depth = waiting.pop()
-        for graph in graphs_of(node):
-            if depth >= DEPTH_LIMIT:
-                raise InvalidModel(
-                    f"node {node.name or node.op_type!r} is inside {depth} nested sub-graphs; "
-                    f"at most {DEPTH_LIMIT} are supported, since protobuf reads no deeper messages"
-                )
-            waiting += [(inner, depth + 1) for inner in graph.node if inner.attribute]
 
 
 def without_graph_body(proto: ModelProto) -> ModelProto:

@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from onnx import TensorProto, numpy_helper
 
 from fxopt.errors import InvalidModel
 from fxopt.ir.graph import Opaque
 from fxopt.ir.onnx.dtypes import TO_TORCH, from_numpy
+from fxopt.ir.onnx.tensor_bytes import byte_count, locate
 
 STRIP_BYTES = 1024  # tensors of more bytes are held once, as torch tensors, and taken out of the kept message
 _DATA_FIELDS = frozenset(
@@ -65,30 +65,22 @@ def copy_field(message: Any, descriptor: Any, value: Any) -> None:
 
 def _external(proto: TensorProto, folder: Path | None) -> torch.Tensor:
     """External data as a private, copy-on-write memory map."""
-    entries = {entry.key: entry.value for entry in proto.external_data}
-    if folder is None:
-        raise InvalidModel(f"initializer {proto.name!r} has external data; give the model's path, not its message")
-    file = (folder / entries["location"]).resolve()
-    if not file.is_file():
-        raise InvalidModel(f"initializer {proto.name!r}: its external data file {file} does not exist")
+    place = locate(proto, folder)
     dtype = TO_TORCH[proto.data_type]
-    offset = int(entries.get("offset", "0"))
-    count = int(np.prod(proto.dims, dtype=np.int64))
-    if file.stat().st_size < offset + count * dtype.itemsize:
-        raise InvalidModel(f"initializer {proto.name!r}: {file} is too short for {list(proto.dims)} at byte {offset}")
-    if offset % dtype.itemsize or count == 0:
-        content = file.read_bytes()[offset : offset + count * dtype.itemsize]
-        return _tensor_over(content, proto)
-    storage = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
-    return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, tuple(proto.dims))  # type: ignore[call-overload, no-any-return]
+    if place.offset % dtype.itemsize or place.length == 0:
+        with place.file.open("rb") as stream:
+            stream.seek(place.offset)
+            return _tensor_over(stream.read(place.length), proto)
+    storage = torch.UntypedStorage.from_file(str(place.file), False, place.file.stat().st_size)
+    return torch.empty(0, dtype=dtype).set_(storage, place.offset // dtype.itemsize, tuple(proto.dims))  # type: ignore[call-overload, no-any-return]
 
 
 def _tensor_over(content: bytes, proto: TensorProto) -> torch.Tensor:
     """A tensor over the bytes, without a copy; constants of a graph are never written to."""
     dtype = TO_TORCH[proto.data_type]
-    if not content:
+    expected = byte_count(proto)
+    if not content and not expected:
         return torch.empty(tuple(proto.dims), dtype=dtype)
-    expected = int(np.prod(proto.dims, dtype=np.int64)) * dtype.itemsize
     if len(content) != expected:
         raise InvalidModel(
             f"initializer {proto.name!r} holds {len(content)} bytes; {list(proto.dims)} needs {expected}"

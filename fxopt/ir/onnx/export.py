@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import onnx_ir
 import torch
 from onnx import ModelProto, TensorProto, helper
 
@@ -15,6 +14,7 @@ from fxopt.errors import OutputError, Unsupported
 from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.emitter import Emitter, Form, Forms, drop_stale_types
+from fxopt.ir.onnx.external_writer import write_external
 
 INLINE_LIMIT = 1_900_000_000  # bytes of weights up to which one file is written (protobuf's limit is 2^31 - 1)
 __all__ = ["INLINE_LIMIT", "Emitter", "Form", "Forms", "save", "to_model"]
@@ -44,11 +44,6 @@ def _emit(
     return proto, pending
 
 
-def _plain(value: torch.Tensor) -> Any:
-    """The bytes as numpy holds them."""
-    return to_numpy(value)
-
-
 def to_model(graph: Graph, forms: Forms | None = None) -> ModelProto:
     """The graph as a `ModelProto`; external tensors of the source stay references to its files.
 
@@ -73,7 +68,8 @@ def save(
     Written to temporary names and renamed: nothing half-written is left, an existing file stays until the end.
 
     Raises:
-        OutputError: the path is a folder, its folder does not exist, or writing fails.
+        OutputError: the path is a folder, its folder does not exist, writing fails, or a file that holds the weights of
+            the model that came in would be overwritten.
     """
     path = Path(path)
     if path.is_dir():
@@ -84,12 +80,13 @@ def save(
     total = sum(value.nbytes for _, value in pending)
     if external is None:
         external = total > INLINE_LIMIT or (graph.model is not None and graph.model.external)
+    _refuse_sources(graph, path, (path, path.with_name(f"{path.name}.data")) if external else (path,))
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             written = Path(scratch) / path.name
             data = Path(scratch) / f"{path.name}.data"
             if external:
-                _write_external(pending, Path(scratch), data.name)
+                write_external(pending, Path(scratch), data.name)
             else:
                 for tensor, value in pending:
                     tensor.ClearField("external_data")
@@ -103,12 +100,12 @@ def save(
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _write_external(pending: list[tuple[TensorProto, torch.Tensor]], folder: Path, name: str) -> None:
-    """Stream the tensors to one data file and refer to it."""
-    tensors = [onnx_ir.Tensor(_plain(value), name=tensor.name) for tensor, value in pending]
-    placed = onnx_ir.external_data.convert_tensors_to_external(tensors, folder, name)
-    for (tensor, _), where in zip(pending, placed, strict=True):
-        tensor.ClearField("external_data")
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", name), ("offset", where.offset), ("length", where.length)):
-            tensor.external_data.add(key=key, value=str(value))
+def _refuse_sources(graph: Graph, path: Path, files: Iterable[Path]) -> None:
+    """The files that hold the model's weights are not written to: its file, or a graph that maps them, would break."""
+    held = graph.model.files if graph.model is not None else frozenset()
+    for file in files:
+        if file.resolve() in held:
+            raise OutputError(
+                f"{path}: {file.name} holds the weights of the model that came in and would be overwritten; "
+                "give another name or folder"
+            )

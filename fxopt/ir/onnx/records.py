@@ -61,6 +61,7 @@ class ModelRecord:
     folder: Path | None = None  # where external data lies
     external: bool = False  # the file kept its weights beside it
     dangling: frozenset[str] = frozenset()  # names with a value_info that no value of the file had
+    files: frozenset[Path] = frozenset()  # that hold external data; never written to
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
