@@ -230,11 +230,11 @@ def test_depthwise_kernels_do_not_saturate(channels: int, size: int) -> None:
     assert (ours - theirs).abs().max() <= 1.001 * y_scale
 
 
-def test_depthwise_convolutions_have_codes_of_eight_bits() -> None:
+def test_depthwise_convolutions_are_summed_in_32_bits() -> None:
     graph = inverted()
     step = QuantizeLinear()
-    limits = Counter(found.setting["limit"] for found in step.candidates(graph, Context(TARGET)))
-    assert limits == {63: 6, 127: 2}
+    sums = Counter(found.setting["sums"] for found in step.candidates(graph, Context(TARGET)))
+    assert sums == {16: 6, 32: 2}
 
 
 # ---- refusals

@@ -64,7 +64,7 @@ class EightBit:
             return
         weight = view.weight(graph)
         group = f"{op_name} {'x'.join(map(str, weight.shape))}"
-        limit = 63 if _saturates(ctx) and not _is_depthwise(view, weight) else 127
+        sums = 16 if _saturates(ctx) and not _is_depthwise(view, weight) else 32
         wanted = [kind for kind in kinds if self.activations in ("auto", kind)]
         if not wanted:
             refusal = Refusal("a convolution has no {} form that pays; use activations=static", self.activations)
@@ -73,7 +73,7 @@ class EightBit:
             name = f"{op_name}_dynamic" if kind == "dynamic" else op_name
             refused = self._refusal(graph, ctx, view, name)
             for smooth in self._smoothings(view) if refused is None else (False,):
-                yield self._candidate(ctx, view.node, group, kind, refused, smooth, limit)
+                yield self._candidate(ctx, view.node, group, kind, refused, smooth, sums)
 
     def _smoothings(self, view: Linear | Conv) -> tuple[bool, ...]:
         if isinstance(view, Conv) or self.smooth == "off":
@@ -88,9 +88,9 @@ class EightBit:
         kind: str,
         refusal: Refusal | None,
         smooth: bool = False,
-        limit: int = 127,
+        sums: int = 32,
     ) -> Candidate:
-        values: dict[str, Any] = {"activations": kind, "limit": limit}
+        values: dict[str, Any] = {"activations": kind, "sums": sums}
         if smooth:
             values["smooth"] = True
         if self.ranges != "minmax" and kind == "static":
@@ -144,7 +144,7 @@ class EightBit:
         else:
             smoothing = self._smoothing(graph, view, candidate.setting, stats)
             after = after if smoothing is None else after + _smoothing_cost(graph, view)
-            result = _on_sample(x, operands, weight, stats[view.x], smoothing, candidate.setting["limit"])
+            result = _on_sample(x, operands, weight, stats[view.x], smoothing, candidate.setting["sums"])
         return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel())
 
     def _sample(self, view: Linear | Conv, stats: Stats) -> Tensor:
@@ -181,9 +181,9 @@ class EightBit:
     ) -> tuple[Op[..., Any], tuple[Any, ...]]:
         """The operator, and its arguments after x."""
         s = self._factors(graph, view, setting, stats)
-        key = ("codes", view.weight_node.name, setting["limit"], "" if s is None else stats.key(view.x))
+        key = ("codes", view.weight_node.name, setting["sums"], "" if s is None else stats.key(view.x))
         if key not in stats.cache:
-            stats.cache[key] = quantize_weight(_scaled(view.weight(graph), s), setting["limit"])
+            stats.cache[key] = quantize_weight(_scaled(view.weight(graph), s), setting["sums"])
         codes, scales = stats.cache[key]
         bias = self._bias(graph, view, setting, stats, s, (codes, scales))
         if setting["activations"] == "dynamic":
@@ -221,20 +221,20 @@ class EightBit:
     def _smoothing(self, graph: Graph, view: Linear, setting: Setting, stats: Stats) -> Smoothing | None:
         if not setting.get("smooth", False):
             return None
-        limit = setting["limit"]
+        sums = setting["sums"]
 
         def error(found: Linear, smoothing: Smoothing) -> float:
             x, weight = self._sample(found, stats), found.weight(graph)
             weight = weight[:: max(1, len(weight) // _OUTPUTS)]
-            operands = (*quantize_weight(_scaled(weight, smoothing.s), limit), None)
-            result = _on_sample(x, operands, weight, stats[found.x], smoothing, limit)
+            operands = (*quantize_weight(_scaled(weight, smoothing.s), sums), None)
+            result = _on_sample(x, operands, weight, stats[found.x], smoothing, sums)
             return noise_to_signal(x @ weight.float().t(), result)
 
         return chosen(graph, view, stats, error)
 
 
 def _on_sample(
-    x: Tensor, operands: tuple[Any, ...], weight: Tensor, seen: ValueStats, smoothing: Smoothing | None, limit: int
+    x: Tensor, operands: tuple[Any, ...], weight: Tensor, seen: ValueStats, smoothing: Smoothing | None, sums: int
 ) -> Tensor:
     """The integer linear on the kept rows, each with what the half of the calls without that row calibrates.
 
@@ -249,7 +249,7 @@ def _on_sample(
         rows, other = seen.sample_half == half, seen.halves[1 - half]
         if smoothing is not None and smoothing.halves is not None:
             s = smoothing.halves[1 - half]
-            codes, scales = quantize_weight(_scaled(weight, s), limit)
+            codes, scales = quantize_weight(_scaled(weight, s), sums)
         low, high = _extremes(other) if s is None else _channel_range(other, s)
         run_time = affine(low, high) if fixed else _run_time_range(seen, s)
         result[rows] = _linear_on_sample(x[rows] if s is None else x[rows] / s, (codes, scales, bias), run_time)

@@ -16,16 +16,40 @@ from fxopt.passes.histogram import Histogram, least_divergence, least_squares, p
 from fxopt.passes.stats import ValueStats
 
 
-def quantize_weight(weight: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, sums: int = 32) -> tuple[Tensor, Tensor]:
     """Codes int8 (shape of the weight) and scales float32 [out]: weight = codes * scales per output channel.
 
-    The codes lie in -limit ... limit; 63 keeps the 16-bit sums of AVX2's vpmaddubsw from saturating.
+    Args:
+        weight: float [out, in] or [out, in, *kernel].
+        sums: bits in which kernels add products first. Where x86 lacks VNNI, vpmaddubsw adds the products of two
+            neighbours in saturating 16 bits; with 16, two neighbouring codes of one sign add up to 128 at most, and
+            255 * 128 fits. That is exact, and finer than codes of seven bits (-63 ... 63).
     """
     rows = weight.float().reshape(weight.shape[0], -1)
-    scales = rows.abs().amax(1) / limit
+    largest = rows.abs().amax(1)
+    if sums == 16:
+        largest = torch.maximum(largest, _largest_pair(weight.float()))  # rounding adds at most one to 127
+    scales = largest / 127
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    codes = torch.round(rows / scales[:, None]).clamp(-limit, limit).to(torch.int8)
+    codes = torch.round(rows / scales[:, None]).clamp(-127, 127).to(torch.int8)
     return codes.reshape(weight.shape).contiguous(), scales
+
+
+def _largest_pair(weight: Tensor) -> Tensor:
+    """The largest sum [out] of two neighbours of one sign, in every order in which kernels read a weight.
+
+    Along the inputs of one position of the kernel, along all of them with the channel last, and with the channel first.
+    """
+    last = weight.movedim(1, -1)
+    orders = (last, last.flatten(1), weight.flatten(1))
+    return torch.stack([_pairs(order).flatten(1).amax(1) for order in orders]).amax(0)
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    """The sums of elements 0 and 1, 2 and 3, ... of the last axis, of the positive and of the negative ones alone."""
+    padded = torch.nn.functional.pad(rows, (0, rows.shape[-1] % 2))
+    signed = torch.stack([padded.clamp(min=0), -padded.clamp(max=0)], 1)
+    return signed.unflatten(-1, (-1, 2)).sum(-1)
 
 
 RANGES = ("minmax", "percentile", "entropy", "mse")
