@@ -31,14 +31,14 @@ class Compiled:
 
 
 def lowered(
-    graph: Graph, machine: Machine, shapes: list[tuple[int, ...]]
+    graph: Graph, machine: Machine, shapes: list[tuple[int, ...]], name: str = "model"
 ) -> tuple[Program, bytes, list[tuple[int, ...]]]:
     """The program of a graph for input shapes, laid out in memory, its weights, and the shapes of its results.
 
     Raises:
         Unsupported: an operator has no kernel, or a tensor is too large.
     """
-    program = Program(machine)
+    program = Program(machine, prefix=f"{name}_k")
     lowering = Lowering(graph, program, shapes, RULES)
     lowering.run()
     weights = program.lay_out()
@@ -50,7 +50,7 @@ def lowered(
 
 def compile_graph(graph: Graph, machine: Machine, shapes: list[tuple[int, ...]], folder: Path, name: str) -> Compiled:
     """Write `NAME.h`, `weights.bin` and `NAME.so` or, with everything embedded, `NAME.wasm` into `folder`."""
-    program, weights, results = lowered(graph, machine, shapes)
+    program, weights, results = lowered(graph, machine, shapes, name)
     signature = Signature(
         name,
         program.arena_bytes,
@@ -60,7 +60,11 @@ def compile_graph(graph: Graph, machine: Machine, shapes: list[tuple[int, ...]],
     )
     (folder / "weights.bin").write_bytes(weights or b"\0")
     (folder / f"{name}.h").write_text(header(signature), encoding="utf-8")
-    objects = [write_object([*program.kernels(), entry_function(program, name)], machine, folder / f"{name}.o")]
+    # Two objects: TVM tells LLVM that different buffers never share memory, which holds within a kernel and not between
+    # kernels that reuse the arena; were they inlined into one function, their stores would be reordered.
+    objects = [write_object([entry_function(program, name)], machine, folder / f"{name}.o")]
+    if program.functions:
+        objects.append(write_object(program.kernels(), machine, folder / f"{name}_kernels.o"))
     shown = [name]
     if machine.family == "wasm":
         source = folder / f"{name}_embedded.c"

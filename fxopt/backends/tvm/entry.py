@@ -67,7 +67,7 @@ def header(signature: Signature) -> str:
     upper = signature.name.upper()
     lines = [
         "#pragma once",
-        "/* Compiled by fxopt. Every pointer is 64-byte aligned; no two may overlap; one thread at a time per arena. */",
+        "/* Compiled by fxopt. Pointers are 64-byte aligned and do not overlap; one thread at a time per arena. */",
         f"#define {upper}_ARENA_BYTES {signature.arena_bytes}",
         f"#define {upper}_WEIGHTS_BYTES {signature.weights_bytes}",
     ]

@@ -1,4 +1,4 @@
-"""A graph with fixed sizes to a `Program`: one rule per operator, pointwise neighbours in one kernel, views for free."""
+"""A graph with fixed sizes to a `Program`: a rule per operator, pointwise neighbours in one kernel, views for free."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 class Lowering:
-    """Lowers the nodes of a graph one after the other; `metas` has every value as a tensor without data, or a number."""
+    """Lowers nodes one after the other; `metas` has every value as a tensor without data, or as a number."""
 
     def __init__(self, graph: Graph, program: Program, shapes: list[tuple[int, ...]], rules: dict[str, Rule]) -> None:
         self.graph = graph
@@ -83,6 +83,8 @@ class Lowering:
 
     def _infer_call(self, node: fx.Node) -> None:
         target: Any = node.target
+        if operator_name(node) == "view":  # our strides may be others than those that torch made the view for
+            target = torch.ops.aten.reshape.default
         inputs = node.all_input_nodes
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.metas.__getitem__)
         try:
@@ -133,7 +135,7 @@ class Lowering:
             return
         if node.target is operator.getitem:
             source: Any = self.values[node.args[0]]  # type: ignore[index]
-            self.values[node] = source[node.args[1]]
+            self._keep(node, source[node.args[1]])
             return
         rule = self.rules.get(operator_name(node))
         if rule is None:
@@ -142,6 +144,9 @@ class Lowering:
             found = rule(self, bound(node))
         except Unsupported as error:
             raise Unsupported(f"node {label(node)!r}: {node.target}: {error}") from error
+        self._keep(node, found)
+
+    def _keep(self, node: fx.Node, found: Any) -> None:
         if isinstance(found, Lazy) and not self._may_wait(node):
             found = self.computed(found)
         self.values[node] = found

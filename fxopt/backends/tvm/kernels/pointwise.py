@@ -50,7 +50,7 @@ def pointwise(
                 return _truth(value, n) if operands[index].dtype == "uint8" else value
 
             value = evaluate(kernel, tree, load, n)
-            value = cast(typed("uint8", n), value) if place.dtype == "uint8" else value
+            value = _from_truth(value, "uint8", n) if place.dtype == "uint8" else value
             kernel.store(y, starts[-1] + at * steps[-1], value, n, steps[-1])
 
         each(kernel, shape[-1] if shape else 1, lanes, write)
@@ -75,6 +75,13 @@ def _load(kernel: Kernel, buffer: Any, start: Expr, at: Expr, step: int, lanes: 
 
 def _truth(value: Expr, lanes: int) -> Expr:
     return tirx.NE(value, spread(tirx.IntImm("uint8", 0), lanes))
+
+
+def _from_truth(value: Expr, dtype: str, lanes: int) -> Expr:
+    if dtype == "float32":
+        return tirx.Select(value, float32(1.0, lanes), float32(0.0, lanes))
+    one, zero = (spread(tirx.IntImm(dtype, number), lanes) for number in (1, 0))
+    return tirx.Select(value, one, zero)
 
 
 def _collapsed(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
@@ -124,6 +131,8 @@ def _constant(value: float, dtype: str, lanes: int) -> Expr:
 def _cast(value: Expr, source: str, target: str, lanes: int) -> Expr:
     if target == "uint8":
         return tirx.NE(value, _constant(0, source, lanes))
+    if source == "uint8":
+        return _from_truth(value, target, lanes)
     return cast(typed(target, lanes), value)
 
 

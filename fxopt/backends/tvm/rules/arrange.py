@@ -1,4 +1,4 @@
-"""Views, copies, concatenation: how elements lie. torch itself computes the strides of views, on tensors without data."""
+"""Views, copies, concatenation: how elements lie. torch computes the strides of views, on tensors without data."""
 
 from __future__ import annotations
 
@@ -32,12 +32,7 @@ def _viewed(value: Value, found: Any) -> Any:
 
 
 def _applied(low: Lowering, call: Call, tensor: torch.Tensor) -> Any:
-    first, *rest = call.node.args
-
-    def plain(node: fx.Node) -> Any:
-        return low.metas[node]
-
-    args, kwargs = fx.node.map_arg((tuple(rest), call.node.kwargs), plain)
+    args, kwargs = fx.node.map_arg((tuple(call.node.args[1:]), call.node.kwargs), low.metas.__getitem__)
     target: Any = call.node.target
     return target(tensor, *args, **kwargs)
 

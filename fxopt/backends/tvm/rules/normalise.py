@@ -65,32 +65,49 @@ def _rms_norm(low: Lowering, call: Call) -> Value:
 
 def _reduction(how: str) -> Rule:
     def rule(low: Lowering, call: Call) -> Value:
-        value = low.value(call["self"])
-        if value.dtype != "float32" or call.get("dtype") not in (None, torch.float32):
-            raise Unsupported(f"reduces float32 only, not {value.dtype}")
-        rank = len(value.shape)
-        given = call.get("dim")
-        axes = [given] if isinstance(given, int) else list(given or range(rank))
-        axes = sorted({axis % max(rank, 1) for axis in axes})
-        kept = [axis for axis in range(rank) if axis not in axes]
-        made = low.program.value(low.shape(call.node))
-        size = math.prod(value.shape[axis] for axis in axes)
-        if size == 0 and how in ("amax", "amin", "mean"):
-            raise Unsupported("reduces no values")
-        if axes == list(range(axes[0], axes[-1] + 1)) if axes else True:
-            source = low.dense(value)
-            first = axes[0] if axes else rank
-            outer = math.prod(value.shape[:first])
-            inner = math.prod(value.shape[axes[-1] + 1 :]) if axes else 1
-        else:
-            order = [*kept, *axes]
-            turned = value.viewed(tuple(value.shape[i] for i in order), tuple(value.strides[i] for i in order))
-            source, outer, inner = low.dense(turned), math.prod(value.shape[i] for i in kept), 1
-        if made.count:
-            low.program.call(reduce, (how, outer, size, inner), source.slot, made.slot)
-        return made
+        if call.get("dtype") not in (None, torch.float32):
+            raise Unsupported(f"reduces in {call['dtype']}, expected float32")
+        return reduced(low, how, low.value(call["self"]), call.get("dim"), low.shape(call.node))
 
     return rule
+
+
+def reduced(low: Lowering, how: str, value: Value, dim: Any, shape: tuple[int, ...]) -> Value:
+    """A reduction over axes (None: all) to `shape`."""
+    if value.dtype != "float32":
+        raise Unsupported(f"reduces {value.dtype}, expected float32")
+    rank = len(value.shape)
+    axes = sorted({axis % max(rank, 1) for axis in ([dim] if isinstance(dim, int) else dim or range(rank))})
+    kept = [axis for axis in range(rank) if axis not in axes]
+    size = math.prod(value.shape[axis] for axis in axes)
+    if size == 0 and how != "sum":
+        raise Unsupported("reduces no values")
+    made = low.program.value(shape)
+    if axes == list(range(axes[0], axes[-1] + 1) if axes else []):
+        source = low.dense(value)
+        outer = math.prod(value.shape[: axes[0]] if axes else ())
+        inner = math.prod(value.shape[axes[-1] + 1 :] if axes else ())
+    else:
+        order = [*kept, *axes]
+        turned = value.viewed(tuple(value.shape[i] for i in order), tuple(value.strides[i] for i in order))
+        source, outer, inner = low.dense(turned), math.prod(value.shape[i] for i in kept), 1
+    if made.count:
+        low.program.call(reduce, (how, outer, size, inner), source.slot, made.slot)
+    return made
+
+
+def _vector_norm(low: Lowering, call: Call) -> Value:
+    """sqrt(sum(x**2))."""
+    if call["ord"] != 2 or call.get("dtype") not in (None, torch.float32):
+        raise Unsupported(f"has order {call['ord']}, expected 2")
+    value = low.value(call["self"])
+    if value.dtype != "float32":
+        raise Unsupported(f"takes {value.dtype}, expected float32")
+    squares, made = low.program.value(value.shape), low.program.value(low.shape(call.node))
+    low.emit(("mul", ("load", 0), ("load", 0)), (value,), squares)
+    total = reduced(low, "sum", squares, call["dim"], made.shape)
+    low.emit(("sqrt", ("load", 0)), (total,), made)
+    return made
 
 
 def _attention(low: Lowering, call: Call) -> Value:
@@ -140,5 +157,6 @@ RULES: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "scaled_dot_product_attention": _attention,
+    "linalg_vector_norm": _vector_norm,
     **{how: _reduction(how) for how in ("sum", "mean", "amax", "amin")},
 }

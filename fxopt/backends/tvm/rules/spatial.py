@@ -133,10 +133,16 @@ def _batch_norm(low: Lowering, call: Call) -> Lazy:
     return Lazy(tree, tuple(operands), value.shape, "float32")
 
 
+def _batch_norm_of_three(low: Lowering, call: Call) -> list[Any]:
+    """The result; the batch's statistics that the operator also returns are empty when it does not train."""
+    return [_batch_norm(low, call), None, None]
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "convolution"), _convolution),
     "max_pool2d": _pool(average=False),
     "avg_pool2d": _pool(average=True),
     **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _adaptive),
     "batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm_of_three,
 }
