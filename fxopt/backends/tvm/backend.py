@@ -1,19 +1,23 @@
-"""The TVM backend: ahead-of-time compilation to one C function, without TVM's runtime."""
+"""The TVM backend: a model as one C function, without TVM's runtime; what has no kernel runs in torch, and says so."""
 
 from __future__ import annotations
 
+import platform
+from typing import Any
+
+import torch
 from torch import fx
 
 from fxopt.backends.base import Backend, Executable
 from fxopt.errors import Unsupported
-from fxopt.ir.graph import Graph
+from fxopt.ir.graph import Graph, hint, label
 from fxopt.ir.target import Target
 
 
 class Tvm(Backend):
     """TVM as code generator for CPUs and WebAssembly."""
 
-    needs = ("tvm", "ziglang")
+    needs = ("tvm", "ziglang", "wasmtime")
     extra = "tvm"
 
     @property
@@ -22,13 +26,70 @@ class Tvm(Backend):
         return "tvm"
 
     def refuses(self, node: fx.Node, target: Target) -> str:
-        """Operators without a kernel."""
-        return f"{node.target} has no kernel"
+        """The reason why the node has no kernel: found by lowering it alone, at the sizes of its fake tensors."""
+        from fxopt.backends.tvm.trial import refusal
+
+        return refusal(node)
 
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
-        """The fxopt operators that have a kernel."""
-        return f"operator {op} has no kernel"
+        """The fxopt operators that have a kernel: none yet; sparsity needs no operator."""
+        from fxopt.backends.tvm.rules import RULES
+
+        return "" if op in RULES else f"operator {op} has no kernel in the tvm backend"
 
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
-        """Compile the graph."""
-        raise Unsupported("the tvm backend compiles no whole models yet")
+        """Compile the whole graph, or what of it has kernels.
+
+        Named dimensions take the sizes that the graph was captured with; on this machine, other sizes are compiled
+        when they come.
+
+        Raises:
+            Unsupported: the graph is of ONNX operators, or a part has no kernel and the target is not this machine.
+        """
+        self.require()
+        from fxopt.backends.tvm.executable import TvmExecutable
+        from fxopt.backends.tvm.machine import machine_for
+        from fxopt.backends.tvm.mixed import MixedExecutable
+
+        if graph.origin != "torch":
+            raise Unsupported("the tvm backend takes graphs of aten operators; load the model from PyTorch")
+        machine = machine_for(target)
+        runner = machine if machine.family in ("wasm", _family()) and _runs(target) else _host_machine()
+        refused = {label(node): reason for node in graph.calls() if (reason := self.refuses(node, target))}
+        if not refused:
+            return TvmExecutable(graph.copy(), machine, runner, _shapes(graph))
+        if runner != machine or machine.family == "wasm":
+            shown = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            raise Unsupported(f"{len(refused)} operators have no kernel, and torch is not on {target.name}: {shown}")
+        return MixedExecutable(graph.copy(), machine, lambda node: self.refuses(node, target))
+
+
+def _shapes(graph: Graph) -> tuple[tuple[int, ...], ...]:
+    shapes = []
+    for node, spec in zip(graph.placeholders, graph.inputs, strict=True):
+        value: Any = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            raise Unsupported(f"input {spec.name!r} is no tensor of a known shape")
+        shapes.append(tuple(int(hint(dim)) for dim in value.shape))
+    return tuple(shapes)
+
+
+def _family() -> str:
+    return {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}.get(platform.machine().lower(), "")
+
+
+def _host_machine() -> Any:
+    from fxopt.backends.tvm.machine import machine_for
+    from fxopt.cost_model.targets import get_target
+
+    return machine_for(get_target("host"))
+
+
+def _runs(target: Target) -> bool:
+    """Whether code for the target runs here: this machine has its instruction sets."""
+    from fxopt.cost_model.targets import get_target
+
+    return target.kind == "wasm" or target.features <= get_target("host").features
+
+
+__all__ = ["Tvm"]

@@ -77,7 +77,9 @@ class Kernel:
             self._emit(tirx.IfThenElse(condition, _sequence(body), None))
 
     def let(self, value: Expr, name: str = "v") -> Expr:
-        """A name for a value that is used more than once."""
+        """A name for a value that is used more than once (truth values stay as they are: TVM takes none of vectors)."""
+        if "bool" in str(value.ty):
+            return value
         self._count += 1
         variable = tirx.Var(f"{name}{self._count}", value.ty)
         self._emit(tirx.Bind(variable, value))

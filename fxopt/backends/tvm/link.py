@@ -48,7 +48,20 @@ def link(objects: Sequence[Path], exports: Sequence[str], machine: Machine, path
         )
         return path
     emulation = {"x86": "elf_x86_64", "arm": "aarch64linux"}[machine.family]
-    _zig("ld.lld", "-m", emulation, "-shared", "-soname", path.name, "--strip-all", *names, "-o", path.name, cwd=folder)
+    _zig(
+        "ld.lld",
+        "-m",
+        emulation,
+        "-shared",
+        "-Bsymbolic",
+        "-soname",
+        path.name,
+        "--strip-all",
+        *names,
+        "-o",
+        path.name,
+        cwd=folder,
+    )
     return path
 
 

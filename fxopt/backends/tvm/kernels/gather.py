@@ -1,0 +1,36 @@
+"""Rows of a table by index (embedding)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, float32
+from fxopt.backends.tvm.library import tirx
+from fxopt.backends.tvm.machine import Machine
+
+
+def gather(name: str, count: int, table: int, width: int, dtype: str, machine: Machine) -> Any:
+    """`void NAME(table [table, width], indices [count], y [count, width])`.
+
+    A C function raises nothing: an index outside the table gives a row of NaN.
+    """
+    kernel = Kernel(name)
+    rows = kernel.buffer("table", table * width)
+    indices = kernel.buffer("indices", count, dtype)
+    y = kernel.buffer("y", count * width)
+    with kernel.loop(count, "i") as i:
+        index = kernel.let(kernel.load(indices, i))
+        inside = kernel.let(tirx.And(index >= tirx.IntImm(dtype, 0), index < tirx.IntImm(dtype, table)))
+
+        def copy(at: Expr, n: int, i: Expr = i, index: Expr = index) -> None:
+            kernel.store(y, i * width + at, kernel.load(rows, cast("int32", index) * width + at, n), n)
+
+        with kernel.when(inside):
+            each(kernel, width, machine.lanes, copy)
+        with kernel.when(tirx.Not(inside)):
+            each(
+                kernel, width, machine.lanes,
+                lambda at, n, i=i: kernel.store(y, i * width + at, float32(math.nan, n), n),
+            )  # fmt: skip
+    return kernel.function()

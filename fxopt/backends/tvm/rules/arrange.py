@@ -1,0 +1,142 @@
+"""Views, copies, concatenation: how elements lie. torch computes the strides of views, on tensors without data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.backends.tvm.kernels.gather import gather
+from fxopt.backends.tvm.lowering import Call, Lowering, Rule, dtype_of
+from fxopt.backends.tvm.values import Value
+from fxopt.errors import Unsupported
+
+_VIEWS = (
+    *("view", "permute", "transpose", "t", "expand", "expand_as", "slice", "select", "unsqueeze", "squeeze"),
+    *("unflatten", "narrow", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "movedim", "mT"),
+    *("swapaxes", "view_as", "unfold", "diagonal", "lift_fresh_copy"),
+)
+_RESHAPES = ("reshape", "_unsafe_view", "flatten", "reshape_as", "_reshape_copy")
+
+
+def described(value: Value) -> torch.Tensor:
+    """A tensor without data with the value's shape, strides and offset."""
+    return torch.empty(value.slot.count, device="meta").as_strided(value.shape, value.strides, value.offset)
+
+
+def _viewed(value: Value, found: Any) -> Any:
+    if isinstance(found, torch.Tensor):
+        return Value(value.slot, tuple(found.shape), tuple(found.stride()), int(found.storage_offset()))
+    return [_viewed(value, item) for item in found]
+
+
+def _applied(low: Lowering, call: Call, tensor: torch.Tensor) -> Any:
+    args, kwargs = fx.node.map_arg((tuple(call.node.args[1:]), call.node.kwargs), low.metas.__getitem__)
+    target: Any = call.node.target
+    return target(tensor, *args, **kwargs)
+
+
+def _view(low: Lowering, call: Call) -> Any:
+    value = low.value(call.node.args[0])
+    try:
+        return _viewed(value, _applied(low, call, described(value)))
+    except RuntimeError:  # the elements do not lie so that the view exists: ours may lie elsewhere than torch's
+        value = low.dense(value)
+        return _viewed(value, _applied(low, call, described(value)))
+
+
+def _reshape(low: Lowering, call: Call) -> Value:
+    value = low.value(call.node.args[0])
+    shape = low.shape(call.node)
+    try:
+        found = described(value).view(shape)
+    except RuntimeError:
+        value = low.dense(value)
+        found = described(value).view(shape)
+    made: Value = _viewed(value, found)
+    return made
+
+
+def _same(low: Lowering, call: Call) -> Value:
+    return low.value(call.node.args[0])
+
+
+def _dropout(low: Lowering, call: Call) -> Value:
+    if call.get("train", call.get("training")):
+        raise Unsupported("drops values at random: call model.eval() before")
+    return low.value(call.node.args[0])
+
+
+def _cat(low: Lowering, call: Call) -> Value:
+    return _joined(low, call, call["tensors"], low.number(call["dim"]))
+
+
+def _joined(low: Lowering, call: Call, parts: Any, axis: int) -> Value:
+    meta = low.metas[call.node]
+    axis %= max(meta.dim(), 1)
+    made = low.program.value(tuple(meta.shape), dtype_of(meta, call.node))
+    start = 0
+    for part in parts:
+        if low.metas[part].numel() == 0:
+            continue
+        value = low.value(part)
+        if value.dtype != made.dtype:
+            raise Unsupported(f"joins {value.dtype} and {made.dtype}; expected one type")
+        place = made.viewed(value.shape, made.strides, start * made.strides[axis])
+        low.copy(value, place)
+        start += value.shape[axis]
+    return made
+
+
+def _stack(low: Lowering, call: Call) -> Value:
+    meta = low.metas[call.node]
+    axis = low.number(call["dim"]) % meta.dim()
+    made = low.program.value(tuple(meta.shape), dtype_of(meta, call.node))
+    strides = made.strides[:axis] + made.strides[axis + 1 :]
+    for index, part in enumerate(call["tensors"]):
+        value = low.value(part)
+        low.copy(value, made.viewed(value.shape, strides, index * made.strides[axis]))
+    return made
+
+
+def _pad(low: Lowering, call: Call) -> Value:
+    """Constant padding: a result full of the value, then the operand in its middle."""
+    if call.get("mode", "constant") not in (None, "constant"):
+        raise Unsupported(f"pads with mode {call['mode']!r}; expected constant")
+    value, meta = low.value(call["self"]), low.metas[call.node]
+    pads = [low.number(item) for item in call["pad"]]
+    if min(pads, default=0) < 0:
+        raise Unsupported("has negative pads")
+    made = low.program.value(tuple(meta.shape), dtype_of(meta, call.node))
+    low.emit(("constant", call.get("value") or 0, made.dtype), (), made)
+    begins = [0] * (meta.dim() - len(pads) // 2) + list(reversed(pads[::2]))
+    offset = sum(begin * stride for begin, stride in zip(begins, made.strides, strict=True))
+    low.copy(value, made.viewed(value.shape, made.strides, offset))
+    return made
+
+
+def _embedding(low: Lowering, call: Call) -> Value:
+    table = low.weight(call["weight"], "table")
+    indices = low.dense(call["indices"])
+    if indices.dtype not in ("int64", "int32"):
+        raise Unsupported(f"takes indices of integers, not {indices.dtype}")
+    made = low.program.value(low.shape(call.node))
+    rows, width = table.shape
+    slot = low.program.constant(table.numpy())
+    low.program.call(gather, (indices.count, rows, width, indices.dtype), slot, indices.slot, made.slot)
+    return made
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_VIEWS, _view),
+    **dict.fromkeys(_RESHAPES, _reshape),
+    **dict.fromkeys(("contiguous", "clone"), _same),
+    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout", "alpha_dropout"), _dropout),
+    "cat": _cat,
+    "concat": _cat,
+    "stack": _stack,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    "embedding": _embedding,
+}

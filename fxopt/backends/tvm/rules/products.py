@@ -1,0 +1,134 @@
+"""Linear layers and matrix products. A weight with enough zeros in blocks of outputs x 1 input runs block-sparse."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.backends.tvm.kernels.activations import Activation
+from fxopt.backends.tvm.kernels.bsr import bsr, pack_bsr
+from fxopt.backends.tvm.kernels.dense import dense, pack_bias, pack_dense
+from fxopt.backends.tvm.kernels.matmul import matmul
+from fxopt.backends.tvm.lowering import Call, Lowering, Rule, operator_name
+from fxopt.backends.tvm.values import Value
+from fxopt.errors import Unsupported
+
+_SPARSE_BELOW = 0.6  # density of blocks below which skipping them wins (benchmarks/tvm_kernels.py)
+_WIDTHS = (16, 8, 4)
+
+
+def activation(low: Lowering, node: fx.Node) -> Activation:
+    """The activation that is the node's one user: the product then applies it, and the user has the same value."""
+    if len(node.users) != 1 or node in low.graph.result_nodes:
+        return ""
+    (user,) = node.users
+    if user.op != "call_function" or not user.args or user.args[0] is not node:
+        return ""
+    name = _activation_name(user)
+    if name:
+        low.fused[user] = node
+    return name
+
+
+def _activation_name(user: fx.Node) -> Activation:
+    name = operator_name(user)
+    if name in ("relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "tanh"):
+        return name  # type: ignore[return-value]
+    if name == "gelu":
+        return "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
+    ends = (*user.args[1:], *user.kwargs.values())
+    if name in ("hardtanh", "clamp") and [float(end) for end in ends if isinstance(end, (int, float))] == [0.0, 6.0]:
+        return "relu6"
+    return ""
+
+
+def linear(low: Lowering, node: fx.Node, x: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> Value:
+    """y [..., out] = act(x [..., in] @ weight [out, in].T + bias)."""
+    source = low.dense(x, "float32")
+    outputs, inner = weight.shape
+    rows = math.prod(source.shape[:-1])
+    made = low.program.value((*source.shape[:-1], outputs))
+    act = activation(low, node)
+    if made.count == 0:
+        return made
+    machine, program = low.program.machine, low.program
+    matrix = weight.numpy()
+    shift = None if bias is None else bias.numpy()
+    for width in (machine.columns, *(w for w in _WIDTHS if w != machine.columns)):
+        packed = pack_bsr(matrix, width)
+        if packed.density < _SPARSE_BELOW and len(packed.values):
+            sizes = (rows, inner, outputs, len(packed.values), width)
+            slots = [program.constant(item) for item in (packed.values, packed.inputs, packed.starts)]
+            shifts = program.constant(pack_bias(shift, outputs, width))
+            program.call(bsr, sizes, source.slot, *slots, shifts, made.slot, activation=act)
+            return made
+    slots = [program.constant(pack_dense(matrix, machine.columns))]
+    slots.append(program.constant(pack_bias(shift, outputs, machine.columns)))
+    program.call(dense, (rows, inner, outputs), source.slot, *slots, made.slot, activation=act)
+    return made
+
+
+def _linear(low: Lowering, call: Call) -> Value:
+    if low.constant(call["weight"]) is None:
+        weight = low.value(call["weight"])
+        flipped = weight.viewed(weight.shape[::-1], weight.strides[::-1])
+        product = _product(low, call.node, low.value(call["input"]), flipped)
+        if call["bias"] is None:
+            return product
+        made = low.program.value(product.shape)
+        low.emit(("add", ("load", 0), ("load", 1)), (product, low.value(call["bias"])), made)
+        return made
+    bias = None if call["bias"] is None else low.weight(call["bias"], "bias")
+    return linear(low, call.node, call["input"], low.weight(call["weight"], "weight"), bias)
+
+
+def _addmm(low: Lowering, call: Call) -> Value:
+    if call["alpha"] != 1 or call["beta"] != 1:
+        raise Unsupported(f"has alpha {call['alpha']} and beta {call['beta']}, expected 1 and 1")
+    bias = low.weight(call["self"], "bias")
+    if bias.dim() != 1:
+        raise Unsupported(f"its bias has shape {tuple(bias.shape)}, expected one axis")
+    weight = low.weight(call["mat2"], "weight").t().contiguous()
+    return linear(low, call.node, call["mat1"], weight, bias.expand(weight.shape[0]).contiguous())
+
+
+def _matmul(low: Lowering, call: Call) -> Value:
+    x, w = call["self"], call.get("other", call.get("mat2"))
+    known = low.constant(w)
+    if known is not None and known.dim() == 2 and low.metas[x].dim() >= 2:
+        return linear(low, call.node, x, low.weight(w, "weight").t().contiguous(), None)
+    return _product(low, call.node, low.value(x), low.value(w))
+
+
+def _product(low: Lowering, node: fx.Node, x: Value, w: Value) -> Value:
+    if len(x.shape) < 2 or len(w.shape) < 2:
+        raise Unsupported(f"multiplies shapes {x.shape} and {w.shape}; expected two axes at least")
+    if x.dtype != "float32" or w.dtype != "float32":
+        raise Unsupported(f"multiplies {x.dtype} and {w.dtype}, expected float32")
+    lead = tuple(torch.broadcast_shapes(x.shape[:-2], w.shape[:-2]))
+    (x, x_step), (w, w_step) = (_batched(low, item, lead) for item in (x, w))
+    rows, inner, outputs = x.shape[-2], x.shape[-1], w.shape[-1]
+    made = low.program.value((*lead, rows, outputs))
+    if made.count:
+        sizes = (math.prod(lead), rows, inner, outputs, x_step, w_step)
+        low.program.call(matmul, sizes, x.slot, w.slot, made.slot)
+    return made
+
+
+def _batched(low: Lowering, value: Value, lead: tuple[int, ...]) -> tuple[Value, int]:
+    """The operand, contiguous, and the distance of its matrices."""
+    if math.prod(value.shape[:-2]) == 1:
+        return low.dense(value), 0
+    shape = (*lead, *value.shape[-2:])
+    missing = (0,) * (len(shape) - len(value.shape))
+    pairs = zip(value.shape, value.strides, strict=True)
+    strides = (*missing, *(0 if size == 1 else stride for size, stride in pairs))
+    return low.dense(value.viewed(shape, strides)), value.shape[-2] * value.shape[-1]
+
+
+RULES: dict[str, Rule] = {
+    "linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul, "bmm": _matmul,
+}  # fmt: skip
