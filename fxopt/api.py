@@ -220,7 +220,7 @@ def _load(model: Model, example_inputs: Any, options: Options, backend: Backend,
 
 
 def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph, Request]:
-    from fxopt.engine import bind_sizes
+    from fxopt.inputs import bind_sizes
     from fxopt.request import Request
 
     notes: list[str] = []
@@ -292,7 +292,7 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
 
         args, kwargs = bound(example_inputs)
         graph = load_torch(model, args, dynamic_shapes, kwargs)
-    from fxopt.engine import bind_sizes
+    from fxopt.inputs import bind_sizes
 
     bind_sizes(graph, None)
     return graph
@@ -336,7 +336,7 @@ def predict(
 ) -> GraphPrediction:
     """Predicted time per node and in total, with an interval, on a target that need not be here."""
     from fxopt.cost_model.roofline import predict_graph
-    from fxopt.engine import bind_sizes
+    from fxopt.inputs import bind_sizes
 
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     if input_shapes:

@@ -164,8 +164,8 @@ def load(path: Path, threads: int | None = None) -> Outcome:
 
 def _load_onnx(path: Path, threads: int | None, manifest: dict[str, Any] | None) -> Outcome:
     from fxopt.backends.onnxruntime.session import OnnxExecutable
-    from fxopt.engine import bind_sizes
     from fxopt.frontends.onnx import load as load_graph
+    from fxopt.inputs import bind_sizes
 
     graph = load_graph(path)
     bind_sizes(graph, None)

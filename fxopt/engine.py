@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxopt.backends.base import Executable
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
-from fxopt.errors import FxoptError, PassError, Unsupported, VerificationError, unknown
+from fxopt.errors import FxoptError, PassError, VerificationError, unknown
 from fxopt.guard import Timing
 from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger, Refusal
-from fxopt.ir.shapes import infer
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
 from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
@@ -405,18 +403,3 @@ def as_function(executable: Executable) -> Callable[..., Any]:
 
 def _refused(candidate: Candidate, reason: Refusal) -> Candidate:
     return Candidate(candidate.pass_name, candidate.node, candidate.anchor, candidate.setting, reason, candidate.group)
-
-
-def bind_sizes(graph: Graph, sample: Sample | None, overrides: dict[str, int] | None = None) -> None:
-    """Derive all types, with costs computed for the sizes of the sample."""
-    sizes: dict[str, int] = {}
-    if sample is not None:
-        for spec, value in zip(graph.inputs, sample, strict=True):
-            if not isinstance(value, torch.Tensor) or spec.shape is None:
-                continue
-            if value.dim() != len(spec.shape):
-                raise Unsupported(f"input {spec} was given a value with {value.dim()} dimensions: {list(value.shape)}")
-            for name, size in zip(spec.shape, value.shape, strict=True):
-                if isinstance(name, str):
-                    sizes.setdefault(name, size)
-    infer(graph, {**sizes, **(overrides or {})})

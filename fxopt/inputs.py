@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fxopt.errors import InvalidInput, unknown
+from fxopt.errors import InvalidInput, Unsupported, unknown
 from fxopt.ir.graph import Graph
+from fxopt.ir.shapes import infer
 from fxopt.options import Options
 
 Sample = list[Any]  # one value per input of the graph
@@ -112,3 +113,18 @@ def sizes_of(graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> dict[s
             elif isinstance(dim, int) and dim != size:
                 raise InvalidInput(f"--input-shape {name}:{list(shape)}: the model fixes {spec}")
     return sizes
+
+
+def bind_sizes(graph: Graph, sample: Sample | None, overrides: dict[str, int] | None = None) -> None:
+    """Derive all types, with costs computed for the sizes of the sample."""
+    sizes: dict[str, int] = {}
+    if sample is not None:
+        for spec, value in zip(graph.inputs, sample, strict=True):
+            if not isinstance(value, torch.Tensor) or spec.shape is None:
+                continue
+            if value.dim() != len(spec.shape):
+                raise Unsupported(f"input {spec} was given a value with {value.dim()} dimensions: {list(value.shape)}")
+            for name, size in zip(spec.shape, value.shape, strict=True):
+                if isinstance(name, str):
+                    sizes.setdefault(name, size)
+    infer(graph, {**sizes, **(overrides or {})})
