@@ -49,7 +49,7 @@ def _pairs(rows: Tensor) -> Tensor:
     """The sums of elements 0 and 1, 2 and 3, ... of the last axis, of the positive and of the negative ones alone."""
     padded = torch.nn.functional.pad(rows, (0, rows.shape[-1] % 2))
     signed = torch.stack([padded.clamp(min=0), -padded.clamp(max=0)], 1)
-    return signed.unflatten(-1, (-1, 2)).sum(-1)
+    return signed.reshape(*signed.shape[:-1], -1, 2).sum(-1)
 
 
 RANGES = ("minmax", "percentile", "entropy", "mse")
