@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -19,6 +20,7 @@ from fxopt.errors import VerificationError
 from fxopt.ir.fake_values import UNKNOWN, same_type
 from fxopt.ir.graph import Graph, ValueSpec, label
 from fxopt.ir.interpreter import Evaluator
+from fxopt.ir.onnx.lane import to_tensor
 from fxopt.ir.shapes import update
 from fxopt.ir.subgraphs import CAPTURED, CAPTURED_NAMES, Subgraph
 
@@ -201,12 +203,35 @@ class NumericCheck:
         """ "" when the graph is no further from float64 than twice the original, else what differs and by how much."""
         now = graph.run(self.sample, evaluator=self.evaluator)
         for spec, exact, before, after in zip(graph.outputs, self.reference, self.before, now, strict=True):
-            if not isinstance(before, torch.Tensor):
-                continue
-            found = _worse(exact, before, after)
+            found = _differs(exact, before, after)
             if found:
                 return f"output {spec.name!r}: {found}"
         return ""
+
+
+_COMPARED: tuple[Any, ...] = (torch.Tensor, np.ndarray, dict, (list, tuple))
+
+
+def _differs(exact: Any, before: Any, after: Any) -> str:
+    """`_worse` for every value of a run: sequences and maps item by item, strings and small numbers exactly."""
+    exact, before, after = map(to_tensor, (exact, before, after))
+    kind = next((kind for kind in _COMPARED if isinstance(before, kind)), None)
+    if kind is None:
+        return ""
+    if not isinstance(after, kind):
+        return f"was {_shown(before)} and became {_shown(after)}"
+    if isinstance(before, torch.Tensor):
+        return _worse(exact, before, after)
+    if isinstance(before, np.ndarray):
+        same = before.dtype == after.dtype and np.array_equal(before, after)
+        return "" if same else f"an array of {before.dtype} has other elements than before"
+    if isinstance(before, dict):
+        if before.keys() != after.keys():
+            return "a map has other keys than before"
+        exact, before, after = ([torch.tensor(map_[key]) for key in before] for map_ in (exact, before, after))
+    if len(before) != len(after):
+        return f"had {len(before)} items and has {len(after)}"
+    return next(filter(None, map(_differs, exact, before, after)), "")
 
 
 def _worse(exact: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> str:

@@ -20,6 +20,7 @@ from fxopt.ir.onnx.convert import FLOAT_SIGN_BIT, INTEGER_RANGES, from_strings, 
 from fxopt.ir.onnx.foreign import CODES, MOVING, NUMBERS, is_foreign, is_string
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.onnx.values import to_array
+from fxopt.ir.verify import _differs
 
 Array = np.ndarray[Any, Any]
 SMALL_FLOATS = [dtype for dtype in NUMBERS.values() if dtype.name in FLOAT_SIGN_BIT]
@@ -329,3 +330,19 @@ def test_is_foreign_tells_strings_from_sizes() -> None:
     assert not is_foreign(np.array([1, 2], dtype=object))
     assert not is_foreign(np.zeros(2, ml_dtypes.bfloat16))
     assert not is_foreign(torch.zeros(2))
+
+
+def test_verification_compares_strings_sequences_and_maps() -> None:
+    words, numbers = np.array(["a", "b"], dtype=object), [torch.ones(2), torch.zeros(1)]
+    maps = [{"a": 0.5, "b": 1.0}]
+    assert _differs(words, words, words.copy()) == ""
+    assert "other elements" in _differs(words, words, words[::-1])
+    assert _differs(numbers, numbers, [*numbers]) == ""
+    assert "largest error" in _differs(numbers, numbers, [torch.ones(2) * 1.1, numbers[1]])
+    assert "had 2 items and has 1" in _differs(numbers, numbers, numbers[:1])
+    assert _differs(maps, maps, [{"a": 0.5, "b": 1.0}]) == ""
+    assert "largest error" in _differs(maps, maps, [{"a": 0.25, "b": 1.0}])
+    assert "other keys" in _differs(maps, maps, [{"a": 0.5, "c": 1.0}])
+    assert "was ndarray and became list" in _differs(words, words, numbers)
+    assert _differs([np.array([3])], [np.array([3])], [torch.tensor([3])]) == ""  # a size, in either lane
+    assert _differs(3, 3, torch.tensor(3)) == ""
