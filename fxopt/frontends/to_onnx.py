@@ -22,6 +22,7 @@ import torch
 from torch.export import ExportedProgram
 
 from fxopt.errors import CaptureError
+from fxopt.frontends import fxopt_nodes
 from fxopt.frontends import onnx as onnx_frontend
 from fxopt.frontends.capture.program import Examples, Program, export, quiet
 from fxopt.ir.graph import Graph
@@ -120,9 +121,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def _exported(program: Program, name: str, opset: int, optimize: bool) -> Graph:
+    own = fxopt_nodes.translations() if fxopt_nodes.holds(program.exported) else None
     with quiet():
         made = torch.onnx.export(
-            program.exported, dynamo=True, opset_version=opset, optimize=optimize, verbose=False, external_data=False
+            program.exported,
+            dynamo=True,
+            opset_version=opset,
+            optimize=optimize,
+            verbose=False,
+            external_data=False,
+            custom_translation_table=own,
         )
     assert made is not None
     model = made.model
@@ -138,6 +146,8 @@ def _exported(program: Program, name: str, opset: int, optimize: bool) -> Graph:
             tensor.ClearField("data_location")
     graph = onnx_frontend.load(proto, check=False, weights=weights)
     graph.call_spec = program.call
+    if own is not None:
+        fxopt_nodes.restore(graph)
     return graph
 
 
