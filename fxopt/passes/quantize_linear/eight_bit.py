@@ -161,12 +161,14 @@ class EightBit:
         codes, scales, bias, *rest = operands
         stem, source = label(view.weight_node), (label(view.node), self.name)
         s = self._factors(graph, view, candidate.setting, stats)
-        corrected = bias is not None and candidate.setting.get("correct_bias", False)
+        bias_node = view.bias_node
+        if bias is not None and candidate.setting.get("correct_bias", False):
+            bias_node = graph.add_constant(bias, f"{stem}_bias", source)
         arguments = (
             view.x if s is None else smoothed(graph, view.x, s, self.name),
             graph.add_constant(codes, f"{stem}_codes", source),
             graph.add_constant(scales, f"{stem}_scales", source),
-            graph.add_constant(bias, f"{stem}_bias", source) if corrected else view.bias_node,
+            bias_node,
             *rest,
         )
         result = _result(graph, view)

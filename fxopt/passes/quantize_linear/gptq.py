@@ -79,8 +79,8 @@ def _factor(hessian: Tensor) -> tuple[Tensor, float]:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(torch.isfinite(upper).all()):
-            return upper, damping
+            if not failed and bool(torch.isfinite(upper).all()):
+                return upper, damping
         damping *= 10
         if damping > _MOST_DAMPING:
             raise ValueError("the second moments of the activations are not finite or not positive")
