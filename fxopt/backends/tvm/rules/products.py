@@ -108,7 +108,7 @@ def _product(low: Lowering, node: fx.Node, x: Value, w: Value) -> Value:
         raise Unsupported(f"multiplies shapes {x.shape} and {w.shape}; expected two axes at least")
     if x.dtype != "float32" or w.dtype != "float32":
         raise Unsupported(f"multiplies {x.dtype} and {w.dtype}, expected float32")
-    lead = tuple(torch.broadcast_shapes(x.shape[:-2], w.shape[:-2]))
+    lead = tuple(torch.broadcast_shapes(x.shape[:-2], w.shape[:-2]))  # type: ignore[no-untyped-call]
     (x, x_step), (w, w_step) = (_batched(low, item, lead) for item in (x, w))
     rows, inner, outputs = x.shape[-2], x.shape[-1], w.shape[-1]
     made = low.program.value((*lead, rows, outputs))
