@@ -51,7 +51,7 @@ class HostModel:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """The outputs on arrays of the signature's types and shapes."""
-        outputs = [np.empty(port.shape, _NUMPY[port.dtype]) for port in self.signature.outputs]
+        outputs: list[Array] = [np.empty(port.shape, _NUMPY[port.dtype]) for port in self.signature.outputs]
         addresses = (array.ctypes.data for array in (*inputs, *outputs))
         self.function(*self.fixed, *addresses)
         return outputs
@@ -80,7 +80,7 @@ class WasmModel:
         self.go(store)
         found = []
         for place, port in zip(self.places["output"], self.signature.outputs, strict=True):
-            values = np.frombuffer(memory.read(store, place, place + port.nbytes), _NUMPY[port.dtype])
+            values: Array = np.frombuffer(memory.read(store, place, place + port.nbytes), _NUMPY[port.dtype])
             found.append(values.reshape(port.shape).copy())
         return found
 

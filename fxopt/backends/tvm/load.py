@@ -85,12 +85,14 @@ class WasmLibrary:
         except KeyError as error:
             raise UnknownName(f"the module has no function {name!r}") from error
 
-    def place(self, arrays: Sequence[Array]) -> list[int]:
-        """Addresses for the arrays behind the module's own data; the memory grows as needed."""
+    def place(self, arrays: Sequence[Array], *, keep: bool = False) -> list[int]:
+        """Addresses for the arrays behind the module's own data, which later ones reuse unless `keep`; memory grows."""
         addresses, end = [], self._base
         for array in arrays:
             addresses.append(end)
             end = _aligned(end + array.nbytes)
+        if keep:
+            self._base = end
         missing = end - self.memory.data_len(self.store)
         if missing > 0:
             self.memory.grow(self.store, -(-missing // 65536))

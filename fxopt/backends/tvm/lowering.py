@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxopt.backends.tvm.kernels.pointwise import Operand, Tree, pointwise
 from fxopt.backends.tvm.program import Program
@@ -86,10 +87,10 @@ class Lowering:
         if operator_name(node) == "view":  # our strides may be others than those that torch made the view for
             target = torch.ops.aten.reshape.default
         inputs = node.all_input_nodes
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.metas.__getitem__)
+        args, kwargs = map_arg((node.args, node.kwargs), self.metas.__getitem__)
         try:
             if all(item in self.known or not _has_tensor(self.metas[item]) for item in inputs) and _is_pure(node):
-                real, named = fx.node.map_arg((node.args, node.kwargs), lambda n: self.known.get(n, self.metas[n]))
+                real, named = map_arg((node.args, node.kwargs), lambda n: self.known.get(n, self.metas[n]))
                 found = target(*real, **named)
                 if isinstance(found, torch.Tensor):
                     self.known[node] = found

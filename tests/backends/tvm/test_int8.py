@@ -14,6 +14,7 @@ from fxopt.backends.tvm.kernels.dense_int8 import code_range, code_sums, dense_i
 from fxopt.backends.tvm.lower import assembly  # isort: skip
 
 __all__ = ["build"]
+pytestmark = pytest.mark.slow
 SHAPES = [(1, 1, 1), (3, 13, 5), (7, 64, 33), (9, 131, 48)]
 INSTRUCTIONS = {
     "x86-avx2": "vpmaddubsw",

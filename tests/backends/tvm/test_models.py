@@ -21,6 +21,7 @@ from tests.backends.tvm import harness
 from fxopt.backends.tvm import Tvm  # isort: skip
 
 __all__ = ["harness"]
+pytestmark = pytest.mark.slow
 F = nn.functional
 
 

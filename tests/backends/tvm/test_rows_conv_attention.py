@@ -20,6 +20,7 @@ from fxopt.backends.tvm.kernels.depthwise import depthwise, depthwise_scratch  #
 from fxopt.backends.tvm.kernels.rows import layer_norm, rms_norm, softmax  # isort: skip
 
 __all__ = ["build"]
+pytestmark = pytest.mark.slow
 F = torch.nn.functional
 ULP = float(np.finfo(np.float32).eps)
 

@@ -83,7 +83,7 @@ def code_sums(codes: Codes, zero: int, width: int) -> npt.NDArray[np.int32]:
 
 
 def quantize(name: str, rows: int, inner: int, scale: float, zero: int, machine: Machine) -> Any:
-    """`void NAME(x [rows, inner], q [rows, padded])`: clamp(round(x / scale) + zero), half to even; NaN: the low end."""
+    """`void NAME(x [rows, inner], q [rows, padded])`: clamp(round(x / scale) + zero), half to even; NaN: low end."""
     codes = code_range(machine)
     width = padded(inner, machine)
     kernel = Kernel(name)

@@ -26,11 +26,11 @@ def gather(name: str, count: int, table: int, width: int, dtype: str, machine: M
         def copy(at: Expr, n: int, i: Expr = i, index: Expr = index) -> None:
             kernel.store(y, i * width + at, kernel.load(rows, cast("int32", index) * width + at, n), n)
 
+        def fill(at: Expr, n: int, i: Expr = i) -> None:
+            kernel.store(y, i * width + at, float32(math.nan, n), n)
+
         with kernel.when(inside):
             each(kernel, width, machine.lanes, copy)
         with kernel.when(tirx.Not(inside)):
-            each(
-                kernel, width, machine.lanes,
-                lambda at, n, i=i: kernel.store(y, i * width + at, float32(math.nan, n), n),
-            )  # fmt: skip
+            each(kernel, width, machine.lanes, fill)
     return kernel.function()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch.fx.node import map_arg
 
 from fxopt.backends.tvm.kernels.gather import gather
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule, dtype_of
@@ -32,7 +32,7 @@ def _viewed(value: Value, found: Any) -> Any:
 
 
 def _applied(low: Lowering, call: Call, tensor: torch.Tensor) -> Any:
-    args, kwargs = fx.node.map_arg((tuple(call.node.args[1:]), call.node.kwargs), low.metas.__getitem__)
+    args, kwargs = map_arg((tuple(call.node.args[1:]), call.node.kwargs), low.metas.__getitem__)
     target: Any = call.node.target
     return target(tensor, *args, **kwargs)
 

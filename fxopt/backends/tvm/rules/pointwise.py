@@ -103,7 +103,7 @@ def _meta(low: Lowering, argument: Any) -> Any:
     return low.metas[argument] if isinstance(argument, fx.Node) else argument
 
 
-def _pow(low: Lowering, call: Call) -> Lazy:
+def _pow(low: Lowering, call: Call) -> Any:
     exponent = low.number(call["exponent"])
     known = low.constant(call["exponent"])
     exponent = known.item() if known is not None and known.numel() == 1 else exponent
@@ -168,7 +168,7 @@ def _cast(low: Lowering, call: Call) -> Lazy:
     return expression(low, call.node, [source], lambda a: ("cast", a, DTYPES[given], target), given)
 
 
-def _gelu(low: Lowering, call: Call) -> Lazy:
+def _gelu(low: Lowering, call: Call) -> Any:
     name = "gelu_tanh" if call["approximate"] == "tanh" else "gelu"
     return _unary(lambda a: (name, a))(low, call)
 

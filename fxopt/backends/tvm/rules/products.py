@@ -13,10 +13,10 @@ from fxopt.backends.tvm.kernels.bsr import bsr, pack_bsr
 from fxopt.backends.tvm.kernels.dense import dense, pack_bias, pack_dense
 from fxopt.backends.tvm.kernels.matmul import matmul
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule, operator_name
+from fxopt.backends.tvm.machine import Machine
 from fxopt.backends.tvm.values import Value
 from fxopt.errors import Unsupported
 
-_SPARSE_BELOW = 0.6  # density of blocks below which skipping them wins (benchmarks/tvm_kernels.py)
 _WIDTHS = (16, 8, 4)
 
 
@@ -59,7 +59,7 @@ def linear(low: Lowering, node: fx.Node, x: Any, weight: torch.Tensor, bias: tor
     shift = None if bias is None else bias.numpy()
     for width in (machine.columns, *(w for w in _WIDTHS if w != machine.columns)):
         packed = pack_bsr(matrix, width)
-        if packed.density < _SPARSE_BELOW and len(packed.values):
+        if packed.density < worthwhile_density(width, machine) and len(packed.values):
             sizes = (rows, inner, outputs, len(packed.values), width)
             slots = [program.constant(item) for item in (packed.values, packed.inputs, packed.starts)]
             shifts = program.constant(pack_bias(shift, outputs, width))
@@ -69,6 +69,18 @@ def linear(low: Lowering, node: fx.Node, x: Any, weight: torch.Tensor, bias: tor
     slots.append(program.constant(pack_bias(shift, outputs, machine.columns)))
     program.call(dense, (rows, inner, outputs), source.slot, *slots, made.slot, activation=act)
     return made
+
+
+def worthwhile_density(width: int, machine: Machine) -> float:
+    """The density of blocks of `width` outputs below which skipping the others wins (benchmarks/tvm_kernels.py).
+
+    A narrow block fills fewer vectors for each value of x that is loaded; one narrower than a vector never pays.
+    """
+    if width >= machine.columns:
+        return 0.6
+    if width < machine.lanes:
+        return 0.0
+    return 0.2 if machine.family == "x86" else 0.4
 
 
 def _linear(low: Lowering, call: Call) -> Value:
@@ -108,7 +120,7 @@ def _product(low: Lowering, node: fx.Node, x: Value, w: Value) -> Value:
         raise Unsupported(f"multiplies shapes {x.shape} and {w.shape}; expected two axes at least")
     if x.dtype != "float32" or w.dtype != "float32":
         raise Unsupported(f"multiplies {x.dtype} and {w.dtype}, expected float32")
-    lead = tuple(torch.broadcast_shapes(x.shape[:-2], w.shape[:-2]))
+    lead = tuple(torch.broadcast_shapes(x.shape[:-2], w.shape[:-2]))  # type: ignore[no-untyped-call]
     (x, x_step), (w, w_step) = (_batched(low, item, lead) for item in (x, w))
     rows, inner, outputs = x.shape[-2], x.shape[-1], w.shape[-1]
     made = low.program.value((*lead, rows, outputs))

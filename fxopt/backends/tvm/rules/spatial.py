@@ -41,12 +41,21 @@ def _convolution(low: Lowering, call: Call) -> Value:
     pads = _pair(call["padding"], rank) if rank == 2 else (0, _pair(call["padding"], 1)[1])
     bias = None if call["bias"] is None else low.weight(call["bias"], "bias").numpy()
     source = low.dense(call["input"], "float32")
-    stride = _pair(call["stride"], rank)
+    height, width = (shape[2], shape[3]) if rank == 2 else (1, shape[2])
+    kernel = (weight.shape[2], weight.shape[3]) if rank == 2 else (1, weight.shape[2])
     size = Conv(
-        shape[0], shape[1], *(shape[2:] if rank == 2 else (1, shape[2])), weight.shape[0],
-        tuple(weight.shape[2:]) if rank == 2 else (1, weight.shape[2]), stride, (*pads, *pads),
-        _pair(call["dilation"], rank), int(call["groups"]), activation(low, call.node),
-    )  # fmt: skip
+        batch=shape[0],
+        channels=shape[1],
+        height=height,
+        width=width,
+        outputs=weight.shape[0],
+        kernel=kernel,
+        stride=_pair(call["stride"], rank),
+        pads=(pads[0], pads[1], pads[0], pads[1]),
+        dilation=_pair(call["dilation"], rank),
+        groups=int(call["groups"]),
+        activation=activation(low, call.node),
+    )
     made = low.program.value(low.shape(call.node))
     if not made.count:
         return made
