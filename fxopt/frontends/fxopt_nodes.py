@@ -37,19 +37,17 @@ def _arguments(declared: Op[..., Any]) -> list[tuple[str, str]]:
 
 
 def _translation(declared: Op[..., Any]) -> Callable[..., Any]:
-    import onnxscript
+    from onnxscript import values as script
 
     arguments = _arguments(declared)
-    operator = onnxscript.values.Op(
-        onnxscript.values.Opset(DOMAIN, 1), declared.name, _schema(declared.name, arguments)
-    )
+    operator = script.Op(script.Opset(DOMAIN, 1), declared.name, _schema(declared.name, arguments))
 
     def translate(*given: Any, **named: Any) -> Any:
-        values = {**dict(zip((name for name, _ in arguments), given)), **named}
+        found = {**dict(zip((name for name, _ in arguments), given)), **named}
         tensors: list[Any] = []
         attributes: dict[str, Any] = {}
         for name, kind in arguments:
-            value = values.get(name)
+            value = found.get(name)
             if kind == "List[Tensor]":
                 tensors.extend(value or ())
             elif kind in _TENSORS:
