@@ -7,25 +7,22 @@ did is converted alone and put in its place; operators of other domains, functio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from fxopt.errors import InvalidModel, InvalidOption, MissingReference, Unsupported, VerificationError
+from fxopt.errors import InvalidModel, InvalidOption, Unsupported, VerificationError
+from fxopt.frontends.comparison import first_line, made_up, noise_to_signal, run
 from fxopt.frontends.onnx import load
-from fxopt.frontends.to_onnx import run_onnxruntime
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
 
 _SMALL = 1024  # bytes; constants up to here are shown to the converter, which may turn them into attributes or back
-_DYNAMIC = 3  # size of dynamic dimensions in the inputs that both models are run on
 _SAME_MEANING = {"If", "Loop"}  # their versions differ in element types only
 _TOLERANCE = 1e-10  # noise to signal: both are run with the same definitions, so only orders of sums may differ
 
@@ -372,20 +369,20 @@ def _verified(model: ModelProto, result: Conversion, inputs: Sequence[torch.Tens
     """The conversion with the error that was measured, or the reason why none was."""
     before, after = load(model, check=False), load(result.model)
     try:
-        given = list(inputs) if inputs is not None else _made_up(before)
-        right = _run(before, given)
+        given = list(inputs) if inputs is not None else made_up(before)
+        right = run(before, given)
     except Exception as error:
-        return replace(result, error=None, remark=f"the model does not run on the inputs ({_first_line(error)})")
+        return replace(result, error=None, remark=f"the model does not run on the inputs ({first_line(error)})")
     try:
-        made = _run(after, given)
+        made = run(after, given)
     except Exception as error:
         raise VerificationError(
             f"the model at opset {result.target} does not run where that at opset {result.source} does: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     worst = 0.0
     for spec, expected, found in zip(before.outputs, right, made, strict=True):
-        error_ = _noise(expected, found)
+        error_ = noise_to_signal(expected, found)
         if not error_ <= _TOLERANCE:
             raise VerificationError(
                 f"the model at opset {result.target} computes another {spec.name!r} than at opset {result.source}: "
@@ -393,52 +390,3 @@ def _verified(model: ModelProto, result: Conversion, inputs: Sequence[torch.Tens
             )
         worst = max(worst, error_)
     return replace(result, error=worst, remark="")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
-
-
-def _run(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    try:
-        with torch.no_grad():
-            return list(graph.run(list(inputs)))
-    except MissingReference:
-        return run_onnxruntime(graph, inputs)
-
-
-def _made_up(graph: Graph) -> list[torch.Tensor]:
-    """One input each by type and shape: normal numbers, and 0 or 1 for integers, which are valid indices."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for spec in graph.inputs:
-        if spec.dtype is None or spec.shape is None:
-            raise InvalidModel(f"input {spec} has no type that torch can make up")
-        shape = [dim if isinstance(dim, int) else _DYNAMIC for dim in spec.shape]
-        if spec.dtype.is_floating_point:
-            made.append(torch.randn(shape, generator=generator).to(spec.dtype))
-        else:
-            made.append(torch.randint(0, 2, shape, generator=generator).to(spec.dtype))
-    return made
-
-
-def _noise(expected: object, found: object) -> float:
-    """Noise to signal of a result; infinite where type, shape or a non-number differ."""
-    right, value = _array(expected), _array(found)
-    if right.shape != value.shape or right.dtype != value.dtype:
-        return math.inf
-    if right.dtype.kind not in "fc":
-        return 0.0 if np.array_equal(right, value) else math.inf
-    finite = np.isfinite(right)
-    others_agree = np.array_equal(right[~finite], value[~finite], equal_nan=True)
-    if not np.array_equal(finite, np.isfinite(value)) or not others_agree:
-        return math.inf
-    difference, signal = right[finite] - value[finite], right[finite]
-    noise, power = (float(np.square(np.abs(item).astype(np.float64)).sum()) for item in (difference, signal))
-    return 0.0 if noise == 0 else noise / max(power, 1e-30)
-
-
-def _array(item: object) -> np.ndarray[Any, Any]:
-    if isinstance(item, torch.Tensor) and item.dtype == torch.bfloat16:
-        item = item.float()
-    return np.asarray(item)

@@ -37,17 +37,17 @@ def _arguments(declared: Op[..., Any]) -> list[tuple[str, str]]:
 
 
 def _translation(declared: Op[..., Any]) -> Callable[..., Any]:
-    from onnxscript import values
+    from onnxscript import values as script
 
     arguments = _arguments(declared)
-    operator = values.Op(values.Opset(DOMAIN, 1), declared.name, _schema(declared.name, arguments))
+    operator = script.Op(script.Opset(DOMAIN, 1), declared.name, _schema(declared.name, arguments))
 
     def translate(*given: Any, **named: Any) -> Any:
-        by_name = {**dict(zip((name for name, _ in arguments), given)), **named}
+        found = {**dict(zip((name for name, _ in arguments), given)), **named}
         tensors: list[Any] = []
         attributes: dict[str, Any] = {}
         for name, kind in arguments:
-            value = by_name.get(name)
+            value = found.get(name)
             if kind == "List[Tensor]":
                 tensors.extend(value or ())
             elif kind in _TENSORS:
