@@ -266,7 +266,9 @@ def _baseline(model: Model, graph: Graph, request: Request) -> Executable:
     from fxopt.backends.eager import EagerExecutable
 
     if request.backend.name == "onnxruntime":
-        if isinstance(model, (str, os.PathLike)):
+        from fxopt.ir.memory import is_large
+
+        if isinstance(model, (str, os.PathLike)) and not is_large(graph):
             from fxopt.backends.onnxruntime.session import OnnxExecutable
 
             return OnnxExecutable(Path(model), request.threads)

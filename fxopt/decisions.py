@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxopt.backends.base import Executable
-from fxopt.groups import cut_out, slow_groups
+from fxopt.groups import cut_out, group_ratios, slow_groups
 from fxopt.guard import Timing, measure
 from fxopt.ir.graph import Graph
 from fxopt.planner.plan import Plan
@@ -56,6 +57,8 @@ class Decision:
     def by_measurement(self, exact: Graph, lossy: Lossy | None, before: Summary) -> Outcome:
         """Take what is measured to be surely faster: the lossy result, else the exact one, else what came in."""
         request = self.job.request
+        if not self.job.baseline.is_timed:
+            return self._by_samples(exact, lossy, before)
         sample = self._timing_sample()
         if sample is None or request.force or request.objective != "latency":
             return self._without_guard(exact, lossy, before, sample)
@@ -83,6 +86,39 @@ class Decision:
         why = f"{_measured(timing)}: {_not_surely(timing)}"
         roll_back(self.job.ledger, None, why)
         return self._nothing(before, why, timing)
+
+    def _by_samples(self, exact: Graph, lossy: Lossy | None, before: Summary) -> Outcome:
+        """Of a model that is too large to be timed whole: one representative per operator, shape and type decides."""
+        request = self.job.request
+        if request.force or request.objective != "latency":
+            return self._without_guard(exact, lossy, before, None)
+        if lossy is None:
+            return self.by_prediction(exact, None, before)
+        chosen = lossy.plan.chosen
+        with self.job.stage("guard"):
+            ratios = group_ratios(exact, lossy.graph, chosen, self._representative, request.guard_seconds)
+        why = f"sampled, {len(ratios)} of {len(chosen)} changes: the model exceeds half of the memory"
+        self.job.ledger.note(why)
+        dropped = {
+            item.group: f"measured alone, {item.group} runs at {ratios.get(item.group, math.nan):.2f}x: not faster"
+            for item in chosen
+            if not ratios.get(item.group, 0.0) >= 1.0
+        }
+        kept = tuple(item for item in chosen if item.group not in dropped)
+        roll_back(self.job.ledger, [item for item in chosen if item.group in dropped], "", dropped)
+        if not kept:
+            lossy.executable.close()
+            return self.by_prediction(exact, None, before)
+        if len(kept) < len(chosen):
+            lossy.executable.close()
+            _, prices, owner, stats = self.job.priced
+            error, gain = (sum(getattr(prices[item], name) for item in kept) for name in ("error", "gain"))
+            lossy = self.job.applied(exact, Plan(kept, (), error, gain), owner, stats)
+            if request.budget is not None and not lossy.loss <= request.budget:
+                lossy.executable.close()
+                roll_back(self.job.ledger, kept, f"over budget without the slow ones: measured loss {lossy.loss:.3g}")
+                return self.by_prediction(exact, None, before)
+        return self.job.finish(lossy.graph, lossy.executable, before, "optimized", why, lossy.error)
 
     def _paying(
         self, lossy: Lossy, plain: Executable, sample: Sample, exact: Graph, seconds: float

@@ -19,6 +19,7 @@ from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger, Refusal
+from fxopt.ir.memory import is_large, spilled
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
 from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
@@ -243,6 +244,7 @@ class Optimizer:
     def applied(self, exact: Graph, chosen: Plan, owner: dict[Candidate, LossyPass], stats: Stats) -> Lossy:
         with self.stage("rewriting"):
             graph = exact.copy()
+            graph.store = spilled if is_large(exact) else None
             self._apply(graph, chosen.chosen, owner, stats)
             for tidy in tidying_pipeline():
                 tidy.run(graph, self.context)

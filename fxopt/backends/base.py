@@ -20,6 +20,8 @@ class Executable(ABC):
 
     executed_on: str = ""  # what really ran: "onnxruntime CPU, 2 threads", "eager (reference)"
 
+    is_timed: ClassVar[bool] = True  # False: it gives the results of what is saved, but not its time
+
     @abstractmethod
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs on flat inputs."""

@@ -363,7 +363,7 @@ def constant_before(graph: Graph, before: fx.Node, value: torch.Tensor, hint: st
     while hasattr(graph.root, target):
         graph._constant_count += 1
         target = f"k_{stem}_{graph._constant_count}"
-    graph.root.register_buffer(target, value.detach())
+    graph.root.register_buffer(target, graph.stored(value))
     with graph.fx.inserting_before(before):
         node: fx.Node = graph.fx.create_node("get_attr", target, name=target)
     node.meta["provenance"] = made_by

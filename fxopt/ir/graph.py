@@ -84,6 +84,8 @@ class Graph:
     _constant_count: int = field(default=0, repr=False)
     _by_name: dict[str, Node] = field(default_factory=dict, repr=False, compare=False)  # see `find`
     _anchor: Node | None = field(default=None, repr=False, compare=False)  # see `_first_call`
+    # where large new constants go, see `stored`
+    store: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def module(self) -> GraphModule:
@@ -160,6 +162,10 @@ class Graph:
 
     # ---- changing
 
+    def stored(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensor as a new constant is kept: as it is, or in a file when the model is too large for the memory."""
+        return value.detach() if self.store is None else self.store(value.detach())
+
     def add_constant(self, value: torch.Tensor | Opaque, hint: str, provenance: tuple[str, ...] = ()) -> Node:
         """A new `get_attr` node for `value`, placed before the first operator; `hint` becomes part of its name."""
         stem = "".join(char if char.isalnum() else "_" for char in hint).strip("_") or "constant"
@@ -168,7 +174,7 @@ class Graph:
             self._constant_count += 1
             target = f"k_{stem}_{self._constant_count}"
         if isinstance(value, torch.Tensor):
-            self.root.register_buffer(target, value.detach())
+            self.root.register_buffer(target, self.stored(value))
         else:
             setattr(self.root, target, value)
         with self.fx.inserting_before(self._first_call()):
@@ -266,6 +272,7 @@ class Graph:
             dict(self.sizes),
             self.captures,
             self._constant_count,
+            store=self.store,
         )
 
     # ---- running

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from torch import fx
 
-from fxopt.backends.base import Backend
+from fxopt.backends.base import Backend, Executable
 from fxopt.backends.onnxruntime.session import OnnxExecutable
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph
+from fxopt.ir.memory import is_large
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.target import Target
 
@@ -56,14 +57,18 @@ class OnnxRuntime(Backend):
             return ""
         return f"{op} of ONNX Runtime {'.'.join(map(str, version()))} is {since[1]}"
 
-    def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> OnnxExecutable:
-        """Write the graph to a temporary file and open it."""
+    def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
+        """Write the graph to a temporary file and open it; what exceeds half of the memory is never loaded whole."""
         from fxopt.backends.onnxruntime.forms import FORMS
         from fxopt.ir.onnx.export import save
 
         if graph.origin != "onnx":
             raise Unsupported("the onnxruntime backend takes graphs of ONNX origin; export the PyTorch model first")
         self.require()
+        if is_large(graph):
+            from fxopt.backends.onnxruntime.streamed import Streamed
+
+            return Streamed(graph.copy())
         scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
         path = Path(scratch.name) / "model.onnx"
         save(graph, path, FORMS, external=graph.size_bytes() > _BESIDE_BYTES)

@@ -1,0 +1,113 @@
+"""`fxopt optimize` on a model with 6 GB of external weights: peak of the memory that no file backs.
+
+    python -m benchmarks.onnx_large [--layers 96] [--pass 'quantize-linear{bits=4,method=rtn,activations=float}']
+
+Needs 14 GB of free disk in the folder for temporary files (TMPDIR); skips, with the reason, when there is less.
+The child may use 4 GB (FXOPT_MEMORY), so the model counts as one that cannot be loaded whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from fxopt.ir.onnx.external_writer import refer
+
+WIDTH = 4096
+FREE = 14 << 30
+BOUND = 2 << 30
+
+
+def generate(path: Path, layers: int) -> int:
+    """A chain of square linears with ReLU, streamed to disk layer by layer; returns the bytes of the weights."""
+    rng = np.random.default_rng(0)
+    nodes, weights, data = [], [], Path(f"{path}.data")
+    size = 4 * WIDTH * WIDTH
+    block = (rng.standard_normal((WIDTH, WIDTH), np.float32) / np.sqrt(WIDTH / 2)).astype(np.float32)
+    with data.open("wb") as file:
+        for index in range(layers):
+            tensor = TensorProto(name=f"w{index}", data_type=TensorProto.FLOAT, dims=[WIDTH, WIDTH])
+            refer(tensor, data.name, file.tell(), size)
+            file.write(np.roll(block, index * 17 + 1, axis=index % 2).tobytes())
+            weights.append(tensor)
+            nodes.append(helper.make_node("MatMul", [f"h{index}", f"w{index}"], [f"a{index}"], name=f"matmul{index}"))
+            nodes.append(helper.make_node("Relu", [f"a{index}"], [f"h{index + 1}"], name=f"relu{index}"))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", WIDTH]) for name in ("h0", f"h{layers}")]
+    body = helper.make_graph(nodes, "large", values[:1], values[1:])
+    body.initializer.extend(weights)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    return data.stat().st_size
+
+
+def anonymous(process: int) -> int:
+    """Bytes of the process that no file backs: RssAnon + RssShmem."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem") if name in fields)
+
+
+def watched(command: list[str], environment: dict[str, str]) -> tuple[int, int, float, str]:
+    """Run a command; returns its exit code, peak memory in bytes (sampled every 10 ms), seconds and output."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        peak = 0
+        while child.poll() is None:
+            peak = max(peak, anonymous(child.pid))
+            time.sleep(0.01)
+        output.seek(0)
+        return child.returncode, peak, time.perf_counter() - begin, output.read()
+
+
+def main() -> None:
+    """Generate, optimise, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--layers", type=int, default=96, help=f"of {4 * WIDTH * WIDTH >> 20} MiB each")
+    parser.add_argument("--pass", dest="step", default="quantize-linear{bits=4,method=rtn,activations=float}")
+    parser.add_argument("--memory", default="4G")
+    parser.add_argument("--no-result", action="store_true", help="print only")
+    options = parser.parse_args()
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < FREE:
+        print(f"skipped: {free / 1e9:.1f} GB of disk are free, {FREE / 1e9:.1f} GB are needed")
+        return
+    with tempfile.TemporaryDirectory(prefix="fxopt-large-") as folder:
+        source, target = Path(folder) / "large.onnx", Path(folder) / "out.onnx"
+        size = generate(source, options.layers)
+        print(f"{size / 1e9:.2f} GB of weights, the largest has {4 * WIDTH * WIDTH / 1e6:.0f} MB", flush=True)
+        command = [sys.executable, "-m", "fxopt", "optimize", str(source), "-o", str(target), "-p", options.step]
+        command += ["--calibration", "random", "--budget", "1000", "--force", "-t", "host"]
+        environment = {**os.environ, "FXOPT_MEMORY": options.memory, "TMPDIR": folder}
+        code, peak, seconds, output = watched(command, environment)
+        written = sum(path.stat().st_size for path in Path(folder).glob("out.onnx*"))
+    print(output[-1500:])
+    bound = BOUND + 4 * WIDTH * WIDTH
+    print(f"exit {code}, {seconds:.0f} s, peak {peak / 1e9:.2f} GB without file-backed pages (bound {bound / 1e9:.2f})")
+    print(f"written: {written / 1e9:.2f} GB")
+    if not options.no_result and code == 0:
+        from benchmarks.common import write
+
+        result: dict[str, Any] = {
+            "bytes": size, "largest_tensor": 4 * WIDTH * WIDTH, "peak": peak, "bound": bound, "seconds": seconds,
+            "written": written, "pass": options.step, "memory": options.memory,
+        }  # fmt: skip
+        write("onnx_large", result)
+    raise SystemExit(0 if code == 0 and peak < bound else 1)
+
+
+if __name__ == "__main__":
+    main()
