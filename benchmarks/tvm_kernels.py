@@ -4,8 +4,8 @@
 
 Everything of one shape is timed in alternating bursts. The clock is the processor time of the one thread that computes,
 so that other load does not count (what it takes from caches and memory does). Figures are medians over rounds, ratios
-medians of the rounds' ratios with their 10th and 90th percentiles. WebAssembly kernels run in wasmtime, and the call
-from Python is part of their times: small shapes show little else. Writes benchmarks/results/tvm_kernels.json.
+medians of the rounds' ratios with their 10th and 90th percentiles. WebAssembly kernels run in wasmtime; the call from
+Python is part of their times: small shapes show little else. Writes benchmarks/results/tvm_kernels.json.
 """
 
 from __future__ import annotations

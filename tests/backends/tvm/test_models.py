@@ -97,16 +97,42 @@ class Everything(Plain):
         return scores, joined.mean((0, 2)) + torch.arange(3 * x.shape[1]) * 0.5
 
 
+class Waves(nn.Module):
+    """One-dimensional convolutions: strided, dilated, depthwise; padding, average pooling, a norm over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(4, 6, 5, stride=2, padding=3)
+        self.second = nn.Conv1d(6, 6, 3, dilation=2, groups=6)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.silu(self.norm(self.second(F.pad(F.relu(self.first(x)), (1, 2)))))
+        z = F.avg_pool2d(y[:, :, None, :], (1, 3), (1, 2), (0, 1))
+        return torch.softmax(z, dim=1) + y.amax(-1, keepdim=True)[..., None]
+
+
 def inputs(name: str) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     if name == "encoder":
         ids = torch.randint(0, 50, (2, 11), generator=generator)
         return ids, (torch.arange(11) < torch.tensor([[7], [11]])).long()
-    shapes = {"perceptron": [(3, 13)], "separable": [(2, 3, 21, 19)], "everything": [(2, 5, 8), (2, 7, 8)]}[name]
+    shapes = {
+        "perceptron": [(3, 13)],
+        "separable": [(2, 3, 21, 19)],
+        "everything": [(2, 5, 8), (2, 7, 8)],
+        "waves": [(2, 4, 37)],
+    }[name]
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
-MODELS = {"perceptron": Perceptron, "separable": Separable, "encoder": Encoder, "everything": Everything}
+MODELS = {
+    "perceptron": Perceptron,
+    "separable": Separable,
+    "encoder": Encoder,
+    "everything": Everything,
+    "waves": Waves,
+}
 
 
 def made(name: str) -> nn.Module:
