@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxopt.errors import FxoptError, InvalidInput, NotReady, unknown
-from fxopt.inputs import Bound, bound, flat_inputs, misfit, samples_of, sizes_of, structured
+from fxopt.inputs import Bound, bound, flat_inputs, misfit, samples_of, shaped, sizes_of, structured
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
 from fxopt.options import Options, Progress, resolve_backend, resolve_passes, resolve_pattern, resolve_target
@@ -44,7 +45,7 @@ def optimize(
     force: bool = False,
     require_speedup: float | None = None,
     require_passes: Sequence[str] = (),
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: Mapping[str, Sequence[int | str | None]] | None = None,
     guard_seconds: float = 10.0,
     seed: int = 0,
     dump: str | os.PathLike[str] | None = None,
@@ -197,15 +198,10 @@ def _load(model: Model, example_inputs: Any, options: Options, backend: Backend,
     """The graph in the origin that the backend takes."""
     if is_onnx(model):
         from fxopt.artifact import concern_here
-        from fxopt.frontends.onnx import load
+        from fxopt.frontends.onnx import foreign_operators, load
 
         graph = load(model)
-        missing = {spec.name for spec in graph.inputs if spec.shape is None} & set(options.input_shapes or {})
-        if missing:
-            from fxopt.frontends.input_shapes import override
-
-            override(graph, {name: (options.input_shapes or {})[name] for name in missing})
-        notes.extend(filter(None, [concern_here(graph, "the model")]))
+        notes.extend(filter(None, [concern_here(graph, "the model"), foreign_operators(graph)]))
         return graph
     args, kwargs = bound(example_inputs)
     if backend.name == "onnxruntime":
@@ -228,7 +224,8 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
     backend = resolve_backend(options.backend, target, notes)
     passes = resolve_passes(options.passes)
     graph = _load(model, example_inputs, options, backend, notes)
-    samples = samples_of(graph, example_inputs, options, notes)
+    fixed = shaped(graph, options.input_shapes)
+    samples = samples_of(graph, example_inputs, replace(options, input_shapes=fixed or None), notes)
     bind_sizes(graph, samples[0] if samples else None, sizes_of(graph, options.input_shapes))
     request = Request(
         target, backend, samples, passes, options.evaluate, options.budget, options.objective,
@@ -333,7 +330,7 @@ def predict(
     target: str | Target = "host",
     *,
     example_inputs: Any = None,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: Mapping[str, Sequence[int | str | None]] | None = None,
     threads: int | None = None,
 ) -> GraphPrediction:
     """Predicted time per node and in total, with an interval, on a target that need not be here."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxopt.errors import InvalidInput, Unsupported
-from fxopt.inputs import misfit, samples_of
+from fxopt.inputs import misfit, samples_of, shaped
 from fxopt.ir.graph import Graph
 from fxopt.options import Options
 
@@ -44,7 +44,7 @@ def compare(
     threads: int | None = None,
     seed: int = 0,
     seconds: float = 5.0,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: Mapping[str, Sequence[int | str | None]] | None = None,
 ) -> Comparison:
     """Run two ONNX models or optimised models on the same data ("random" when none is given).
 
@@ -60,7 +60,8 @@ def compare(
     if named_a != named_b:
         raise InvalidInput(f"the models take different inputs: {named_a} and {named_b}")
     notes: list[str] = []
-    options = Options("host", calibration="random" if data is None else data, seed=seed, input_shapes=input_shapes)
+    shapes = shaped(graph_a, input_shapes) or None
+    options = Options("host", calibration="random" if data is None else data, seed=seed, input_shapes=shapes)
     samples = samples_of(graph_a, None, options, notes)
     for sample in samples:
         reason = misfit(graph_b, sample)
@@ -115,7 +116,7 @@ def bench(
     threads: int | None = None,
     seconds: float = 5.0,
     seed: int = 0,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: Mapping[str, Sequence[int | str | None]] | None = None,
 ) -> list[BenchRow]:
     """Time ONNX models in interleaved bursts in one process."""
     from fxopt.guard import measure_many
@@ -130,7 +131,8 @@ def bench(
     notes: list[str] = []
     for name, model in named:
         graph, run = _runnable(model, threads)
-        options = Options("host", calibration="random" if data is None else data, seed=seed, input_shapes=input_shapes)
+        shapes = shaped(graph, input_shapes) or None
+        options = Options("host", calibration="random" if data is None else data, seed=seed, input_shapes=shapes)
         sample = samples_of(graph, None, options, notes)[0]
         runs[name if name not in runs else f"{name} ({len(runs)})"] = lambda run=run, sample=sample: run(sample)  # type: ignore[misc]
     times = measure_many(runs, seconds)

@@ -15,6 +15,7 @@ from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.errors import FxoptError, PassError, VerificationError, unknown
 from fxopt.guard import Timing
+from fxopt.inputs import bind_sizes
 from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
@@ -32,6 +33,7 @@ from fxopt.report.summary import summary, versions
 from fxopt.request import Lossy, Outcome, Request, Sample
 from fxopt.verdicts import record, refuse
 
+_QUANTISES = 13  # the opset since which DequantizeLinear takes scales per channel
 NO_DATA = Refusal("no data to measure the budget; give --calibration, or --calibration random")
 
 
@@ -92,7 +94,7 @@ class Optimizer:
 
         wanted = {step.name: step for step in self.request.passes or () if isinstance(step, ExactPass)}
         usual = [wanted.pop(step.name, step) for step in exact_pipeline()]  # with the options that were given
-        graph = self.original.copy()
+        graph = self._modern(self.original.copy())
         dumped = 0
         with self.stage("exact passes"):
             check = self._numeric_check()
@@ -104,6 +106,21 @@ class Optimizer:
         for node in graph.nodes:
             node.meta.pop("stands_for", None)  # statistics are collected on this graph
         return graph
+
+    def _modern(self, graph: Graph) -> Graph:
+        """The graph at an opset that has per-channel quantisation, when lossy passes may need it."""
+        opset = 0 if graph.model is None else graph.model.opsets.get("", 0)
+        if not 0 < opset < _QUANTISES or not self.request.samples or not self._lossy_passes() or is_large(graph):
+            return graph
+        from fxopt.frontends.convert_opset import convert_graph
+
+        try:
+            made = convert_graph(graph, _QUANTISES, self.ledger)
+        except FxoptError as error:
+            self.ledger.note(f"the model stays at opset {opset}: {error}")
+            return graph
+        bind_sizes(made, self.request.samples[0], self.original.sizes)
+        return made
 
     def _numeric_check(self) -> NumericCheck | None:
         sample = self.any_sample()

@@ -96,7 +96,7 @@ def samples_of(graph: Graph, example_inputs: Any, options: Options, notes: list[
     return [[batch[spec.name] for spec in graph.inputs] for batch in batches]
 
 
-def sizes_of(graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> dict[str, int]:
+def sizes_of(graph: Graph, shapes: Mapping[str, Sequence[Any]] | None) -> dict[str, int]:
     """Sizes of named dimensions from `--input-shape`."""
     sizes: dict[str, int] = {}
     for name, shape in (shapes or {}).items():
@@ -108,11 +108,36 @@ def sizes_of(graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> dict[s
         if len(spec.shape) != len(shape):
             raise InvalidInput(f"--input-shape {name}: {len(shape)} dimensions given, the model has {spec}")
         for dim, size in zip(spec.shape, shape, strict=True):
+            if not isinstance(size, int):
+                continue
             if isinstance(dim, str):
                 sizes[dim] = size
             elif isinstance(dim, int) and dim != size:
                 raise InvalidInput(f"--input-shape {name}:{list(shape)}: the model fixes {spec}")
     return sizes
+
+
+def shaped(graph: Graph, shapes: Mapping[str, Sequence[Any]] | None) -> dict[str, tuple[int, ...]]:
+    """The shapes that are sizes throughout; an ONNX graph takes those of unknown rank, and names of dimensions, over.
+
+    Raises:
+        InvalidInput: an input is unknown, or its rank or a fixed size differs.
+    """
+    wanted: dict[str, tuple[Any, ...]] = {}
+    known = {spec.name: spec for spec in graph.inputs}
+    for name, shape in (shapes or {}).items():
+        if name not in known:
+            raise unknown("input", name, known)
+        given = known[name].shape
+        if given is None:
+            wanted[name] = tuple(shape)
+        elif any(isinstance(dim, str) and dim not in given for dim in shape):
+            wanted[name] = tuple(dim if isinstance(dim, str) else None for dim in shape)
+    if wanted:
+        from fxopt.frontends.input_shapes import override
+
+        override(graph, wanted)
+    return {name: tuple(shape) for name, shape in (shapes or {}).items() if all(isinstance(dim, int) for dim in shape)}
 
 
 def bind_sizes(graph: Graph, sample: Sample | None, overrides: dict[str, int] | None = None) -> None:

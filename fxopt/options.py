@@ -36,7 +36,7 @@ class Options:
     force: bool = False
     require_speedup: float | None = None
     require_passes: tuple[str, ...] = ()
-    input_shapes: Mapping[str, Sequence[int]] | None = None
+    input_shapes: Mapping[str, Sequence[Any]] | None = None
     guard_seconds: float = 10.0
     seed: int = 0
     dump: Path | None = None

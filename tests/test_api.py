@@ -564,3 +564,62 @@ def test_bench(model_file: Path) -> None:
     assert all(0 < row.minimum <= row.median and row.bursts >= 3 for row in found)
     with pytest.raises(InvalidInput, match="bench needs at least one model"):
         fxopt.bench([])
+
+
+# ---- shapes from outside, old opsets, unknown domains
+
+
+def old_model(opset: int = 11, domain: str = "") -> onnx.ModelProto:
+    """x [n, 64] -> Gemm -> y, or an operator of another domain behind it."""
+    random = np.random.default_rng(0)
+    weight = (random.standard_normal((64, 64)) / 8).astype(np.float32)
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="fc")]
+    if domain:
+        nodes.append(onnx.helper.make_node("Unknown", ["y"], ["z"], name="odd", domain=domain))
+    info = onnx.helper.make_tensor_value_info
+    body = onnx.helper.make_graph(
+        nodes,
+        "old",
+        [info("x", onnx.TensorProto.FLOAT, ["n", 64])],
+        [info("z" if domain else "y", onnx.TensorProto.FLOAT, ["n", 64])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opsets = [onnx.helper.make_opsetid("", opset)] + ([onnx.helper.make_opsetid(domain, 1)] if domain else [])
+    return onnx.helper.make_model(body, opset_imports=opsets, ir_version=8)
+
+
+def test_an_old_model_is_brought_to_an_opset_that_can_be_quantised(work: Path) -> None:
+    batches = [{"x": torch.randn(4, 64, generator=torch.Generator().manual_seed(seed))} for seed in range(4)]
+    found = fxopt.optimize(
+        old_model(), calibration=batches, passes=["quantize-linear{activations=dynamic,smooth=off}"], force=True,
+        objective="size",
+    )  # fmt: skip
+    assert any("converted from opset 11 to 13" in note for note in found.ledger.notes)
+    assert [row.outcome for row in found.ledger.select(pass_name="quantize-linear")] == ["applied"]
+    found.save(work / "new.onnx")
+    made = onnx.load(work / "new.onnx")
+    assert {entry.domain: entry.version for entry in made.opset_import}[""] == 13
+    assert found.report.error is not None and 0 < found.report.error.noise_to_signal < 0.02
+    unchanged = fxopt.optimize(old_model(), calibration=batches, passes=[])
+    unchanged.save(work / "same.onnx")
+    assert onnx.load(work / "same.onnx") == old_model()
+
+
+def test_operators_of_unknown_domains_are_kept_and_said() -> None:
+    model = old_model(20, "vendor.example")
+    graph = fxopt.capture(model)
+    from fxopt.frontends.onnx import foreign_operators
+
+    assert foreign_operators(graph) == (
+        "operators of domains that fxopt does not know are kept as they are: vendor.example.Unknown"
+    )
+    assert foreign_operators(fxopt.capture(old_model(20))) == ""
+
+
+def test_names_of_dimensions_from_outside() -> None:
+    found = fxopt.optimize(
+        old_model(20), calibration="random", input_shapes={"x": ("rows", 64)}, passes=["remove-identities"]
+    )
+    assert found.graph.inputs[0].shape == ("rows", 64)
+    sized = fxopt.optimize(old_model(20), calibration="random", input_shapes={"x": (5, 64)}, passes=["remove-identities"])
+    assert sized.graph.inputs[0].shape == ("n", 64) and sized.graph.sizes["n"] == 5

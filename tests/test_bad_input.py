@@ -140,8 +140,8 @@ def test_a_missing_model_suggests_its_neighbours(cli: Cli, model_file: Path) -> 
         (("--budget", "some"), "--budget some: expected a number"),
         (("--objective", "speed"), "(?i)objective.*speed.*latency"),
         (("--threads", "0"), "--threads 0: expected 1 or more"),
-        (("--input-shape", "x=1"), "--input-shape x=1: expected NAME:SIZES"),
-        (("--input-shape", "z:1,16", "--calibration", "random"), "unknown model input 'z'"),
+        (("--input-shape", "x=1"), "--input-shape x=1: expected NAME:DIMENSIONS"),
+        (("--input-shape", "z:1,16", "--calibration", "random"), "unknown input 'z'"),
         (("--exclude", "nothing_like_this"), r"unknown node \(no node matches --exclude\) 'nothing_like_this'"),
         (("--include", "fc3"), r"unknown node \(no node matches --include\) 'fc3'; did you mean .*fc1"),
         (("--exclude", "["), r"exclude='\[' is not a regular expression"),
@@ -435,7 +435,7 @@ def test_random_data_are_seeded_and_stay_below_what_is_looked_up() -> None:
 
 
 def test_random_shapes_must_fit() -> None:
-    with pytest.raises(InvalidOption, match="unknown model input 'z'"):
+    with pytest.raises(InvalidOption, match="unknown input 'z'"):
         load("random", IMAGE, input_shapes={"z": (1, 3)}, warn=quiet)
     with pytest.raises(InvalidOption, match=r"input shape of 'x' has shape \[1, 4\], expected \[batch, 3\]"):
         load("random", IMAGE, input_shapes={"x": (1, 4)}, warn=quiet)

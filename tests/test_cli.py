@@ -74,7 +74,7 @@ def test_budget_and_shapes() -> None:
     assert shapes_from(["x:1,3,224,224", "scope/y:0:[2]"]) == {"x": (1, 3, 224, 224), "scope/y:0": (2,)}
     assert shapes_from([]) is None
     for wrong in ("x", "x:", "x:1,a", ":1", "x:0"):
-        with pytest.raises(InvalidOption, match="expected NAME:SIZES"):
+        with pytest.raises(InvalidOption, match="expected NAME:DIMENSIONS"):
             shapes_from([wrong])
 
 

@@ -97,16 +97,11 @@ def budget_from(text: str) -> float | None:
     return value
 
 
-def shapes_from(texts: Iterable[str] | None) -> dict[str, tuple[int, ...]] | None:
-    """`x:1,3,224,224` (or `x:[1,3,224,224]`) per input."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for text in texts or ():
-        name, colon, sizes = text.rpartition(":")
-        parts = sizes.strip("[]").split(",")
-        if not colon or not name or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            raise InvalidOption(f"--input-shape {text}: expected NAME:SIZES with positive sizes, as in x:1,3,224,224")
-        shapes[name] = tuple(int(part) for part in parts)
-    return shapes or None
+def shapes_from(texts: Iterable[str] | None) -> dict[str, tuple[int | str | None, ...]] | None:
+    """`x:1,3,224,224` (or `x:[1,3,224,224]`, `ids:batch,128`, `ids:?,128`) per input."""
+    from fxopt.frontends.input_shapes import parse
+
+    return parse(texts or ()) or None
 
 
 def passes_from(texts: Sequence[str] | None) -> list[Pass] | None:

@@ -125,3 +125,29 @@ def _check(proto: ModelProto, path: Path | None, content: ModelProto | bytes) ->
         where = "the model" if path is None else str(path)
         reason = " ".join(str(error).split())
         raise InvalidModel(f"{where} is not a valid ONNX model; the ONNX checker says: {reason}") from error
+
+
+def foreign_operators(graph: Graph) -> str:
+    """What a user should know about operators of no known domain; "" when there are none."""
+    from fxopt.ir.onnx.op import OnnxOp
+
+    found: dict[str, None] = {}
+    for node in graph.calls():
+        target = node.target
+        if not isinstance(target, OnnxOp) or target.has_reference or "_function" in node.kwargs:
+            continue
+        if target.domain not in _KNOWN_DOMAINS:
+            found[f"{target.domain}.{target.op_type}"] = None
+    if not found:
+        return ""
+    return f"operators of domains that fxopt does not know are kept as they are: {', '.join(found)}"
+
+
+_KNOWN_DOMAINS = {
+    "",
+    "ai.onnx.ml",
+    "ai.onnx.preview",
+    "ai.onnx.preview.training",
+    "com.microsoft",
+    "com.ms.internal.nhwc",
+}
