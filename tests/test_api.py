@@ -621,5 +621,7 @@ def test_names_of_dimensions_from_outside() -> None:
         old_model(20), calibration="random", input_shapes={"x": ("rows", 64)}, passes=["remove-identities"]
     )
     assert found.graph.inputs[0].shape == ("rows", 64)
-    sized = fxopt.optimize(old_model(20), calibration="random", input_shapes={"x": (5, 64)}, passes=["remove-identities"])
+    sized = fxopt.optimize(
+        old_model(20), calibration="random", input_shapes={"x": (5, 64)}, passes=["remove-identities"]
+    )
     assert sized.graph.inputs[0].shape == ("n", 64) and sized.graph.sizes["n"] == 5

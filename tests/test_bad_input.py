@@ -435,7 +435,7 @@ def test_random_data_are_seeded_and_stay_below_what_is_looked_up() -> None:
 
 
 def test_random_shapes_must_fit() -> None:
-    with pytest.raises(InvalidOption, match="unknown input 'z'"):
+    with pytest.raises(InvalidOption, match="unknown model input 'z'"):
         load("random", IMAGE, input_shapes={"z": (1, 3)}, warn=quiet)
     with pytest.raises(InvalidOption, match=r"input shape of 'x' has shape \[1, 4\], expected \[batch, 3\]"):
         load("random", IMAGE, input_shapes={"x": (1, 4)}, warn=quiet)

@@ -73,8 +73,9 @@ def test_budget_and_shapes() -> None:
     assert budget_from("0.1") == 0.1 and budget_from("none") is None
     assert shapes_from(["x:1,3,224,224", "scope/y:0:[2]"]) == {"x": (1, 3, 224, 224), "scope/y:0": (2,)}
     assert shapes_from([]) is None
-    for wrong in ("x", "x:", "x:1,a", ":1", "x:0"):
-        with pytest.raises(InvalidOption, match="expected NAME:DIMENSIONS"):
+    assert shapes_from(["ids:batch,128", "mask:?,128"]) == {"ids": ("batch", 128), "mask": (None, 128)}
+    for wrong, message in (("x", "NAME:DIMENSIONS"), (":1", "NAME:DIMENSIONS"), ("x:0", "1 or more"), ("x:1,-", "'-'")):
+        with pytest.raises(InvalidOption, match=message):
             shapes_from([wrong])
 
 
