@@ -17,6 +17,7 @@ from fxopt.passes.base import Candidate
 
 _MINIMUM_ERROR = 1e-12  # an exact candidate has the best ratio, not an infinite one
 _LEAST = 0.02  # share of its time that a candidate must gain: less is no difference
+_ROUNDING = 1e-12  # of sums of errors
 _CLEARLY = 0.1  # predicted times of two forms of one operator that are nearer are taken to be equal
 
 
@@ -123,13 +124,15 @@ def _upgrade(
             steps.append((gain / max(error, _MINIMUM_ERROR), candidate))
         steps.sort(key=lambda item: -item[0])
         changed = False
+        total = sum(prices[item].error * scale for item in taken.values())
         for _, candidate in steps:
-            exchanged = {**taken, candidate.node: candidate}
-            total = sum(prices[item].error * scale for item in exchanged.values())
-            if (budget is None or total <= budget) and _is_clearly_better(
-                prices[candidate], prices[taken[candidate.node]], objective
-            ):
+            current = taken[candidate.node]
+            if not _is_clearly_better(prices[candidate], prices[current], objective):
+                continue
+            more = (prices[candidate].error - prices[current].error) * scale
+            if budget is None or total + more <= budget * (1 - _ROUNDING):
                 taken[candidate.node] = candidate
+                total += more
                 changed = True
         if not changed:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,21 @@ def _external(proto: TensorProto, folder: Path | None) -> torch.Tensor:
         with place.file.open("rb") as stream:
             stream.seek(place.offset)
             return _tensor_over(stream.read(place.length), proto)
-    storage = torch.UntypedStorage.from_file(str(place.file), False, place.file.stat().st_size)
+    status = place.file.stat()
+    storage = _mapped(str(place.file), (status.st_ino, status.st_mtime_ns, status.st_size))
     return torch.empty(0, dtype=dtype).set_(storage, place.offset // dtype.itemsize, tuple(proto.dims))  # type: ignore[call-overload, no-any-return]
+
+
+_MAPS: weakref.WeakValueDictionary[tuple[Any, ...], torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+
+def _mapped(file: str, version: tuple[int, int, int]) -> torch.UntypedStorage:
+    """The whole file as a private map, one for all tensors that lie in it."""
+    storage = _MAPS.get((file, version))
+    if storage is None:
+        storage = torch.UntypedStorage.from_file(file, False, version[2])
+        _MAPS[file, version] = storage
+    return storage
 
 
 def _tensor_over(content: bytes, proto: TensorProto) -> torch.Tensor:
