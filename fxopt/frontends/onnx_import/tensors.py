@@ -82,10 +82,11 @@ _MAPS: weakref.WeakValueDictionary[tuple[Any, ...], torch.UntypedStorage] = weak
 
 def _mapped(file: str, version: tuple[int, int, int]) -> torch.UntypedStorage:
     """The whole file as a private map, one for all tensors that lie in it."""
-    storage = _MAPS.get((file, version))
-    if storage is None:
-        storage = torch.UntypedStorage.from_file(file, False, version[2])
-        _MAPS[file, version] = storage
+    known = _MAPS.get((file, version))
+    if known is not None:
+        return known
+    storage: torch.UntypedStorage = torch.UntypedStorage.from_file(file, False, version[2])
+    _MAPS[file, version] = storage
     return storage
 
 
