@@ -77,15 +77,15 @@ def _external(proto: TensorProto, folder: Path | None) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(storage, place.offset // dtype.itemsize, tuple(proto.dims))  # type: ignore[call-overload, no-any-return]
 
 
-_MAPS: weakref.WeakValueDictionary[tuple[Any, ...], torch.UntypedStorage] = weakref.WeakValueDictionary()
+_MAPS: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 
 
-def _mapped(file: str, version: tuple[int, int, int]) -> torch.UntypedStorage:
+def _mapped(file: str, version: tuple[int, int, int]) -> Any:
     """The whole file as a private map, one for all tensors that lie in it."""
     known = _MAPS.get((file, version))
     if known is not None:
         return known
-    storage: torch.UntypedStorage = torch.UntypedStorage.from_file(file, False, version[2])
+    storage = torch.UntypedStorage.from_file(file, False, version[2])
     _MAPS[file, version] = storage
     return storage
 
