@@ -228,10 +228,9 @@ def _linear_nbits(emitter: Emitter, node: fx.Node) -> str:
     width = 4 if bits == 3 else bits
     key = ("blocks", packed)
     if key not in emitter.shared:
-        codes = unpack(_tensor(emitter, packed), bits, columns)
-        blocks = -(-columns // group)
-        padded = torch.nn.functional.pad(codes, (0, blocks * group - columns))
-        emitter.shared[key] = emitter.initializer(pack(padded, width).reshape(out, blocks, -1), _name(packed))
+        emitter.shared[key] = emitter.initializer(
+            _blocks(_tensor(emitter, packed), columns, bits, width, group), _name(packed)
+        )
     inputs = [emitter.value(x), str(emitter.shared[key]), emitter.value(scales)]
     zero_points = _zero_points(emitter, node, width)
     if zero_points or bias is not None:
@@ -243,6 +242,15 @@ def _linear_nbits(emitter: Emitter, node: fx.Node) -> str:
     attributes["accuracy_level"] = 4 if activation_bits == 8 else 0
     emitter.node("MatMulNBits", inputs, [y], domain="com.microsoft", **attributes)
     return y
+
+
+def _blocks(packed: torch.Tensor, columns: int, bits: int, width: int, group: int) -> torch.Tensor:
+    """The codes as [out, blocks, bytes of a block]; no copy where blocks are whole bytes and the last one is full."""
+    blocks = -(-columns // group)
+    if bits == width and columns == blocks * group and group * bits % 8 == 0:
+        return packed.reshape(packed.shape[0], blocks, -1)
+    padded = torch.nn.functional.pad(unpack(packed, bits, columns), (0, blocks * group - columns))
+    return pack(padded, width).reshape(packed.shape[0], blocks, -1)
 
 
 def _zero_points(emitter: Emitter, node: fx.Node, width: int) -> str:
