@@ -18,9 +18,11 @@ from fxopt.ir.target import Cost
 from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
-from fxopt.passes.quantize_linear.gptq import gptq, nearest
+from fxopt.passes.quantize_linear.gptq import DAMPING, gptq, nearest
 from fxopt.passes.quantize_linear.grids import Grid, group_grid
 from fxopt.passes.stats import Stats
+
+_SLAB = 1 << 21  # elements
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,14 @@ class WeightOnly:
         seen = stats[view.x]
         assert seen.sample is not None
         x = seen.sample.float()
-        grid = group_grid(weight, self.bits, group, self.symmetric, search=False)
-        rounded = grid.values(nearest(weight, grid).float(), grid.groups(weight.shape[1]))
         activations = rounded_activations(x, group) if self.activations == "int8" else x
-        error = noise_to_signal(x @ weight.t(), activations @ rounded.t())
+        reference, result = (x.new_empty(len(x), len(weight)) for _ in range(2))
+        for rows in _slabs(weight):
+            part = weight[rows]
+            grid = group_grid(part, self.bits, group, self.symmetric, search=False)
+            rounded = grid.values(nearest(part, grid).float(), grid.groups(part.shape[1]))
+            reference[:, rows], result[:, rows] = x @ part.t(), activations @ rounded.t()
+        error = noise_to_signal(reference, result)
         packed, scales, zeros = self._storage(graph, view, candidate)
         only = len(view.weight_node.users) == 1
         stored = packed.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
@@ -126,16 +132,15 @@ class WeightOnly:
         """Replace the linear."""
         view = _view(graph, candidate)
         weight, group = view.weight(graph).float(), candidate.setting["group"]
-        grid = group_grid(weight, self.bits, group, self.symmetric)
-        codes = self._codes(weight, grid, view, stats)
+        packed, scales, zero_codes = self._rounded(weight, group, view, stats)
         stem, source = label(view.weight_node), (label(view.node), self.name)
         zeros: Any = None
         if not self.symmetric:
-            zeros = graph.add_constant(grid.zeros.to(torch.uint8), f"{stem}_zeros", source)
+            zeros = graph.add_constant(zero_codes, f"{stem}_zeros", source)
         arguments = (
             view.x,
-            graph.add_constant(pack(codes, self.bits), f"{stem}_codes", source),
-            graph.add_constant(grid.scales, f"{stem}_scales", source),
+            graph.add_constant(packed, f"{stem}_codes", source),
+            graph.add_constant(scales, f"{stem}_scales", source),
             zeros,
             view.bias_node,
             weight.shape[1],
@@ -145,16 +150,31 @@ class WeightOnly:
         )
         replaced(graph, view, view.node, linear_nbits.target, arguments, self.name)
 
-    def _codes(self, weight: Tensor, grid: Grid, view: Linear, stats: Stats) -> Tensor:
-        if self.method == "rtn":
-            return nearest(weight, grid)
+    def _rounded(self, weight: Tensor, group: int, view: Linear, stats: Stats) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed codes, scales and zeros; a few outputs at a time, which are independent of each other."""
+        grids = [group_grid(weight[rows], self.bits, group, self.symmetric) for rows in _slabs(weight)]
+        scales, zeros = (torch.cat([getattr(grid, name) for grid in grids]) for name in ("scales", "zeros"))
+        if self.method == "gptq":
+            packed = pack(self._gptq(weight, Grid(self.bits, group, scales, zeros), view, stats), self.bits)
+        else:
+            pairs = zip(_slabs(weight), grids, strict=True)
+            packed = torch.cat([pack(nearest(weight[rows], grid), self.bits) for rows, grid in pairs])
+        return packed, scales, zeros.to(torch.uint8)
+
+    def _gptq(self, weight: Tensor, grid: Grid, view: Linear, stats: Stats) -> Tensor:
         found = gptq(weight, stats.moments[view.x.name], grid, act_order=self.act_order)
-        if found.damping > 0.01:
+        if found.damping > DAMPING:
             stats.notes.append(
                 f"GPTQ at {label(view.node)!r}: the second moments of its input are not positive definite;"
                 f" damping raised to {found.damping:g} of their mean"
             )
         return found.codes
+
+
+def _slabs(weight: Tensor) -> list[slice]:
+    """The outputs of a weight [out, in], as many at a time as keep temporary values small."""
+    step = max(1, _SLAB // max(1, weight.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
 def _view(graph: Graph, candidate: Candidate) -> Linear:
