@@ -34,6 +34,7 @@ from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, 
 from fxopt.passes.stats import Extremes, Stats, ValueStats
 
 _OUTPUTS = 64  # on which strengths of smoothing are compared
+_JUDGED = 192  # outputs of a linear by which its error is estimated
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,12 @@ class EightBit:
         else:
             smoothing = self._smoothing(graph, view, candidate.setting, stats)
             after = after if smoothing is None else after + _smoothing_cost(graph, view)
-            result = _on_sample(x, operands, weight, stats[view.x], smoothing, candidate.setting["sums"])
+            every = max(1, len(weight) // _JUDGED)
+            codes, scales, bias, *fixed = operands
+            some = (codes[::every], scales[::every], None if bias is None else bias[::every], *fixed)
+            sums = candidate.setting["sums"]
+            result = _on_sample(x, some, weight[::every], stats[view.x], smoothing, sums)
+            reference = reference[:, ::every]
         return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel())
 
     def _sample(self, view: Linear | Conv, stats: Stats) -> Tensor:

@@ -41,7 +41,7 @@ def _largest_pair(weight: Tensor) -> Tensor:
     Along the inputs of one position of the kernel, along all of them with the channel last, and with the channel first.
     """
     last = weight.movedim(1, -1)
-    orders = (last, last.flatten(1), weight.flatten(1))
+    orders = (last, last.flatten(1), weight.flatten(1)) if weight.dim() > 2 else (weight,)
     return torch.stack([_pairs(order).flatten(1).amax(1) for order in orders]).amax(0)
 
 
