@@ -643,3 +643,15 @@ def test_explain_decides_like_optimize_and_measures_nothing(machine: Machine) ->
     assert [(row.node, row.outcome, row.setting) for row in rows(ledger)] == [
         (row.node, row.outcome, row.setting) for row in rows(result)
     ]
+
+
+def test_a_model_over_half_of_the_memory_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is never loaded whole: one representative of each kind of change is timed, and the report says so."""
+    monkeypatch.setenv("FXOPT_MEMORY", "1M")
+    calibration = [{"x": torch.randn(2, 1024, generator=torch.Generator().manual_seed(seed))} for seed in range(2)]
+    result = fxopt.optimize(
+        mlp(1024, 1024), "host", calibration=calibration, passes=["quantize-linear{bits=4,method=rtn}"], budget=None,
+        guard_seconds=1.0, threads=1,
+    )  # fmt: skip
+    texts = [result.report.why, *result.ledger.notes, *(row.reason for row in rows(result))]
+    assert any(re.search(r"sampled, \d of \d changes: the model exceeds half of the memory", text) for text in texts)
