@@ -143,11 +143,25 @@ def onnx_suite(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def onnx_large(result: dict[str, Any]) -> list[str]:
+    """A model with external data that is never loaded whole."""
+    return [
+        "## A model of several gigabytes",
+        "",
+        f"`python -m benchmarks.onnx_large` on {where(result)}.",
+        "",
+        f"{result['bytes'] / 1e9:.2f} GB of external weights, {result['pass']}, {result['memory']}B of memory allowed:",
+        f"peak {result['peak'] / 1e9:.2f} GB without file-backed pages (2 GiB and the largest tensor:"
+        f" {result['bound'] / 1e9:.2f} GB); {result['written'] / 1e9:.2f} GB written.",
+    ]
+
+
 SECTIONS = (
     ("cpu_int8", cpu_int8),
     ("byte_lm_bits", byte_lm_bits),
     ("ort_fusions", ort_fusions),
     ("onnx_suite", onnx_suite),
+    ("onnx_large", onnx_large),
 )
 
 
