@@ -11,10 +11,16 @@ from torch import nn
 from fxopt.backends.onnxruntime.forms import FORMS
 from fxopt.frontends.fxopt_nodes import restore, translations
 from fxopt.frontends.to_onnx import to_onnx
+from fxopt.frontends.torch_export import load as load_torch
 from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.export import to_model
 from fxopt.ir.op import all_ops
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
+from fxopt.ir.shapes import infer
+from fxopt.passes.base import Context
+from fxopt.passes.quantize_linear import QuantizeLinear
+from fxopt.passes.stats import collect
+from tests.passes.test_quantize_linear import AVX2
 
 
 def codes_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,3 +83,26 @@ def test_every_operator_has_a_translation() -> None:
 
 def test_restoring_twice_changes_nothing() -> None:
     assert restore(exported()[0].copy()) == 0
+
+
+def test_both_ways_on_one_network() -> None:
+    """Quantised as a PyTorch graph and exported, or exported and quantised as an ONNX graph: the same numbers."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    samples = [[torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))] for seed in range(4)]
+    step = QuantizeLinear(activations="static", smooth="off")
+    results = []
+    for graph in (load_torch(model, (samples[0][0],)), to_onnx(model, samples[0][0])[0]):
+        infer(graph, {})
+        candidates = list(step.candidates(graph, Context(AVX2)))
+        stats = collect(graph, samples, {node for found in candidates for node in step.observed(graph, found)})
+        for found in candidates:
+            step.apply(graph, found, stats)
+        graph.prune()
+        if graph.origin == "torch":
+            graph = to_onnx(graph.module, samples[0][0])[0]
+        assert [node.target for node in graph.calls()].count(linear_w8a8.target) == 2
+        results.append((graph, to_model(graph, FORMS)))
+    (first, made), (second, planned) = results
+    assert Counter(node.op_type for node in made.graph.node) == Counter(node.op_type for node in planned.graph.node)
+    torch.testing.assert_close(first.run(samples[1])[0], second.run(samples[1])[0], rtol=1e-6, atol=1e-6)
