@@ -1,4 +1,7 @@
-"""One optimisation, from a graph and samples to a result with its proof: exact passes, plan, rewrite, budget, guard."""
+"""One optimisation, from a graph and samples to a result with its proof: exact passes, plan, rewrite, budget, guard.
+
+Longer than most files here: it is the one place where the order of an optimisation can be read.
+"""
 
 from __future__ import annotations
 

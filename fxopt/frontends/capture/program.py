@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
-import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
@@ -22,6 +18,8 @@ from fxopt.errors import CaptureError, InvalidInput
 from fxopt.frontends.capture.call_spec import CallSpec, bound, leaf_names
 from fxopt.frontends.capture.dimensions import Dimensions, enlarge, read
 from fxopt.frontends.capture.failures import explain, source_line
+from fxopt.ir.lower.quiet import quiet
+from fxopt.ir.lower.suggestions import narrowed
 
 Examples = Sequence[Any] | Mapping[str, Any] | torch.Tensor | None
 _MUTATIONS = {
@@ -218,23 +216,11 @@ def _export(flat: _Flat, examples: list[torch.Tensor], dimensions: Dimensions) -
             with torch.no_grad():
                 return torch.export.export(flat, fresh, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            narrowed = _narrowed(error, shapes) if attempt < 2 else None
-            if narrowed is None:
+            refined = narrowed(error, shapes) if attempt < 2 else None
+            if refined is None:
                 raise explain(error, name, dimensions.names) from error
-            shapes = narrowed
+            shapes = refined
     raise AssertionError("the last attempt returns or raises")
-
-
-def _narrowed(error: Exception, shapes: Any) -> Any:
-    """Dynamic shapes with the ranges that the model demands; None when a dimension would have to be constant."""
-    message = str(getattr(error, "msg", ""))
-    _, found, fixes = message.partition("Suggested fixes:")
-    if not found or re.search(r"^\s*\w+ = \d+\s*$", fixes, re.MULTILINE):
-        return None
-    try:
-        return refine_dynamic_shapes_from_suggested_fixes(message, shapes)
-    except Exception:  # a suggestion that torch itself cannot read: the first error says more
-        return None
 
 
 def _sizes(values: Sequence[Any], tensors: Sequence[torch.Tensor], dimensions: Dimensions) -> dict[str, int]:
@@ -261,20 +247,6 @@ def evaluation(model: torch.nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No log lines, prints or warnings from torch: what matters is in the error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        silence = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 __all__ = ["CaptureError", "Examples", "Program", "arguments", "evaluation", "export", "quiet", "unique", "user_inputs"]

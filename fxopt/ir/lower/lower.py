@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.fx.traceback as traceback
 from torch.export import Dim, ExportedProgram
-from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
 from fxopt.errors import Unsupported, unknown
 from fxopt.ir.graph import Graph, ValueSpec
 from fxopt.ir.lower.build import built
 from fxopt.ir.lower.quiet import quiet
 from fxopt.ir.lower.ranges import check_ranges
+from fxopt.ir.lower.suggestions import narrowed
 from fxopt.ir.lower.trace import Traced
 
 _ATTEMPTS = 4  # each may narrow the range of a dimension to what the model takes
@@ -65,10 +65,10 @@ def _exported(graph: Graph, traced: Traced, examples: tuple[torch.Tensor, ...], 
         try:
             return torch.export.export(traced, examples, dynamic_shapes=(axes,), strict=False), axes
         except Exception as error:
-            narrowed = _narrowed(error, (axes,))
-            if narrowed is None:
+            refined = narrowed(error, (axes,))
+            if refined is None:
                 raise Unsupported(_reason(graph, traced, error)) from error
-            axes = narrowed[0]
+            axes = refined[0]
     raise Unsupported(f"{graph.name}: the ranges of its dynamic dimensions contradict each other")
 
 
@@ -107,18 +107,6 @@ def _dims(names: Sequence[str]) -> dict[str, Any]:
 
 def _axes(spec: ValueSpec, dims: Mapping[str, Any]) -> dict[int, Any]:
     return {axis: dims[dim] for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str) and dim in dims}
-
-
-def _narrowed(error: Exception, shapes: Any) -> Any:
-    """Dynamic shapes with the ranges that the model demands; None when a dimension would have to be constant."""
-    message = str(getattr(error, "msg", ""))
-    _, found, fixes = message.partition("Suggested fixes:")
-    if not found or re.search(r"^\s*\w+ = \d+\s*$", fixes, re.MULTILINE):
-        return None
-    try:
-        return refine_dynamic_shapes_from_suggested_fixes(message, shapes)
-    except Exception:  # a suggestion that torch itself cannot read: the first error says more
-        return None
 
 
 def _reason(graph: Graph, traced: Traced, error: Exception) -> str:
