@@ -102,6 +102,7 @@ class Optimizer:
         with self.stage("exact passes"):
             check = self._numeric_check()
             for steps in ([*usual, *wanted.values()], spelling_pipeline()):
+                graph = self._at_opset(graph, max(step.opset(graph, self.context) for step in steps))
                 manager = PassManager(steps, dump=self.request.dump, dumped=dumped)
                 manager.run(graph, self.context, check)
                 dumped = manager.dumped
@@ -112,17 +113,24 @@ class Optimizer:
 
     def _modern(self, graph: Graph) -> Graph:
         """The graph at an opset that has per-channel quantisation, when lossy passes may need it."""
+        if not self.request.samples or not self._lossy_passes():
+            return graph
+        return self._at_opset(graph, _QUANTISES)
+
+    def _at_opset(self, graph: Graph, wanted: int) -> Graph:
+        """The graph of an ONNX model at the wanted version of the standard or a later one, if possible."""
         opset = 0 if graph.model is None else graph.model.opsets.get("", 0)
-        if not 0 < opset < _QUANTISES or not self.request.samples or not self._lossy_passes() or is_large(graph):
+        sample = self.any_sample()
+        if not 0 < opset < wanted or sample is None or is_large(graph):
             return graph
         from fxopt.frontends.convert_opset import convert_graph
 
         try:
-            made = convert_graph(graph, _QUANTISES, self.ledger)
+            made = convert_graph(graph, wanted, self.ledger)
         except FxoptError as error:
             self.ledger.note(f"the model stays at opset {opset}: {error}")
             return graph
-        bind_sizes(made, self.request.samples[0], self.original.sizes)
+        bind_sizes(made, sample, self.original.sizes)
         return made
 
     def _numeric_check(self) -> NumericCheck | None:

@@ -160,6 +160,10 @@ class ExactPass(Pass):
 
     enters_bodies: ClassVar[bool] = False  # the manager runs it on the bodies of If, Loop and the like too
 
+    def opset(self, graph: Graph, ctx: Context) -> int:
+        """The version of the ONNX standard that its rewrites of this graph need; 0: any."""
+        return 0
+
     def run(self, graph: Graph, ctx: Context) -> int:
         """Rewrite; returns the number of changes (0 ends a fix-point loop)."""
         raise NotImplementedError(f"{type(self).__name__} must define run(graph, ctx) -> number of changes")

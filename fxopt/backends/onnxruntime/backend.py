@@ -20,6 +20,9 @@ from fxopt.ir.target import Target
 # that was measured (benchmarks/ort_fusions.py).
 _SLOW_FUSIONS = {"SkipLayerNormalization": ((1, 32), "slower than Add followed by LayerNormalization")}
 
+# Operators that were measured to be faster than their parts, by the first version in which they were, and their types.
+_FAST_FUSIONS = {"Attention": ((1, 32), ("float32",))}
+
 _BESIDE_BYTES = 1 << 24  # weights of more bytes lie beside a temporary model: written in a stream, read as a memory map
 
 
@@ -48,6 +51,8 @@ class OnnxRuntime(Backend):
         known = {target.name().removeprefix("fxopt::") for target in FORMS}
         if op == "linear_nbits":
             return _nbits(dtype, pattern)
+        if op in _FAST_FUSIONS:
+            return _fusion(op, dtype)
         return "" if op in known else f"operator {op} has no ONNX form that ONNX Runtime runs fast"
 
     def prefers(self, op: str) -> str:
@@ -73,6 +78,15 @@ class OnnxRuntime(Backend):
         path = Path(scratch.name) / "model.onnx"
         save(graph, path, FORMS, external=graph.size_bytes() > _BESIDE_BYTES)
         return OnnxExecutable(path, threads, scratch)
+
+
+def _fusion(op: str, dtype: str) -> str:
+    """The reason why an operator is not put in the place of its parts; "" where it is faster."""
+    since, dtypes = _FAST_FUSIONS[op]
+    if version() < since:
+        since_text, this = (".".join(map(str, found)) for found in (since, version()))
+        return f"{op} was measured to be fast since ONNX Runtime {since_text}; this is {this}"
+    return "" if dtype in dtypes else f"{op} of ONNX Runtime is fast in {', '.join(dtypes)}, not in {dtype}"
 
 
 def _nbits(dtype: str, pattern: str) -> str:

@@ -1,8 +1,9 @@
-"""The ONNX form of every fxopt operator: standard operators that ONNX Runtime fuses into its integer kernels.
+"""The ONNX form of every fxopt operator: what ONNX Runtime runs in its integer kernels.
 
-Dynamic linear: DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul -> Add becomes DynamicQuantizeMatMul or, where
-several linears share the quantised input, MatMulIntegerToFloat. Static linear: Q/DQ around MatMul becomes
-MatMulIntegerToFloat, the bias is added apart. Convolution: Q/DQ around Conv becomes QLinearConv. Activations are uint8
+Linear: QuantizeLinear or DynamicQuantizeLinear, shared by all that take the value, and MatMulIntegerToFloat, which
+multiplies by the scales and adds the bias. The standard's spellings (MatMulInteger -> Cast -> Mul -> Add; Q/DQ around
+MatMul) are fused into it only partly: in models of fixed shapes ONNX Runtime makes float Gemms of them, at half the
+speed of the float model. Convolution: Q/DQ around Conv becomes QLinearConv. Activations are uint8
 and weights int8: the kernels for int8 activations are an order of magnitude slower on x86. Weights of few bits:
 MatMulNBits, at accuracy level 4 where activations are rounded to 8 bits (its float kernels pay only for size).
 """
@@ -12,10 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from onnx import TensorProto
 from torch import fx
 
-from fxopt.ir.graph import shape_of
 from fxopt.ir.onnx.export import Emitter, Form, Forms
 from fxopt.ir.ops.concat_a8 import concat_a8
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
@@ -48,25 +47,23 @@ def _transposed_codes(emitter: Emitter, codes: Any) -> str:
 
 
 def _linear_dynamic(emitter: Emitter, node: fx.Node) -> str:
-    x, codes, scales, bias = node.args
-    x_name = emitter.value(x)
+    x_name = emitter.value(node.args[0])
     key = ("dynamic", x_name)
     if key not in emitter.shared:
         parts = [emitter.fresh(f"{x_name}_{part}") for part in ("quantized", "scale", "zero_point")]
         emitter.node("DynamicQuantizeLinear", [x_name], parts)
         emitter.shared[key] = parts
-    quantized, scale, zero = emitter.shared[key]
+    return _product(emitter, node, *emitter.shared[key])
+
+
+def _product(emitter: Emitter, node: fx.Node, quantized: str, scale: str, zero: str) -> str:
+    """MatMulIntegerToFloat of the quantised input with the codes: one operator with the scales and the bias."""
+    _, codes, scales, bias = node.args[:4]
+    inputs = [quantized, _transposed_codes(emitter, codes), scale, emitter.value(scales), zero]
+    if bias is not None:
+        inputs += ["", emitter.value(bias)]
     y = emitter.output(node)
-    accumulated, as_float, unit = (emitter.fresh(f"{y}_{part}") for part in ("int32", "float", "scale"))
-    emitter.node("MatMulInteger", [quantized, _transposed_codes(emitter, codes), zero], [accumulated])
-    emitter.node("Cast", [accumulated], [as_float], to=TensorProto.FLOAT)
-    emitter.node("Mul", [scale, emitter.value(scales)], [unit])
-    if bias is None:
-        emitter.node("Mul", [as_float, unit], [y])
-        return y
-    product = emitter.fresh(f"{y}_product")
-    emitter.node("Mul", [as_float, unit], [product])
-    emitter.node("Add", [product, emitter.value(bias)], [y])
+    emitter.node("MatMulIntegerToFloat", inputs, [y], domain="com.microsoft")
     return y
 
 
@@ -103,23 +100,14 @@ def _weight(emitter: Emitter, codes_name: str, scales: Any, axis: int) -> str:
 
 
 def _linear_static(emitter: Emitter, node: fx.Node) -> str:
-    x, codes, scales, bias, x_scale, x_zero = node.args
-    levels = _requantized(emitter, emitter.value(x), x_scale, x_zero)  # type: ignore[arg-type]
-    weight = _weight(emitter, _transposed_codes(emitter, codes), scales, axis=1)
-    y = emitter.output(node)
-    if bias is None:
-        emitter.node("MatMul", [levels, weight], [y])
-        return y
-    product = emitter.fresh(f"{y}_product")
-    emitter.node("MatMul", [levels, weight], [product])
-    emitter.node(_addition(x), [product, emitter.value(bias)], [y])
-    return y
-
-
-def _addition(x: Any) -> str:
-    """The operator that adds the bias: MatMul and Add of matrices would become a float Gemm first."""
-    shape = shape_of(x)
-    return "Add" if shape is not None and len(shape) > 2 else "Sum"
+    x, x_scale, x_zero = node.args[0], *node.args[4:]
+    x_name = emitter.value(x)
+    scale, zero = _range(emitter, x_scale, x_zero, x_name)  # type: ignore[arg-type]
+    key = ("quantized", x_name, x_scale, x_zero)
+    if key not in emitter.shared:
+        emitter.shared[key] = emitter.fresh(f"{x_name}_quantized")
+        emitter.node("QuantizeLinear", [x_name, scale, zero], [emitter.shared[key]])
+    return _product(emitter, node, emitter.shared[key], scale, zero)
 
 
 def _conv(emitter: Emitter, node: fx.Node) -> str:

@@ -40,6 +40,8 @@ class Attention:
     heads: tuple[int, int] | None = None  # of q, and of k and v
     k_transposed: bool = False
     inner: tuple[fx.Node, ...] = ()
+    hidden: float | None = None  # the score that a spelled-out boolean mask puts where it hides
+    nan_to_zero: bool = False  # a spelled-out softmax whose NaN (of rows without a key) becomes 0
 
     @property
     def mask_is_boolean(self) -> bool | None:
@@ -140,6 +142,8 @@ class _Scores:
     mask_keeps: bool = True
     scale: float = 1.0
     softcap: float = 0.0
+    hidden: float | None = None
+    nan_to_zero: bool = False
 
 
 def _spelled_out(graph: Graph, node: fx.Node) -> Attention | Refusal | None:
@@ -166,7 +170,7 @@ def _spelled_out(graph: Graph, node: fx.Node) -> Attention | Refusal | None:
         return Refusal("its inner value {} is also used by {}", outside[0].name, outside[1].name)
     return Attention(
         node, q, k, v, "spelled-out", found.mask, found.mask_keeps, found.scale, False, found.softcap,
-        None, k_transposed, inner,
+        None, k_transposed, inner, found.hidden, found.nan_to_zero,
     )  # fmt: skip
 
 
@@ -196,6 +200,7 @@ def _nan_to_zero(graph: Graph, node: fx.Node, found: _Scores) -> tuple[fx.Node] 
     if not tests or condition.args[0] is not p or not isinstance(p, fx.Node):
         return None
     found.inner.append(condition)
+    found.nan_to_zero = True
     return (p,)
 
 
@@ -259,6 +264,7 @@ def _masked(graph: Graph, node: fx.Node, found: _Scores) -> fx.Node | Refusal | 
     for position in (1, 2):
         filler = scalar_constant(graph, choice[3 - position])
         if filler is not None and filler <= _HIDDEN_BELOW and isinstance(choice[position], fx.Node):
+            found.hidden = filler
             return _with_mask(found, choice[position], choice[0], position == 1)
     return None
 
