@@ -186,8 +186,9 @@ def _operands(graph: Graph, view: Attention, mask: _Mask) -> _Plan | Refusal:
         return Refusal("its operands differ in batch or heads: {}, {}, {}", q, k, v)
     if not q[1].isdigit() or not q[3].isdigit():
         return Refusal("the number or the width of its heads is known at run time only")
-    node = mask.value if isinstance(mask.value, fx.Node) else None
-    shape = shape_of(node) if node is not None else tuple(mask.value.shape) if mask.value is not None else ()
+    shape = tuple(mask.value.shape) if isinstance(mask.value, torch.Tensor) else shape_of(mask.value)
+    if mask.value is None:
+        shape = ()
     if shape is None or len(shape) == 3 or len(shape) == 1 or len(shape) > 4:
         return Refusal("the shape of its mask, {}, is not [batch, heads, length, keys]", shape)
     if mask.kind == "causal" and q[2] != k[2]:
@@ -195,8 +196,9 @@ def _operands(graph: Graph, view: Attention, mask: _Mask) -> _Plan | Refusal:
     k_order = _K_TRANSPOSED if view.k_transposed else _HEADS_FIRST
     orders = ((view.q, _HEADS_FIRST), (view.k, k_order), (view.v, _HEADS_FIRST))
     flat = [_merged(graph, value, order) for value, order in orders]
-    if all(value is not None for value in flat):
-        return _Plan(view, mask, *flat, is_flat=True, heads=int(q[1]))  # type: ignore[misc]
+    merged = [value for value in flat if value is not None]
+    if len(merged) == 3:
+        return _Plan(view, mask, merged[0], merged[1], merged[2], is_flat=True, heads=int(q[1]))
     return _Plan(view, mask, view.q, view.k, view.v, is_flat=False, heads=int(q[1]))
 
 

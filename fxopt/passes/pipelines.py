@@ -7,6 +7,7 @@ from fxopt.passes.base import ExactPass, LossyPass
 from fxopt.passes.eliminate_dead_code import EliminateDeadCode
 from fxopt.passes.fold_batch_norm import FoldBatchNorm
 from fxopt.passes.fold_constants import FoldConstants
+from fxopt.passes.fold_linear_scale import FoldLinearScale
 from fxopt.passes.fold_norm_scale import FoldNormScale
 from fxopt.passes.fuse_attention import FuseAttention
 from fxopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
@@ -36,6 +37,7 @@ def tidying_pipeline() -> list[ExactPass]:
     """What cleans up behind lossy passes; run once, before the result is verified and measured."""
     return [
         FoldNormScale(),  # factors that smoothing put behind norms
+        FoldLinearScale(),  # and behind linears
         QuantizeBetween(),  # what is left in floats between 8-bit operators
     ]
 

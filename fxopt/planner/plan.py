@@ -17,6 +17,7 @@ from fxopt.passes.base import Candidate
 
 _MINIMUM_ERROR = 1e-12  # an exact candidate has the best ratio, not an infinite one
 _LEAST = 0.02  # share of its time that a candidate must gain: less is no difference
+_SIMILAR = 2.0  # estimated errors within this factor are taken to be equal
 _ROUNDING = 1e-12  # of sums of errors
 _CLEARLY = 0.1  # predicted times of two forms of one operator that are nearer are taken to be equal
 
@@ -150,9 +151,13 @@ def _gain(price: Price, objective: str) -> float:
 
 
 def _is_clearly_better(new: Price, old: Price, objective: str) -> bool:
-    """Faster (or smaller) by more than the predictions of two forms of one operator differ by chance."""
+    """Faster (or smaller) by more than the predictions of two forms of one operator differ by chance.
+
+    Of two forms with about the same error, the one that is predicted to be faster at all.
+    """
     if objective == "latency":
-        return new.after.seconds < old.after.seconds * (1 - _CLEARLY)
+        margin = 0.0 if new.error <= _SIMILAR * old.error else _CLEARLY
+        return new.after.seconds < old.after.seconds * (1 - margin)
     return new.saved_bytes > old.saved_bytes * (1 + _CLEARLY)
 
 

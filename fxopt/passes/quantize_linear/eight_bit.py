@@ -25,8 +25,8 @@ from fxopt.ir.views.common import argument, scalar_constant
 from fxopt.ir.views.conv import Conv, conv, convs
 from fxopt.ir.views.eight_bit import saturated, source
 from fxopt.ir.views.linear import Linear, linear, linears
+from fxopt.passes import fold_linear_scale, fold_norm_scale
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
-from fxopt.passes.fold_norm_scale import can_absorb
 from fxopt.passes.quantize_between import behind
 from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of, with_conversions
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
@@ -292,7 +292,8 @@ def _run_time_range(seen: ValueStats, s: Tensor | None) -> tuple[float, int]:
 def _smoothing_cost(graph: Graph, view: Linear) -> Cost:
     """Of the product x / s, shared by all linears that take x; nothing where it can be folded into a norm."""
     shared = siblings(graph, view.x)
-    if can_absorb(graph, view.x, [found.node for found in shared]):
+    takers = [found.node for found in shared]
+    if fold_norm_scale.can_absorb(graph, view.x, takers) or fold_linear_scale.can_absorb(graph, view.x):
         return Cost(0.0, 0.0, kind="elementwise", launches=0)
     x = value_of(view.x)
     count = 1
