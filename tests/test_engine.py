@@ -36,7 +36,7 @@ CHIP = Target(
     "chip", "cuda", "sm_00", "eager", "invented", "never measured", 0.5,
     {"float32": 1e10, "int8": 1e11}, 1e11, 1e-8,
 )  # fmt: skip
-INTEGER = ("DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear", "DequantizeLinear")
+INTEGER = ("DynamicQuantizeLinear", "MatMulIntegerToFloat", "QuantizeLinear", "DequantizeLinear")
 Seconds = Callable[[str, list[int]], float]
 
 
@@ -263,7 +263,7 @@ def test_integers_that_pay_are_kept(machine: Machine, tmp_path: Path) -> None:
     assert {row.node for row in rows(result, outcome="applied")} == {"fc1", "fc2"}
     assert all("val" in node.meta for node in result.graph.nodes if node.op != "output")
     made = saved(result, tmp_path)
-    assert [node.op_type for node in made.graph.node].count("MatMulInteger") == 2
+    assert [node.op_type for node in made.graph.node].count("MatMulIntegerToFloat") == 2
     assert {entry.key: entry.value for entry in made.metadata_props} == {
         "fxopt.version": fxopt.__version__, "fxopt.target": "made-up", "fxopt.passes": "quantize-linear",
         "fxopt.instruction_sets": "avx2",
@@ -428,7 +428,7 @@ def test_a_group_that_is_slow_alone_is_dropped_and_another_kept(machine: Machine
 
     def seconds(op_type: str, weight: list[int]) -> float:
         return 1e-3 * (
-            10 if op_type == "Gemm" else (1 if weight == [16, 32] else 90) if op_type == "MatMulInteger" else 0
+            10 if op_type == "Gemm" else (1 if weight == [16, 32] else 90) if op_type == "MatMulIntegerToFloat" else 0
         )
 
     machine.seconds = seconds

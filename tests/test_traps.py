@@ -220,7 +220,7 @@ def test_types_without_fast_kernels(activations: str, tmp_path: Path) -> None:
     for node in nodes:
         if node.op_type == "QuantizeLinear":
             assert types[node.input[2]] == TensorProto.UINT8
-        if node.op_type == "MatMulInteger":
+        if node.op_type == "MatMulIntegerToFloat":
             assert types[node.input[1]] == TensorProto.INT8
         if node.op_type == "DequantizeLinear" and node.input[0] in types:
             assert types[node.input[0]] == TensorProto.INT8

@@ -11,7 +11,6 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from fxopt.backends.onnxruntime.backend import OnnxRuntime
 from fxopt.backends.onnxruntime.forms import FORMS
@@ -25,6 +24,7 @@ from fxopt.passes.avoid_slow_fusions import AvoidSlowFusions
 from fxopt.passes.base import Context
 from fxopt.passes.quantize_linear import QuantizeLinear
 from fxopt.passes.stats import collect
+from tests.backends.contrib import evaluator
 
 # Seven-bit codes: ONNX Runtime's kernels for CPUs without VNNI are exact on them too.
 TARGET = Target(
@@ -148,7 +148,7 @@ def test_convolutions_agree_within_one_step(kind: str) -> None:
 @pytest.mark.parametrize(("build", "kind"), [(attention_inputs, "dynamic"), (lambda: chain("pool"), "static")])
 def test_the_reference_evaluator_of_onnx_runs_the_form(build: Any, kind: str) -> None:
     graph, x = quantized(build(), kind)
-    theirs = ReferenceEvaluator(to_model(graph, FORMS)).run(None, {"x": x.numpy()})[0]
+    theirs = evaluator(to_model(graph, FORMS)).run(None, {"x": x.numpy()})[0]
     ours = graph.run([x])[0]
     noise = (ours - torch.from_numpy(theirs)).square().sum() / ours.square().sum()
     assert noise < 1e-5

@@ -217,3 +217,11 @@ def test_without_ties_the_order_of_the_candidates_does_not_matter(
     shuffled = list(candidates)
     order.shuffle(shuffled)  # type: ignore[attr-defined]
     assert set(plan(candidates, budget, prices).chosen) == set(plan(shuffled, budget, prices).chosen)
+
+
+@pytest.mark.parametrize(("error", "kind"), [(0.0015, "static"), (0.0025, "dynamic")])
+def test_of_about_equal_errors_the_faster_form_is_taken(error: float, kind: str) -> None:
+    """Estimates of one operator's error do not tell a factor of two from chance."""
+    dynamic, static = candidate("a", "dynamic"), candidate("a", "static")
+    found = plan([dynamic, static], 1.0, {dynamic: price(10, 5, 0.001), static: price(10, 4.9, error)})
+    assert chosen(found) == [("a", kind)]
