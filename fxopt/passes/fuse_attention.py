@@ -231,25 +231,30 @@ def _fuse(graph: Graph, plan: _Plan, masks: dict[Any, fx.Node], name: str) -> No
         options["is_causal"] = 1
     inputs = (plan.q, k, plan.v) if mask is None else (plan.q, k, plan.v, mask)
     result = b.call(OnnxOp("", "Attention", _opset(graph)), *inputs, **options)
+    width = (shape_of(view.q) or (0,))[-1]
     end = _joined(graph, view.node) if plan.is_flat else view.node
     if end is None:
-        width = (shape_of(view.q) or (0,))[-1]
-        result = b.transpose(b.reshape(result, [0, 0, plan.heads, width]), _HEADS_FIRST)
-        end = view.node
+        split = b.onnx("Reshape", result, b.ints([0, 0, plan.heads, width], "heads"))
+        result, end = b.transpose(split, _HEADS_FIRST), view.node
+    elif plan.is_flat and len(shape_of(end) or ()) == 2:
+        result = b.reshape(result, [-1, plan.heads * width])
     graph.replace(end, result)
 
 
 def _joined(graph: Graph, node: fx.Node) -> fx.Node | None:
-    """The node that joins the heads of the result again: reshape(transpose(y), [batch, length, heads * width])."""
+    """The node that joins the heads of the result again: reshape(transpose(y), [batch, length, heads * width]).
+
+    Batch and length may be joined too.
+    """
     turn = only_user(node)
     turned = None if turn is None else read(graph, turn, "transpose")
     join = None if turn is None or turned is None or tuple(turned[1]) != _HEADS_FIRST else only_user(turn)
     joined = None if join is None else read(graph, join, "reshape")
     before, after = (None if value is None else shape_of(value) for value in (turn, join))
-    if joined is None or joined[0] is not turn or before is None or after is None or len(after) != 3:
+    if joined is None or joined[0] is not turn or before is None or after is None or len(after) not in (2, 3):
         return None
-    same = list(map(str, before[:2])) == list(map(str, after[:2])) and after[2] == before[2] * before[3]
-    return join if same else None
+    same = len(after) == 2 or list(map(str, before[:2])) == list(map(str, after[:2]))
+    return join if same and after[-1] == before[2] * before[3] else None
 
 
 def _mask_node(b: Builder, plan: _Plan, masks: dict[Any, fx.Node]) -> fx.Node | None:

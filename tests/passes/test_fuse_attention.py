@@ -141,6 +141,22 @@ def test_the_numbers_are_those_of_the_parts(mask: str, batch: str, low: str, tmp
         assert np.allclose(run(proto, other), run(fused, other), atol=2e-6)
 
 
+@pytest.mark.parametrize("joins", ["[-1, 8]", "[0, 0, 2, 4]"])
+def test_heads_that_are_joined_in_another_way(joins: str, tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        onnx.printer.to_text(network("none", batch="3")).replace(
+            "value_ints: ints = [0, 0, 8]", f"value_ints: ints = {joins}"
+        )
+    )
+    proto.graph.output[0].type.tensor_type.shape.Clear()
+    for size in (18, 8) if joins == "[-1, 8]" else (3, 6, 2, 4):
+        proto.graph.output[0].type.tensor_type.shape.dim.add().dim_value = size
+    feed = inputs(proto)
+    fused = optimized(proto, tmp_path, feed)
+    assert operators(fused)["Attention"] == 1
+    assert np.allclose(run(proto, feed), run(fused, feed), atol=2e-6)
+
+
 def test_models_of_other_opsets(tmp_path: Path) -> None:
     for opset, fused in ((13, 1), (20, 1), (23, 1), (24, 1), (25, 0)):
         proto = network("none", opset=opset, batch="2")

@@ -17,6 +17,7 @@ from fxopt.ir.onnx.emitter import Emitter, Form, Forms, drop_stale_types
 from fxopt.ir.onnx.external_writer import write_external
 
 INLINE_LIMIT = 1_900_000_000  # bytes of weights up to which one file is written (protobuf's limit is 2^31 - 1)
+_SMALL = 1024  # bytes; smaller tensors always lie in the file: shape inference must read shapes
 __all__ = ["INLINE_LIMIT", "Emitter", "Form", "Forms", "save", "to_model"]
 
 
@@ -85,10 +86,11 @@ def save(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             written = Path(scratch) / path.name
             data = Path(scratch) / f"{path.name}.data"
-            if external:
-                write_external(pending, Path(scratch), data.name)
-            else:
-                for tensor, value in pending:
+            large = [item for item in pending if external and item[1].nbytes >= _SMALL]
+            if large:
+                write_external(large, Path(scratch), data.name)
+            for tensor, value in pending:
+                if not external or value.nbytes < _SMALL:
                     tensor.ClearField("external_data")
                     tensor.ClearField("data_location")
                     tensor.raw_data = to_numpy(value).tobytes()
