@@ -24,7 +24,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import write
-from fxopt.backends.tvm.kernels.fused_int8 import Form, fused_int8, pack, starts_of, tile_for
+from fxopt.backends.tvm.kernels.fused_int8 import PARAMETERS, Form, fused_int8, pack, starts_of, tile_for
 from fxopt.backends.tvm.link import link
 from fxopt.backends.tvm.load import HostLibrary
 from fxopt.backends.tvm.lower import write_object
@@ -70,7 +70,7 @@ def fused(given: Arrays, folder: Path) -> tuple[dict[str, Callable[[], None]], l
             "bias": given["b" + digit], "y": y, "codes": result, "zero": np.array([ZERO], np.float32),
             "inverse": np.full(form.outputs, 1 / SCALE, np.float32),
         }  # fmt: skip
-        kept = [arrays[key] for key in form.parameters]
+        kept = [arrays[key] for key in PARAMETERS]
         function = library.function(name, len(kept))
         addresses = [array.ctypes.data for array in kept]
         calls[name] = lambda f=function, a=addresses, keep=kept: f(*a)

@@ -11,7 +11,7 @@ import torch
 
 from tests.backends.tvm.harness import Builder, build, machine
 
-from fxopt.backends.tvm.kernels.fused_int8 import Form, fused_int8, pack, starts_of, tile_for  # isort: skip
+from fxopt.backends.tvm.kernels.fused_int8 import PARAMETERS, Form, fused_int8, pack, starts_of, tile_for  # isort: skip
 from fxopt.backends.tvm.lower import assembly  # isort: skip
 from fxopt.cost_model.targets import get_target
 from fxopt.errors import Unsupported
@@ -87,7 +87,7 @@ def test_results(build: Builder, form_of: Any, epilogue: Any) -> None:
     for name, form in forms.items():
         for rows in ROWS:
             given, weight = operands(form, rows, form_of)
-            run(name, *(given[key] for key in form.parameters))
+            run(name, *(given[key] for key in PARAMETERS))
             y, levels = expected(form, given, weight)
             if form.floats:
                 np.testing.assert_allclose(given["y"], y, rtol=0, atol=4e-6 * max(1, np.abs(y).max(initial=0)))
@@ -114,7 +114,7 @@ def test_rows_beyond_a_block(build: Builder, form_of: Any) -> None:
     run = build(fused_int8("f", form, form_of), form_of)
     for rows in (95, 97, 193, 289):
         given, weight = operands(form, rows, form_of)
-        run("f", *(given[key] for key in form.parameters))
+        run("f", *(given[key] for key in PARAMETERS))
         np.testing.assert_allclose(given["y"], expected(form, given, weight)[0], rtol=0, atol=2e-5)
 
 

@@ -42,6 +42,9 @@ from fxopt.errors import Unsupported
 Epilogue = Literal["none", "relu", "gelu", "layer_norm"]
 Codes = npt.NDArray[np.int8]
 
+# Of the C function, all pointers; those that a form has no use for are not read or written.
+PARAMETERS = ("rows", "q", "w", "starts", "scales", "bias", "residual", "gamma", "beta", "y", "codes", "inverse", "zero")
+
 _BLOCK_BYTES = 192 * 1024  # codes of the rows of a block
 _MAGIC = 12582912.0  # 1.5 * 2**23: a float of this size holds an integer in its low bits, rounded half to even
 _ROWS = 1 << 20  # what buffers are declared with; their sizes are not checked
@@ -72,14 +75,6 @@ class Form:
             raise Unsupported("a fused product without results")
         if self.epilogue == "layer_norm" and not self.floats:
             raise Unsupported("a fused layer norm always writes its float result: rows are collected there")
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the C function's parameters, all pointers."""
-        names = ["rows", "q", "w", "starts", "scales", "bias"]
-        names += ["residual", "gamma", "beta"] if self.epilogue == "layer_norm" else []
-        names += ["y"] if self.floats else []
-        return (*names, *(["codes", "inverse", "zero"] if self.codes else []))
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def starts_of(codes: Codes, zero: int, tile: Tile) -> npt.NDArray[np.int32]:
 
 
 def fused_int8(name: str, form: Form, machine: Machine) -> Any:
-    """`void NAME(...)` with the pointers of `form.parameters`.
+    """`void NAME(...)` with the pointers `PARAMETERS`.
 
     rows: int32 [1]; q: uint8 [rows, inner]; w, starts: of `pack` and `starts_of`; scales (weight scale * scale of q),
     bias, gamma, beta, inverse: float32 [outputs]; residual, y: float32 [rows, outputs]; codes: uint8 [rows, outputs];
@@ -150,7 +145,7 @@ class _Writer:
             "codes": (_ROWS * form.outputs, "uint8"),
             "zero": (1, "float32"),
         }
-        self.at = {key: kernel.buffer(key, *sizes.get(key, (form.outputs, "float32"))) for key in form.parameters}
+        self.at = {key: kernel.buffer(key, *sizes.get(key, (form.outputs, "float32"))) for key in PARAMETERS}
 
     def function(self) -> Any:
         kernel, tile = self.kernel, self.tile
@@ -309,4 +304,4 @@ class _Writer:
         return kernel.let(kernel.load(partial, 0))
 
 
-__all__ = ["Epilogue", "Form", "Tile", "fused_int8", "pack", "starts_of", "tile_for"]
+__all__ = ["PARAMETERS", "Epilogue", "Form", "Tile", "fused_int8", "pack", "starts_of", "tile_for"]
