@@ -43,7 +43,9 @@ Epilogue = Literal["none", "relu", "gelu", "layer_norm"]
 Codes = npt.NDArray[np.int8]
 
 # Of the C function, all pointers; those that a form has no use for are not read or written.
-PARAMETERS = ("rows", "q", "w", "starts", "scales", "bias", "residual", "gamma", "beta", "y", "codes", "inverse", "zero")
+PARAMETERS = (
+    "rows", "q", "w", "starts", "scales", "bias", "residual", "gamma", "beta", "y", "codes", "inverse", "zero",
+)  # fmt: skip
 
 _BLOCK_BYTES = 192 * 1024  # codes of the rows of a block
 _MAGIC = 12582912.0  # 1.5 * 2**23: a float of this size holds an integer in its low bits, rounded half to even
