@@ -1,0 +1,259 @@
+/* ONNX Runtime's custom operator fxopt::FusedLinearInt8, over kernels of fxopt.backends.tvm.kernels.fused_int8.
+
+   y = epilogue((x - x_zero) @ weight.T * scales + bias),  codes = clamp(round(y * inverse) + y_zero, 0, 255)
+
+   Inputs:  x uint8 [..., in], weight int8 [out, in] (constant), scales float [out], bias float [out]; where the form
+            has them: inverse float [out], residual float [..., out], gamma float [out], beta float [out].
+   Outputs: y float [..., out], codes uint8 [..., out]; those that the attributes floats and codes ask for.
+   Attributes (int): x_zero, y_zero, epilogue (the place in EPILOGUES), floats, codes. The epsilon of a layer norm is in
+   the kernel; `eps` (float) must agree with it.
+
+   The kernels of a model are in KERNELS (kernels.h, generated); the best of those that this CPU runs is taken when a
+   node is loaded, and the weight is packed for it then. */
+#include "ort_abi.h"
+
+typedef void Function(const i32 *rows, const u8 *q, const void *w, const i32 *starts, const float *scales,
+                      const float *bias, const float *residual, const float *gamma, const float *beta, float *y,
+                      u8 *codes, const float *inverse, const float *zero);
+typedef struct {
+  i32 level, inner, outputs, epilogue, floats, codes;
+  float eps;
+  i32 columns, group;
+  Function *run;
+} Form;
+
+#include "kernels.h" /* the extern functions, static const Form KERNELS[], COUNT */
+
+enum { AVX2 = 1, AVX_VNNI = 2, AVX512_VNNI = 3 };
+enum { LAYER_NORM = 3 };
+enum { X, WEIGHT, SCALES, BIAS, INVERSE, RESIDUAL, GAMMA, BETA, INPUTS };
+enum { Y, CODES, OUTPUTS };
+enum { CHUNK = 64, RANK = 8 }; /* rows that one thread takes at a time */
+
+void *malloc(usize);
+void free(void *);
+
+typedef struct {
+  Api api;
+  const Form *form;
+  void *weight;
+  i32 *starts;
+  float zero;
+} Kernel;
+
+typedef struct {
+  const Kernel *kernel;
+  i64 rows;
+  void *in[INPUTS], *out[OUTPUTS];
+} Work;
+
+static void cpuid(unsigned leaf, unsigned sub, unsigned r[4]) {
+  __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(sub));
+}
+
+/* The best level that the processor has and the operating system saves the registers of. */
+i32 fxopt_cpu_level(void) {
+  unsigned r[4], seven[4], one[4], low, high;
+  cpuid(0, 0, r);
+  if (r[0] < 7) return 0;
+  cpuid(1, 0, one);
+  if (!(one[2] >> 27 & 1) || !(one[2] >> 12 & 1)) return 0; /* OSXSAVE, FMA */
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  cpuid(7, 0, seven);
+  if ((low & 6) != 6 || !(seven[1] >> 5 & 1)) return 0; /* AVX2 */
+  unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* AVX-512 F, DQ, BW, VL */
+  if ((low & 0xe6) == 0xe6 && (seven[1] & wanted) == wanted && (seven[2] >> 11 & 1)) return AVX512_VNNI;
+  if (seven[0] >= 1) {
+    cpuid(7, 1, r);
+    if (r[0] >> 4 & 1) return AVX_VNNI;
+  }
+  return AVX2;
+}
+
+#define CHECK(call)               \
+  do {                            \
+    Status *failed = (call);      \
+    if (failed) return failed;    \
+  } while (0)
+
+static Status *shape_of(Api api, const void *value, i64 sizes[RANK], usize *rank) {
+  void *shape;
+  CHECK(GetTensorTypeAndShape(value, &shape));
+  Status *failed = GetDimensionsCount(shape, rank);
+  if (!failed && *rank > RANK) failed = CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: more than 8 dimensions");
+  if (!failed) failed = GetDimensions(shape, sizes, *rank);
+  ReleaseTensorTypeAndShapeInfo(shape);
+  return failed;
+}
+
+static void pack(const Form *form, const signed char *weight, i64 zero, void *packed, i32 *starts) {
+  i64 inner = form->inner, columns = form->columns, group = form->group;
+  i64 panels = (form->outputs + columns - 1) / columns;
+  for (i64 n = 0; n < panels * columns; n++) {
+    i64 sum = 0;
+    for (i64 k = 0; k < inner; k++) {
+      i32 code = n < form->outputs ? weight[n * inner + k] : 0;
+      i64 to = ((n / columns * (inner / group) + k / group) * columns + n % columns) * group + k % group;
+      if (group == 4)
+        ((signed char *)packed)[to] = (signed char)code;
+      else
+        ((short *)packed)[to] = (short)code;
+      sum += code;
+    }
+    starts[n] = (i32)(-zero * sum);
+  }
+}
+
+static void destroy(void *given) {
+  Kernel *kernel = given;
+  if (!kernel) return;
+  free(kernel->weight);
+  free(kernel->starts);
+  free(kernel);
+}
+
+static const Form *find(const i64 sizes[2], i64 epilogue, i64 floats, i64 codes, float eps) {
+  const Form *best = 0;
+  i32 level = fxopt_cpu_level();
+  for (i32 i = 0; i < COUNT; i++) {
+    const Form *form = &KERNELS[i];
+    if (form->inner != sizes[1] || form->outputs != sizes[0] || form->epilogue != epilogue) continue;
+    if (form->floats != floats || form->codes != codes || (epilogue == LAYER_NORM && form->eps != eps)) continue;
+    if (form->level <= level && (!best || best->level < form->level)) best = form;
+  }
+  return best;
+}
+
+static Status *create(const CustomOp *op, Api api, const void *info, void **made) {
+  (void)op;
+  i64 x_zero, y_zero, epilogue, floats, codes, sizes[RANK];
+  float eps;
+  i32 is_constant;
+  usize rank;
+  const void *value;
+  void *weight;
+  CHECK(KernelInfoGetAttribute_int64(info, "x_zero", &x_zero));
+  CHECK(KernelInfoGetAttribute_int64(info, "y_zero", &y_zero));
+  CHECK(KernelInfoGetAttribute_int64(info, "epilogue", &epilogue));
+  CHECK(KernelInfoGetAttribute_int64(info, "floats", &floats));
+  CHECK(KernelInfoGetAttribute_int64(info, "codes", &codes));
+  CHECK(KernelInfoGetAttribute_float(info, "eps", &eps));
+  CHECK(KernelInfoGetConstantInput_tensor(info, WEIGHT, &is_constant, &value));
+  if (!is_constant) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: the weight must be an initializer");
+  CHECK(shape_of(api, value, sizes, &rank));
+  CHECK(GetTensorMutableData((void *)value, &weight));
+  const Form *form = rank == 2 ? find(sizes, epilogue, floats, codes, eps) : 0;
+  if (!form)
+    return CreateStatus(ORT_INVALID_ARGUMENT,
+                        "FusedLinearInt8: this library has no kernel for the node's sizes on this CPU (at least AVX2)");
+  usize padded = (usize)((form->outputs + form->columns - 1) / form->columns * form->columns);
+  Kernel *kernel = malloc(sizeof *kernel);
+  if (!kernel) return CreateStatus(ORT_FAIL, "FusedLinearInt8: out of memory");
+  *kernel = (Kernel){api, form, malloc(padded * (usize)form->inner * (form->group == 4 ? 1 : 2)),
+                     malloc(padded * sizeof(i32)), (float)y_zero};
+  if (!kernel->weight || !kernel->starts) {
+    destroy(kernel);
+    return CreateStatus(ORT_FAIL, "FusedLinearInt8: out of memory");
+  }
+  pack(form, weight, x_zero, kernel->weight, kernel->starts);
+  *made = kernel;
+  return 0;
+}
+
+static void part(void *given, usize index) {
+  Work *work = given;
+  const Form *form = work->kernel->form;
+  i64 first = (i64)index * CHUNK, at = first * form->outputs;
+  i32 rows = (i32)(work->rows - first < CHUNK ? work->rows - first : CHUNK);
+  float *residual = work->in[RESIDUAL], *y = work->out[Y];
+  u8 *codes = work->out[CODES];
+  form->run(&rows, (u8 *)work->in[X] + first * form->inner, work->kernel->weight, work->kernel->starts,
+            work->in[SCALES], work->in[BIAS], residual ? residual + at : 0, work->in[GAMMA], work->in[BETA],
+            y ? y + at : 0, codes ? codes + at : 0, work->in[INVERSE], &work->kernel->zero);
+}
+
+static Status *compute(void *given, void *context) {
+  const Kernel *kernel = given;
+  const Form *form = kernel->form;
+  Api api = kernel->api;
+  Work work = {.kernel = kernel, .rows = 1};
+  i64 sizes[RANK];
+  usize rank;
+  const void *value;
+  for (usize i = 0; i < INPUTS; i++) {
+    i32 used = i <= BIAS || (i == INVERSE ? form->codes : form->epilogue == LAYER_NORM);
+    if (i == WEIGHT || !used) continue;
+    CHECK(KernelContext_GetInput(context, i, &value));
+    if (!value) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: an input of the form is missing");
+    CHECK(GetTensorMutableData((void *)value, &work.in[i]));
+    if (i != X && i != RESIDUAL) continue;
+    i64 rows = 1;
+    CHECK(shape_of(api, value, sizes, &rank));
+    for (usize d = 0; d + 1 < rank; d++) rows *= sizes[d];
+    if (rank == 0 || sizes[rank - 1] != (i == X ? form->inner : form->outputs) || (i != X && rows != work.rows))
+      return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: x or residual does not have the weight's sizes");
+    work.rows = rows;
+    sizes[rank - 1] = form->outputs;
+  }
+  for (usize i = 0; i < OUTPUTS; i++) {
+    void *result;
+    if (i == Y ? !form->floats : !form->codes) continue;
+    CHECK(KernelContext_GetOutput(context, i, sizes, rank, &result));
+    if (!result) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: an output of the form is missing");
+    CHECK(GetTensorMutableData(result, &work.out[i]));
+  }
+  usize parts = (usize)((work.rows + CHUNK - 1) / CHUNK);
+  if (parts > 1) return KernelContext_ParallelFor(context, part, parts, 0, &work);
+  part(&work, 0);
+  return 0;
+}
+
+static const char *name(const CustomOp *op) { (void)op; return "FusedLinearInt8"; }
+static const char *provider(const CustomOp *op) { (void)op; return 0; /* the CPU */ }
+static i32 input_type(const CustomOp *op, usize i) {
+  (void)op;
+  return i == X ? TYPE_UINT8 : i == WEIGHT ? TYPE_INT8 : TYPE_FLOAT;
+}
+static i32 output_type(const CustomOp *op, usize i) { (void)op; return i == Y ? TYPE_FLOAT : TYPE_UINT8; }
+static usize inputs(const CustomOp *op) { (void)op; return INPUTS; }
+static usize outputs(const CustomOp *op) { (void)op; return OUTPUTS; }
+static i32 input_kind(const CustomOp *op, usize i) { (void)op; return i <= BIAS ? REQUIRED : OPTIONAL; }
+static i32 output_kind(const CustomOp *op, usize i) { (void)op; (void)i; return OPTIONAL; }
+static i32 memory(const CustomOp *op, usize i) { (void)op; (void)i; return 0; }
+static i32 one(const CustomOp *op) { (void)op; return 1; }
+static i32 last(const CustomOp *op) { (void)op; return 0x7fffffff; }
+
+static const CustomOp OPERATOR = {
+    .version = ORT_VERSION,
+    .GetName = name,
+    .GetExecutionProviderType = provider,
+    .GetInputType = input_type,
+    .GetInputTypeCount = inputs,
+    .GetOutputType = output_type,
+    .GetOutputTypeCount = outputs,
+    .KernelDestroy = destroy,
+    .GetInputCharacteristic = input_kind,
+    .GetOutputCharacteristic = output_kind,
+    .GetInputMemoryType = memory,
+    .GetVariadicInputMinArity = one,
+    .GetVariadicInputHomogeneity = one,
+    .GetVariadicOutputMinArity = one,
+    .GetVariadicOutputHomogeneity = one,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = compute,
+    .GetStartVersion = one,
+    .GetEndVersion = last,
+};
+
+/* What ONNX Runtime calls when a session's options register this library. */
+Status *RegisterCustomOps(void *options, const ApiBase *base) {
+  Api api = base->GetApi(ORT_VERSION);
+  if (!api) {
+    api = base->GetApi(1);
+    return CreateStatus(ORT_FAIL, "this library needs ONNX Runtime 1.17 or later");
+  }
+  void *domain;
+  CHECK(CreateCustomOpDomain("fxopt", &domain));
+  Status *failed = CustomOpDomain_Add(domain, &OPERATOR);
+  return failed ? failed : AddCustomOpDomain(options, domain); /* the session's options keep the domain's address */
+}
