@@ -97,7 +97,7 @@ class FuseInt8(ExactPass):
         if total is None or not is_onnx(total, "Add", "Sum") or len(total.args) != 2:
             return False
         residual = next((operand for operand in total.args if operand is not node), None)
-        if not isinstance(residual, fx.Node) or str(shape_of(residual)) != str(shape_of(node)):
+        if not isinstance(residual, fx.Node) or not _same_shape(residual, total):
             return False
         args = list(node.args)
         args[_EPILOGUE], args[_RESIDUAL] = "residual", residual
@@ -108,7 +108,10 @@ class FuseInt8(ExactPass):
             args[_EPILOGUE], args[_GAMMA], args[_BETA], args[_EPS] = (
                 "layer_norm", view.weight_node, view.bias_node, view.eps,
             )  # fmt: skip
-        graph.replace(end, self._call(graph, linear_u8s8.target, tuple(args), end, node))
+        shape = str(shape_of(end))
+        result = self._call(graph, linear_u8s8.target, tuple(args), end, node)
+        result.meta["sums_to"] = shape
+        graph.replace(end, result)
         return True
 
     def _rounded_norm(self, graph: Graph, node: fx.Node) -> None:
@@ -139,6 +142,16 @@ def _refusal(graph: Graph, ctx: Context, node: fx.Node) -> Refusal | None:
     if weights is None or weights.shape[1] % 4:
         return Refusal("its {} inputs are not a multiple of 4", "unknown" if weights is None else weights.shape[1])
     return None
+
+
+def _same_shape(value: fx.Node, total: fx.Node) -> bool:
+    """Whether a value is of the shape of a sum; one that was fused just now stands for one with a known type."""
+    shape, wanted = shape_of(value), shape_of(total)
+    if wanted is None:
+        return False
+    if shape is None and value.target is linear_u8s8.target:
+        return value.meta.get("sums_to") == str(wanted)
+    return shape is not None and str(shape) == str(wanted)
 
 
 def _activation(node: fx.Node) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.backends.onnxruntime.fused_forms import FUSED_FORMS
 from fxopt.ir.onnx.export import Emitter, Form, Forms
 from fxopt.ir.ops.concat_a8 import concat_a8
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
@@ -253,6 +254,7 @@ def _zero_points(emitter: Emitter, node: fx.Node, width: int) -> str:
 
 
 FORMS: Forms = {
+    **FUSED_FORMS,
     linear_w8a8_dynamic.target: _linear_dynamic,
     linear_w8a8.target: _linear_static,
     conv_w8a8.target: _conv,

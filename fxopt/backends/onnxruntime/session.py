@@ -24,10 +24,14 @@ def make_session(
 ) -> ort.InferenceSession:
     """A CPU session with default options; `optimized_path` receives the model after ONNX Runtime's own optimiser.
 
+    The library of own kernels that a file needs is registered (`fxopt.backends.onnxruntime.library`).
+
     Raises:
-        InvalidModel: ONNX Runtime cannot load the model.
+        InvalidModel: ONNX Runtime cannot load the model, or its library is not there.
     """
     import onnxruntime
+
+    from fxopt.backends.onnxruntime.library import library_of
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -35,7 +39,10 @@ def make_session(
         options.intra_op_num_threads = threads
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+    library = library_of(path)
     try:
+        if library is not None:
+            options.register_custom_ops_library(str(library.resolve()))
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no public base class
         reason = " ".join(str(error).split())

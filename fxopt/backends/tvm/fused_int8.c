@@ -25,7 +25,7 @@ typedef struct {
 #include "kernels.h" /* the extern functions, static const Form KERNELS[], COUNT */
 
 enum { AVX2 = 1, AVX_VNNI = 2, AVX512_VNNI = 3 };
-enum { LAYER_NORM = 3 };
+enum { LAYER_NORM = 3, RESIDUAL_SUM = 5, NORM_CODES = 6 };
 enum { X, WEIGHT, SCALES, BIAS, INVERSE, RESIDUAL, GAMMA, BETA, INPUTS };
 enum { Y, CODES, OUTPUTS };
 enum { CHUNK = 64, RANK = 8 }; /* rows that one thread takes at a time */
@@ -112,13 +112,16 @@ static void destroy(void *given) {
   free(kernel);
 }
 
+static i32 has_norm(i64 epilogue) { return epilogue == LAYER_NORM || epilogue == NORM_CODES; }
+static i32 has_residual(i64 epilogue) { return has_norm(epilogue) || epilogue == RESIDUAL_SUM; }
+
 static const Form *find(const i64 sizes[2], i64 epilogue, i64 floats, i64 codes, float eps) {
   const Form *best = 0;
   i32 level = fxopt_cpu_level();
   for (i32 i = 0; i < COUNT; i++) {
     const Form *form = &KERNELS[i];
     if (form->inner != sizes[1] || form->outputs != sizes[0] || form->epilogue != epilogue) continue;
-    if (form->floats != floats || form->codes != codes || (epilogue == LAYER_NORM && form->eps != eps)) continue;
+    if (form->floats != floats || form->codes != codes || (has_norm(epilogue) && form->eps != eps)) continue;
     if (form->level <= level && (!best || best->level < form->level)) best = form;
   }
   return best;
@@ -181,7 +184,8 @@ static Status *compute(void *given, void *context) {
   usize rank;
   const void *value;
   for (usize i = 0; i < INPUTS; i++) {
-    i32 used = i <= BIAS || (i == INVERSE ? form->codes : form->epilogue == LAYER_NORM);
+    i32 used = i <= BIAS || (i == INVERSE ? form->codes : i == RESIDUAL ? has_residual(form->epilogue)
+                                                                        : has_norm(form->epilogue));
     if (i == WEIGHT || !used) continue;
     CHECK(KernelContext_GetInput(context, i, &value));
     if (!value) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: an input of the form is missing");

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,9 @@ import torch
 
 from tests.backends.tvm.harness import Builder, build, machine
 
-from fxopt.backends.tvm.kernels.fused_int8 import PARAMETERS, Form, fused_int8, pack, starts_of, tile_for  # isort: skip
+from fxopt.backends.tvm.kernels.fused_int8 import (  # isort: skip
+    NORMS, PARAMETERS, RESIDUALS, Epilogue, Form, fused_int8, pack, starts_of, tile_for,
+)  # fmt: skip
 from fxopt.backends.tvm.lower import assembly  # isort: skip
 from fxopt.cost_model.targets import get_target
 from fxopt.errors import Unsupported
@@ -67,21 +69,25 @@ def expected(form: Form, given: dict[str, Any], codes: Any) -> tuple[Any, Any]:
         y = np.maximum(y, 0)
     elif form.epilogue == "gelu":
         y = torch.nn.functional.gelu(torch.from_numpy(y)).numpy()
-    elif form.epilogue == "layer_norm":
+    elif form.epilogue == "gelu_tanh":
+        y = torch.nn.functional.gelu(torch.from_numpy(y), approximate="tanh").numpy()
+    if form.epilogue in RESIDUALS:
         y = y + given["residual"]
+    normal = y
+    if form.has_norm:
         centred = y - y.mean(1, keepdims=True)
         deviation = np.sqrt((centred**2).mean(1, keepdims=True) + form.eps)
-        y = centred / deviation * given["gamma"] + given["beta"]
-    return y, y * given["inverse"] + ZERO_OUT
+        normal = centred / deviation * given["gamma"] + given["beta"]
+    return normal if form.epilogue == "layer_norm" else y, normal * given["inverse"] + ZERO_OUT
 
 
-@pytest.mark.parametrize("epilogue", ["none", "relu", "gelu", "layer_norm"])
+@pytest.mark.parametrize("epilogue", get_args(Epilogue))
 def test_results(build: Builder, form_of: Any, epilogue: Any) -> None:
     forms = {
         f"f{inner}_{outputs}_{floats}_{codes}": Form(inner, outputs, epilogue, floats, codes)
         for inner, outputs in SIZES
         for floats, codes in RESULTS
-        if floats or epilogue != "layer_norm"
+        if (floats or epilogue not in NORMS) and (codes or epilogue != "norm_codes")
     }
     run = build([fused_int8(name, form, form_of) for name, form in forms.items()], form_of)
     for name, form in forms.items():
@@ -151,5 +157,7 @@ def test_refusals() -> None:
         Form(8, 8, "none", False, False)
     with pytest.raises(Unsupported, match="rows are collected there"):
         Form(8, 8, "layer_norm", False, True)
+    with pytest.raises(Unsupported, match="without codes"):
+        Form(8, 8, "norm_codes", True, False)
     with pytest.raises(Unsupported, match="not for wasm"):
         tile_for(8, machine("wasm"))

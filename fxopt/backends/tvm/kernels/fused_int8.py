@@ -39,7 +39,11 @@ from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 from fxopt.errors import Unsupported
 
-Epilogue = Literal["none", "relu", "gelu", "layer_norm"]
+# "residual" adds one, "layer_norm" normalises that sum in place; "norm_codes" keeps the sum as the float result and
+# rounds its layer norm.
+Epilogue = Literal["none", "relu", "gelu", "layer_norm", "gelu_tanh", "residual", "norm_codes"]
+NORMS = ("layer_norm", "norm_codes")
+RESIDUALS = ("residual", *NORMS)
 Codes = npt.NDArray[np.int8]
 
 # Of the C function, all pointers; those that a form has no use for are not read or written.
@@ -59,7 +63,7 @@ class Form:
     Attributes:
         inner, outputs: the sizes of the weight; inner is a multiple of 4.
         epilogue: what is done to the sums after scales and bias.
-        floats: y is written (always with "layer_norm", whose rows need the place).
+        floats: y is written (always with a norm, whose rows need the place).
         codes: the bytes are written.
     """
 
@@ -75,8 +79,15 @@ class Form:
             raise Unsupported(f"a fused product takes a multiple of 4 inputs; given {self.inner} -> {self.outputs}")
         if not (self.floats or self.codes):
             raise Unsupported("a fused product without results")
-        if self.epilogue == "layer_norm" and not self.floats:
+        if self.epilogue in NORMS and not self.floats:
             raise Unsupported("a fused layer norm always writes its float result: rows are collected there")
+        if self.epilogue == "norm_codes" and not self.codes:
+            raise Unsupported("codes of a layer norm without codes")
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether a layer norm is computed."""
+        return self.epilogue in NORMS
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,7 @@ class _Writer:
                     self.one(panel, row, tile.rows, columns)
 
             self.panels(tiled)
-            if self.form.epilogue == "layer_norm":
+            if self.form.has_norm:
                 start = kernel.let(tirx.Min(first, rows - tile.rows))
                 self.norms(start, end - start)
         with kernel.when(rows < int32(tile.rows)):
@@ -177,7 +188,7 @@ class _Writer:
                     self.one(panel, row, 1, columns)
 
             self.panels(single)
-            if self.form.epilogue == "layer_norm":
+            if self.form.has_norm:
                 self.norms(int32(0), rows)
         return kernel.function()
 
@@ -234,14 +245,18 @@ class _Writer:
     def finish(self, value: Expr, place: Expr, at: Expr, n: int) -> None:
         """Everything after the bias for `n` outputs of a row."""
         kernel, form = self.kernel, self.form
-        if form.epilogue == "layer_norm":
-            kernel.store(self.at["y"], place, value + kernel.load(self.at["residual"], place, n), n)
+        if form.epilogue in RESIDUALS:
+            value = kernel.let(value + kernel.load(self.at["residual"], place, n))
+        if form.has_norm:
+            kernel.store(self.at["y"], place, value, n)
             return
         if form.epilogue == "relu":
             value = kernel.let(tirx.Max(float32(0.0, n), value))
         elif form.epilogue == "gelu":
             gelu = approximations.gelu if form.floats else approximations.gelu_short
             value = gelu(kernel, value, n)
+        elif form.epilogue == "gelu_tanh":
+            value = approximations.gelu_tanh(kernel, value, n)
         if form.floats:
             kernel.store(self.at["y"], place, value, n)
         if form.codes:
@@ -257,7 +272,7 @@ class _Writer:
         kernel.store(self.at["codes"], place, cast(typed("uint8", n), bits), n)
 
     def norms(self, first: Expr, count: Expr) -> None:
-        """Layer norm of rows of y, in place; the variance is that of the centred values (Ba et al., 2016)."""
+        """Layer norm of rows of y; the variance is that of the centred values (Ba et al., 2016)."""
         kernel, form = self.kernel, self.form
         y, size = self.at["y"], form.outputs
         with kernel.loop(count, "norm") as index:
@@ -275,7 +290,8 @@ class _Writer:
             def write(at: Expr, n: int) -> None:
                 value = (kernel.load(y, start + at, n) - spread(mean, n)) * spread(factor, n)
                 value = kernel.let(value * kernel.load(self.at["gamma"], at, n) + kernel.load(self.at["beta"], at, n))
-                kernel.store(y, start + at, value, n)
+                if form.epilogue == "layer_norm":
+                    kernel.store(y, start + at, value, n)
                 if form.codes:
                     self.round(value, start + at, at, n)
 

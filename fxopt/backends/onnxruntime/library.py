@@ -1,0 +1,73 @@
+"""The custom-operator library beside an ONNX file: own kernels that ONNX Runtime loads, without fxopt or TVM.
+
+    options.register_custom_ops_library("model.so")
+
+A file says in its metadata that it needs one (`fxopt.library`, the name of a file in the same folder). Loading such a
+file runs the library's code, as loading any library does.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto
+
+from fxopt.backends.onnxruntime.fused_forms import DOMAIN, OPERATOR
+from fxopt.errors import InvalidModel
+
+KEY = "fxopt.library"
+SUFFIX = ".so"
+
+
+def needs_library(model: ModelProto) -> bool:
+    """Whether nodes of the model are our own operators."""
+    return any(entry.domain == DOMAIN for entry in model.opset_import)
+
+
+def build_library(model: ModelProto, path: Path) -> Path:
+    """Write the library with the kernels that the nodes of a model need.
+
+    Raises:
+        MissingDependency: a package of fxopt[tvm] is not installed.
+        OutputError: the compiler or the linker refuses, or the file cannot be written.
+    """
+    from fxopt.backends.tvm.custom_ops import EPILOGUES, build_custom_ops
+    from fxopt.backends.tvm.kernels.fused_int8 import Form
+
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    forms = []
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type == OPERATOR:
+            values = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+            outputs, inner = sizes[node.input[1]]
+            epilogue = EPILOGUES[values["epilogue"]]
+            forms.append(Form(inner, outputs, epilogue, bool(values["floats"]), bool(values["codes"]), values["eps"]))
+    return build_custom_ops(forms, path)
+
+
+def library_of(path: str | os.PathLike[str]) -> Path | None:
+    """The library that a model file needs; None when it needs none.
+
+    Raises:
+        InvalidModel: it needs one that is not there.
+    """
+    beside = Path(path).with_suffix(SUFFIX)
+    if not beside.is_file() and not _may_need_one(Path(path)):
+        return None
+    model = onnx.load(path, load_external_data=False)
+    named = {entry.key: entry.value for entry in model.metadata_props}.get(KEY)
+    if not needs_library(model):
+        return None
+    library = Path(path).with_name(Path(named).name) if named else beside
+    if not library.is_file():
+        raise InvalidModel(
+            f"{path} needs the library {library.name} with its kernels, which was written beside it; copy both files"
+        )
+    return library
+
+
+def _may_need_one(path: Path) -> bool:
+    """Whether the name of our operator is in the file: a small part of the time that parsing takes."""
+    return path.is_file() and OPERATOR.encode() in path.read_bytes()
