@@ -51,6 +51,7 @@ def optimize(
     dump: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
+    custom_ops: bool = False,
 ) -> Optimized:
     """Make a model faster on a target within an error budget; what does not pay is rolled back.
 
@@ -76,6 +77,8 @@ def optimize(
         guard_seconds: time for measuring.
         dump: a folder for the graph after every pass.
         resume: a file for the state of the calibration: a run that was cut off goes on from it.
+        custom_ops: use own kernels where they are faster (x86-64, needs fxopt[tvm]): `save` then writes a library
+            beside the `.onnx` file, which a session must register (`fxopt.load` does).
 
     Raises:
         FxoptError: in its subclasses: unknown names, invalid models, inputs and options, failed captures.
@@ -83,9 +86,14 @@ def optimize(
     options = Options(
         target, dynamic_shapes, calibration, evaluate, budget, objective, passes, backend, include, exclude, threads,
         force, require_speedup, tuple(require_passes), input_shapes, guard_seconds, seed,
-        None if dump is None else Path(dump), progress, None if resume is None else Path(resume),
+        None if dump is None else Path(dump), progress, None if resume is None else Path(resume), custom_ops,
     )  # fmt: skip
-    resolve_backend(backend, resolve_target(target, threads), [])  # unknown names fail now, not at the first call
+    found = resolve_target(target, threads)
+    runs = resolve_backend(backend, found, [])  # unknown names fail now, not at the first call
+    if custom_ops:
+        from fxopt.own_kernels import require_own_kernels
+
+        require_own_kernels(runs, found)
     resolve_passes(passes)
     result = Optimized(model, options)
     if is_onnx(model) or example_inputs is not None or _is_exported(model):
@@ -231,6 +239,7 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
         target, backend, samples, passes, options.evaluate, options.budget, options.objective,
         resolve_pattern("include", options.include), resolve_pattern("exclude", options.exclude), options.threads,
         options.force, options.guard_seconds, options.dump, options.progress, notes, options.resume,
+        options.custom_ops,
     )  # fmt: skip
     return graph, request
 

@@ -34,6 +34,8 @@ def save(outcome: Outcome, path: Path) -> None:
 
 def _save_onnx(outcome: Outcome, path: Path) -> None:
     from fxopt.backends.onnxruntime.forms import FORMS
+    from fxopt.backends.onnxruntime.library import KEY as LIBRARY
+    from fxopt.backends.onnxruntime.library import SUFFIX
     from fxopt.ir.onnx.export import save as save_graph
 
     graph = outcome.graph
@@ -44,20 +46,44 @@ def _save_onnx(outcome: Outcome, path: Path) -> None:
             f"{path}: a PyTorch graph optimised for {outcome.report.target} has no ONNX form{hint}; "
             "save it as a folder, or optimise for target 'host'"
         )
-    save_graph(_signed(outcome), path, FORMS)
+    library = _library_of(outcome)
+    if library is not None:
+        _copy(library, path.with_suffix(SUFFIX))
+    save_graph(_signed(outcome, {} if library is None else {LIBRARY: path.with_suffix(SUFFIX).name}), path, FORMS)
 
 
-def _signed(outcome: Outcome) -> Graph:
+def _library_of(outcome: Outcome) -> Path | None:
+    """The library of own kernels that the result runs with."""
+    from fxopt.backends.onnxruntime.session import OnnxExecutable
+
+    return outcome.executable.library if isinstance(outcome.executable, OnnxExecutable) else None
+
+
+def _copy(source: Path, path: Path) -> None:
+    """Copy a file through a temporary name."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        if path.exists() and source.samefile(path):
+            return
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _signed(outcome: Outcome, more: dict[str, str]) -> Graph:
     """The graph with what it was made for in the model's metadata; itself when nothing was changed."""
     graph = outcome.graph
-    if outcome.report.outcome != "optimized" or graph.model is None:
+    if (outcome.report.outcome != "optimized" and not more) or graph.model is None:
         return graph
     signed = graph.copy()
     assert signed.model is not None
     proto = type(signed.model.proto).FromString(signed.model.proto.SerializeToString())
     signed.model.proto = proto
     known = {entry.key: entry for entry in proto.metadata_props}
-    for key, value in _metadata(outcome).items():
+    signed_by = _metadata(outcome) if outcome.report.outcome == "optimized" else {}
+    for key, value in {**signed_by, **more}.items():
         entry = known[key] if key in known else proto.metadata_props.add(key=key)
         entry.value = value
     return signed

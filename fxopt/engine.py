@@ -278,6 +278,11 @@ class Optimizer:
                 tidy.run(graph, self.context)
             graph.prune()
             self._verify(exact, graph, chosen)
+        return self.measured(graph, chosen)
+
+    def measured(self, graph: Graph, chosen: Plan) -> Lossy:
+        """A rewritten graph, compiled, with its error."""
+        with self.stage("rewriting"):
             executable = self.compiled(graph)
         with self.stage("measuring the error"):
             error, loss = self._error(executable)

@@ -42,6 +42,7 @@ class Options:
     dump: Path | None = None
     progress: Progress | None = None
     resume: Path | None = None
+    custom_ops: bool = False
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:

@@ -40,6 +40,7 @@ class Request:
     progress: Progress | None = None
     warnings: list[str] = field(default_factory=list)
     resume: Path | None = None  # the state of the calibration
+    custom_ops: bool = False  # own kernels in a library beside the file
 
 
 @dataclass

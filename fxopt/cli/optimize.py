@@ -56,6 +56,12 @@ def optimize(
         Path | None,
         typer.Option(help="State of the calibration: a run that was cut off goes on from it.", metavar="FILE.npz"),
     ] = None,
+    custom_ops: Annotated[
+        bool,
+        typer.Option(
+            "--custom-ops", help="Use own kernels where faster: writes a library beside the file [fxopt[tvm]]."
+        ),
+    ] = False,
     dump: Annotated[
         Path | None, typer.Option(help="Write the graph after every pass into this folder.", metavar="FOLDER")
     ] = None,
@@ -79,6 +85,7 @@ def optimize(
                 "--dump": dump,
                 "--require-speedup": require_speedup,
                 "--resume": resume,
+                "--custom-ops": custom_ops or None,
             }
         )
     planning: dict[str, Any] = {
@@ -113,6 +120,7 @@ def optimize(
             guard_seconds=guard_seconds,
             dump=dump,
             resume=resume,
+            custom_ops=custom_ops,
             progress=progress,
         )
     failure = result.unmet

@@ -78,7 +78,10 @@ def _rounded(emitter: Emitter, node: fx.Node, x: str) -> str:
         emitter.node("Mul", [x, emitter.value(inverse)], [scaled])
         x = scaled
     y = emitter.output(node)
-    names = [emitter.initializer(scale, f"{y}_scale"), emitter.initializer(torch.tensor(zero, dtype=torch.uint8), "zero")]
+    names = [
+        emitter.initializer(scale, f"{y}_scale"),
+        emitter.initializer(torch.tensor(zero, dtype=torch.uint8), "zero"),
+    ]
     emitter.node("QuantizeLinear", [x, *names], [y])
     return y
 

@@ -61,6 +61,7 @@ def library_of(path: str | os.PathLike[str]) -> Path | None:
     if not needs_library(model):
         return None
     library = Path(path).with_name(Path(named).name) if named else beside
+    library = library if library.is_file() else beside  # both were renamed
     if not library.is_file():
         raise InvalidModel(
             f"{path} needs the library {library.name} with its kernels, which was written beside it; copy both files"

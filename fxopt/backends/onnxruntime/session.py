@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxopt.backends.base import Executable
+from fxopt.backends.onnxruntime.library import library_of
 from fxopt.errors import InvalidInput, InvalidModel, OutputError
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 
@@ -30,8 +31,6 @@ def make_session(
         InvalidModel: ONNX Runtime cannot load the model, or its library is not there.
     """
     import onnxruntime
-
-    from fxopt.backends.onnxruntime.library import library_of
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -58,6 +57,7 @@ class OnnxExecutable(Executable):
         self.path = path
         self.threads = threads
         self._scratch = scratch  # deleted with this object
+        self.library = library_of(path)
         self.session = make_session(path, threads)
         self.input_names = [value.name for value in self.session.get_inputs()]
         shown = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads

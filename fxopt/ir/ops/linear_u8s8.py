@@ -98,7 +98,18 @@ def _(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, inverse: Tensor, zero:
 
 
 @linear_u8s8.cost
-def _(q: Tensor, codes: Tensor, scales: Tensor, bias: Tensor, *rest: Any) -> Cost:
+def _(
+    q: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    zero: int,
+    epilogue: str,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> Cost:
     return linear_w8a8.cost_of(q, codes, scales, bias, 1.0, 0)
 
 

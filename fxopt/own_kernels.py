@@ -1,0 +1,95 @@
+"""Own kernels behind a finished plan: 8-bit linears with what follows them, where that is measured to be faster.
+
+They are operators of a library that lies beside the `.onnx` file and that its session must register, so they are used
+when asked for (`custom_ops`), never by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fxopt.backends.base import Backend
+from fxopt.errors import InvalidOption, MissingDependency
+from fxopt.guard import Timing, measure
+from fxopt.ir.graph import label
+from fxopt.ir.ledger import Verdict
+from fxopt.ir.target import Target
+from fxopt.passes.fuse_int8 import FuseInt8
+from fxopt.request import Lossy, Sample
+
+if TYPE_CHECKING:
+    from fxopt.engine import Optimizer
+
+_NEEDS = ("tvm", "ziglang")
+
+
+def require_own_kernels(backend: Backend, target: Target) -> None:
+    """Raise when own kernels cannot be made for the backend on the target.
+
+    Raises:
+        InvalidOption: the backend takes none, or the target is not this machine or not an x86-64 CPU.
+        MissingDependency: a package that compiles them is not installed.
+    """
+    if backend.name != "onnxruntime":
+        raise InvalidOption(f"custom_ops: backend {backend.name} takes no custom operators; expected onnxruntime")
+    if not target.is_host or not target.arch.startswith("x86") or "avx2" not in target.features:
+        raise InvalidOption(
+            f"custom_ops: own kernels are made for and measured on this machine, an x86-64 CPU with AVX2; "
+            f"the target is {target.name} ({target.arch})"
+        )
+    import importlib.util
+
+    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"custom_ops needs {', '.join(missing)} to compile kernels; install: pip install 'fxopt[tvm]'"
+        )
+
+
+def with_own_kernels(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: float) -> Lossy:
+    """The result on own kernels where they are faster and within the budget, else the one that was given.
+
+    Args:
+        sample: what both are timed on; None: not timed, own kernels are taken.
+    """
+    name = FuseInt8().name
+    graph = lossy.graph.copy()
+    nodes = [label(node) for node in graph.calls() if "linear_w8a8" in str(node.target)]
+    with job.stage("own kernels"):
+        changes = FuseInt8().run(graph, job.context)
+    if not changes:
+        job.ledger.note("custom_ops: no 8-bit linear with a calibrated range is there to be computed by own kernels")
+        return lossy
+    with job.stage("own kernels"):
+        fused = job.measured(graph, lossy.plan)
+    refused = {verdict.node for verdict in job.ledger.select(pass_name=name, outcome="refused")}
+    done = [node for node in nodes if node not in refused]
+    budget = job.request.budget
+    if budget is not None and not fused.loss <= budget:
+        return _left(job, done, lossy, fused, f"over budget: measured loss {fused.loss:.3g}")
+    why = "not measured (--force)"
+    if sample is not None:
+        timing = _compared(lossy, fused, sample, seconds)
+        why = f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f}) over ONNX Runtime's kernels"
+        if timing.low < 1.0:
+            return _left(job, done, lossy, fused, f"{why}: not surely faster")
+    for node in done:
+        job.ledger.add(Verdict(name, node, "applied", why))
+    lossy.executable.close()
+    return replace(fused, plan=lossy.plan)
+
+
+def _compared(lossy: Lossy, fused: Lossy, sample: Sample, seconds: float) -> Timing:
+    def running(one: Lossy) -> Callable[[], object]:
+        return lambda: one.executable.run(sample)
+
+    return measure(running(lossy), running(fused), seconds)
+
+
+def _left(job: Optimizer, nodes: list[str], lossy: Lossy, fused: Lossy, why: str) -> Lossy:
+    for node in nodes:
+        job.ledger.add(Verdict(FuseInt8().name, node, "rolled-back", why))
+    fused.executable.close()
+    return lossy
