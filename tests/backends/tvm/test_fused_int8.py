@@ -101,11 +101,13 @@ def test_sums_are_exact(build: Builder, form_of: Any) -> None:
     form = Form(1024, 32)
     tile = tile_for(32, form_of)
     codes = np.concatenate([np.full((16, 1024), 127), np.full((16, 1024), -127)]).astype(np.int8)
-    ones, y = np.ones(32, np.float32), np.zeros((9, 32), np.float32)
-    q = np.full((9, 1024), 255, np.uint8)
+    given, _ = operands(form, 9, form_of)
+    ones = np.ones(32, np.float32)
+    given |= {"q": np.full((9, 1024), 255, np.uint8), "w": pack(codes, tile), "starts": starts_of(codes, 0, tile)}
+    given |= {"scales": ones, "bias": 0 * ones}
     run = build(fused_int8("f", form, form_of), form_of)
-    run("f", np.array([9], np.int32), q, pack(codes, tile), starts_of(codes, 0, tile), ones, 0 * ones, y)
-    assert (y == 255 * 127 * 1024 * np.where(np.arange(32) < 16, 1, -1)).all()
+    run("f", *(given[key] for key in PARAMETERS))
+    assert (given["y"] == 255 * 127 * 1024 * np.where(np.arange(32) < 16, 1, -1)).all()
 
 
 def test_rows_beyond_a_block(build: Builder, form_of: Any) -> None:
@@ -121,21 +123,19 @@ def test_rows_beyond_a_block(build: Builder, form_of: Any) -> None:
 def test_gelu_short(build: Builder, form_of: Any) -> None:
     """Within 1.5e-5 of the exact function, far out too: rounded to steps of 2**-12, all levels agree but for ties."""
     form = Form(4, 1, "gelu", False, True)
-    tile = tile_for(1, form_of)
-    q = np.zeros((9, 4), np.uint8)
     run = build(fused_int8("f", form, form_of), form_of)
-    one = np.ones(1, np.float32)
-    packed, start = pack(np.zeros((1, 4), np.int8), tile), starts_of(np.zeros((1, 4), np.int8), 0, tile)
+    given, _ = operands(form, 9, form_of)
+    given["inverse"][:] = 4096
+    given["scales"][:] = 0
     for x in np.linspace(-60, 6, 500):
-        codes = np.zeros((9, 1), np.uint8)
-        exact = float(torch.nn.functional.gelu(torch.tensor(x, dtype=torch.float64)))
-        inverse, zero = one * 4096, np.array([128 - np.rint(exact * 4096)], np.float32)
-        run("f", np.array([9], np.int32), q, packed, start, one, one * np.float32(x), codes, inverse, zero)
-        assert abs(int(codes[0, 0]) - 128) <= 1, x
+        exact = float(torch.nn.functional.gelu(torch.tensor(np.float32(x), dtype=torch.float64)))
+        given["bias"][:], given["zero"][:] = x, 128 - np.rint(exact * 4096)
+        run("f", *(given[key] for key in PARAMETERS))
+        assert np.abs(given["codes"].astype(int) - 128).max() <= 1, x
 
 
 def test_instructions(tmp_path: Path) -> None:
-    form = Form(64, 96, "gelu", False, True)
+    form = Form(384, 96, "gelu", False, True)
     for target, wanted in (("x86-avx512-vnni", "vpdpbusd"), ("x86-avx-vnni", "vpdpbusd"), ("x86-avx2", "vpmaddwd")):
         text = assembly([fused_int8("f", form, machine(target))], machine(target), tmp_path)
         assert wanted in text

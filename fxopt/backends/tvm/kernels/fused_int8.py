@@ -136,6 +136,7 @@ class _Writer:
     def __init__(self, kernel: Kernel, form: Form, tile: Tile) -> None:
         self.kernel, self.form, self.tile = kernel, form, tile
         self.groups = form.inner // tile.group
+        self.line = 64 if tile.group == 4 else 32  # weights in a cache line
         panels = -(-form.outputs // tile.columns)
         sizes = {
             "rows": (1, "int32"),
@@ -164,7 +165,7 @@ class _Writer:
             def tiled(panel: Expr, columns: int) -> None:
                 with kernel.loop(tiles, "tile") as index:
                     row = kernel.let(tirx.Min(first + index * tile.rows, rows - tile.rows))
-                    self.one(panel, row, tile.rows, columns)
+                    self.one(panel, index, row, tile.rows, columns)
 
             self.panels(tiled)
             if self.form.epilogue == "layer_norm":
@@ -174,7 +175,7 @@ class _Writer:
 
             def single(panel: Expr, columns: int) -> None:
                 with kernel.loop(rows, "row") as row:
-                    self.one(panel, row, 1, columns)
+                    self.one(panel, row, row, 1, columns)
 
             self.panels(single)
             if self.form.epilogue == "layer_norm":
@@ -189,8 +190,11 @@ class _Writer:
         if rest:
             body(int32(full), rest)
 
-    def one(self, panel: Expr, row: Expr, count: int, columns: int) -> None:
-        """A register tile: `count` rows times one panel, whose first `columns` outputs exist."""
+    def one(self, panel: Expr, index: Expr, row: Expr, count: int, columns: int) -> None:
+        """Register tile `index` of a panel: `count` rows from `row` on times the panel's first `columns` outputs.
+
+        Meanwhile the panels that come next are fetched, a line per group.
+        """
         kernel, form, tile = self.kernel, self.form, self.tile
         width, lanes, group = tile.columns, tile.lanes, tile.group
         vectors = range(0, width, lanes)
@@ -198,9 +202,12 @@ class _Writer:
         for r in range(count):
             for v in vectors:
                 kernel.store(sums, r * width + v, kernel.load(self.at["starts"], panel * width + v, lanes), lanes)
+        ahead = kernel.let((panel + 1) * (form.inner * width) + index * (self.groups * self.line))
         with kernel.loop(self.groups, "g") as g:
             place = (panel * self.groups + g) * (width * group)
             weights = [kernel.let(kernel.load(self.at["w"], place + v * group, lanes * group)) for v in vectors]
+            if count > 1:
+                kernel.prefetch(self.at["w"], ahead + g * self.line)
             for r in range(count):
                 value = self.spread_codes((row * form.inner + g * group) + r * form.inner)
                 for v, weight in zip(vectors, weights, strict=True):
