@@ -1,0 +1,177 @@
+"""The operators' kernels against their definitions, in this process and as ONNX Runtime custom operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from fxopt.backends.tvm import Tvm
+from fxopt.cost_model.targets import get_target
+from fxopt.errors import InvalidInput, MissingDependency, UnknownName
+from fxopt.ir.ops.fused_linear_w8a8 import fused_linear_norm_w8a8, fused_linear_w8a8, fused_linear_w8a8_bytes
+
+try:
+    Tvm.require()
+except MissingDependency as error:
+    pytest.skip(str(error), allow_module_level=True)
+if "avx2" not in get_target("host").features:
+    pytest.skip("this computer has no AVX2", allow_module_level=True)
+
+from fxopt.backends.tvm import fused_cpu  # isort: skip
+from fxopt.backends.tvm.custom_ops import DOMAIN, OPERATOR, attributes, build_custom_ops  # isort: skip
+from fxopt.backends.tvm.kernels.fused_int8 import Form  # isort: skip
+
+pytestmark = pytest.mark.slow
+FAMILY = [fused_linear_w8a8, fused_linear_w8a8_bytes, fused_linear_norm_w8a8]
+
+
+def close(found: Any, expected: Any) -> None:
+    """Floats to rounding of float32, bytes to one level (of values that lie at a tie)."""
+    for a, b in zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]:
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if a.dtype == torch.uint8:
+            distance = (a.int() - b.int()).abs()
+            assert distance.numel() == 0 or (distance.max() <= 1 and distance.float().mean() < 0.02)
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("operator", FAMILY, ids=lambda operator: operator.name)
+def test_in_process(operator: Any) -> None:
+    fused_cpu.register()
+    for arguments in operator.sample_arguments():
+        before = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+        close(operator(*arguments), operator.function(*arguments))
+        for value, kept in zip(arguments, before, strict=True):
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, kept)
+
+
+def test_written_weights_are_packed_again() -> None:
+    fused_cpu.register()
+    x, zero, codes, scales, bias, _ = next(fused_linear_w8a8.sample_arguments())
+    for step in (0, 1):
+        codes.add_(step).clamp_(-127, 127)
+        for x_zero in (zero, 3):
+            given = (x, x_zero, codes, scales, bias, "none")
+            close(fused_linear_w8a8(*given), fused_linear_w8a8.function(*given))
+
+
+def test_refusals() -> None:
+    fused_cpu.register()
+    x, zero, codes, scales, bias, _ = next(fused_linear_w8a8.sample_arguments())
+    with pytest.raises(InvalidInput, match="x is torch.float32"):
+        fused_linear_w8a8(x.float(), zero, codes, scales, bias, "none")
+    with pytest.raises(InvalidInput, match=r"bias has shape \[7\]; expected \[8\]"):
+        fused_linear_w8a8(x, zero, codes, scales, bias[:7], "none")
+    with pytest.raises(UnknownName, match="unknown activation 'gelo'; known: none, relu, gelu"):
+        fused_linear_w8a8.function(x, zero, codes, scales, bias, "gelo")
+
+
+# ---- ONNX Runtime
+
+INNER, OUT, X_ZERO, Y_ZERO, EPS = 24, 51, 117, 40, 1e-5
+FORMS = {
+    "floats": Form(INNER, OUT, "gelu"),
+    "bytes": Form(INNER, OUT, "gelu", False, True),
+    "both": Form(INNER, OUT, "none", True, True),
+    "norm": Form(INNER, OUT, "layer_norm", True, False, EPS),
+    "norm_bytes": Form(INNER, OUT, "layer_norm", True, True, EPS),
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_custom_ops(FORMS.values(), tmp_path_factory.mktemp("ops") / "ops.so")
+
+
+def operands() -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    return {
+        "weight": random.integers(-127, 128, (OUT, INNER)).astype(np.int8),
+        "scales": random.uniform(1e-5, 2e-4, OUT).astype(np.float32),
+        "bias": random.standard_normal(OUT).astype(np.float32),
+        "inverse": random.uniform(10, 40, OUT).astype(np.float32),
+        "gamma": random.uniform(0.5, 1.5, OUT).astype(np.float32),
+        "beta": random.standard_normal(OUT).astype(np.float32),
+    }
+
+
+def session(library: Path, form: Form, threads: int = 1, **changed: Any) -> ort.InferenceSession:
+    """A model of one node; `changed`: attributes, `constant_weight`."""
+    held = operands()
+    norm = form.epilogue == "layer_norm"
+    names = ["x", "weight", "scales", "bias", "inverse" if form.codes else ""]
+    names += ["residual", "gamma", "beta"] if norm else []
+    outputs = ["y" if form.floats else "", "codes" if form.codes else ""]
+    options = {**attributes(form, X_ZERO, Y_ZERO), **changed}
+    is_constant = options.pop("constant_weight", True)
+    node = helper.make_node(OPERATOR, names, outputs, domain=DOMAIN, **options)
+    value = helper.make_tensor_value_info
+    inputs = [value("x", TensorProto.UINT8, None)]
+    inputs += [value("residual", TensorProto.FLOAT, None)] if norm else []
+    inputs += [] if is_constant else [value("weight", TensorProto.INT8, [OUT, INNER])]
+    results = [value("y", TensorProto.FLOAT, None)] if form.floats else []
+    results += [value("codes", TensorProto.UINT8, None)] if form.codes else []
+    used = [name for name in names if name in held and (is_constant or name != "weight")]
+    initializers = [numpy_helper.from_array(held[name], name) for name in used]
+    graph = helper.make_graph([node], "g", inputs, results, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)])
+    model.ir_version = 10
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = 4
+    settings.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
+def definition(form: Form, x: Any, residual: Any) -> tuple[Any, ...]:
+    held = {name: torch.from_numpy(value) for name, value in operands().items()}
+    given = (torch.from_numpy(x), X_ZERO, held["weight"], held["scales"], held["bias"])
+    after = (held["inverse"], Y_ZERO)
+    if form.epilogue == "layer_norm":
+        norm = (torch.from_numpy(residual), held["gamma"], held["beta"], EPS, *after)
+        y, codes = fused_linear_norm_w8a8.function(*given, *norm)
+    else:
+        y = fused_linear_w8a8.function(*given, form.epilogue)
+        codes = fused_linear_w8a8_bytes.function(*given, form.epilogue, *after)
+    return (*((y,) if form.floats else ()), *((codes,) if form.codes else ()))
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_custom_operator(library: Path, name: str, threads: int) -> None:
+    form = FORMS[name]
+    made = session(library, form, threads)
+    for shape in ((1,), (0,), (2, 3), (130,), (3, 2, 67)):
+        x = np.random.default_rng(1).integers(0, 256, (*shape, INNER)).astype(np.uint8)
+        residual = np.random.default_rng(2).standard_normal((*shape, OUT)).astype(np.float32)
+        feed = {"x": x, "residual": residual} if form.epilogue == "layer_norm" else {"x": x}
+        found = tuple(torch.from_numpy(value) for value in made.run(None, feed))
+        close(found, definition(form, x, residual))
+
+
+def test_custom_operator_refuses(library: Path) -> None:
+    with pytest.raises(Exception, match="no kernel for the node's sizes"):
+        session(library, FORMS["floats"], epilogue=1)
+    with pytest.raises(Exception, match="no kernel for the node's sizes"):
+        session(library, FORMS["norm"], eps=1e-3)
+    with pytest.raises(Exception, match="the weight must be an initializer"):
+        session(library, FORMS["floats"], constant_weight=False)
+    made = session(library, FORMS["norm"])
+    x, residual = np.zeros((4, INNER), np.uint8), np.zeros((4, OUT), np.float32)
+    with pytest.raises(Exception, match="does not have the weight's sizes"):
+        made.run(None, {"x": x[:, 1:], "residual": residual})
+    with pytest.raises(Exception, match="does not have the weight's sizes"):
+        made.run(None, {"x": x, "residual": residual[1:]})
+
+
+def test_library_needs_the_c_library_only(library: Path) -> None:
+    data = library.read_bytes()
+    assert b"\0malloc\0" in data and b"\0RegisterCustomOps\0" in data
+    assert b"TVM" not in data and b"expf" not in data and b"erff" not in data
