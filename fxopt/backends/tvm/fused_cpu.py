@@ -1,7 +1,6 @@
-"""Run `fxopt::fused_linear_w8a8` and its family in generated kernels of this machine, in this process.
+"""Run `fxopt::linear_u8s8`, `quantize_u8` and `layer_norm_u8` in generated kernels of this machine, in this process.
 
-    register()                      # from now on CPU tensors go to the kernels
-    torch.ops.fxopt.fused_linear_w8a8(x, 128, codes, scales, bias, "gelu")
+    register()  # from now on CPU tensors go to the kernels
 
 A kernel is generated when its sizes are first seen, and a weight is packed when it is first used; both are kept (a
 packed weight as long as its tensor lives and is not written to).
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxopt.backends.tvm.kernels.fused_int8 import PARAMETERS, Epilogue, Form, fused_int8, pack, starts_of, tile_for
+from fxopt.backends.tvm.kernels.rows_u8 import ROW_PARAMETERS, RowForm, rows_u8
 from fxopt.backends.tvm.link import link
 from fxopt.backends.tvm.load import HostLibrary
 from fxopt.backends.tvm.lower import write_object
@@ -27,7 +27,7 @@ from fxopt.backends.tvm.machine import Machine, machine_for
 from fxopt.cost_model.targets import get_target
 from fxopt.errors import InvalidInput
 
-_PACKED: Any = WeakTensorKeyDictionary()  # codes -> (version, x_zero, packed, starts)
+_PACKED: Any = WeakTensorKeyDictionary()  # codes -> (version, zero, packed, starts)
 
 
 @cache
@@ -38,13 +38,13 @@ def register() -> None:
         MissingDependency: a package of fxopt[tvm] is not installed.
         Unsupported: this machine is no x86-64 with AVX2.
     """
-    from fxopt.ir.ops import fused_linear_w8a8 as family
+    from fxopt.ir.ops import linear_u8s8 as family
 
     tile_for(64, _host())
     library = _library()
-    library.impl(family.fused_linear_w8a8.name, _floats, "CPU")
-    library.impl(family.fused_linear_w8a8_bytes.name, _bytes, "CPU")
-    library.impl(family.fused_linear_norm_w8a8.name, _norm, "CPU")
+    library.impl(family.linear_u8s8.name, _linear, "CPU")
+    library.impl(family.quantize_u8.name, _quantize, "CPU")
+    library.impl(family.layer_norm_u8.name, _norm, "CPU")
 
 
 @cache
@@ -58,81 +58,79 @@ def _host() -> Machine:
 
 
 @cache
-def _kernel(form: Form) -> Any:
+def _kernel(form: Form | RowForm) -> Any:
     """The compiled function of a form; the file is not needed once it is loaded."""
+    function = fused_int8("run", form, _host()) if isinstance(form, Form) else rows_u8("run", form, _host())
     with tempfile.TemporaryDirectory() as folder:
-        built = write_object([fused_int8("run", form, _host())], _host(), Path(folder) / "k.o")
-        library = HostLibrary(link([built], ["run"], _host(), Path(folder) / f"{abs(hash(form))}.so"))
-    return library.function("run", len(PARAMETERS))
+        built = write_object([function], _host(), Path(folder) / "k.o")
+        library = HostLibrary(link([built], ["run"], _host(), Path(folder) / "k.so"))
+    return library.function("run", len(PARAMETERS if isinstance(form, Form) else ROW_PARAMETERS))
 
 
-def _packed(codes: Tensor, x_zero: int) -> tuple[Any, Any]:
+def _packed(codes: Tensor, zero: int) -> tuple[Any, Any]:
     found = _PACKED.get(codes)
-    if found is None or found[:2] != (codes._version, x_zero):
+    if found is None or found[:2] != (codes._version, zero):
         tile, array = tile_for(codes.shape[0], _host()), codes.contiguous().numpy()
-        found = (codes._version, x_zero, pack(array, tile), starts_of(array, x_zero, tile))
+        found = (codes._version, zero, pack(array, tile), starts_of(array, zero, tile))
         _PACKED[codes] = found
     return found[2], found[3]
 
 
-def _run(form: Form, x: Tensor, x_zero: int, codes: Tensor, given: dict[str, Tensor], y_zero: int = 0) -> list[Tensor]:
-    """y and bytes, those that the form has."""
-    if x.dtype != torch.uint8 or codes.dtype != torch.int8 or x.shape[-1:] != codes.shape[1:]:
+def _run(form: Form, q: Tensor, zero: int, codes: Tensor, given: dict[str, Tensor]) -> Tensor:
+    if q.dtype != torch.uint8 or codes.dtype != torch.int8 or q.shape[-1:] != codes.shape[1:]:
         raise InvalidInput(
-            f"x is {x.dtype} {list(x.shape)}, the weight {codes.dtype} {list(codes.shape)}; "
+            f"q is {q.dtype} {list(q.shape)}, the weight {codes.dtype} {list(codes.shape)}; "
             "expected uint8 [..., in] and int8 [out, in]"
         )
-    shape = (*x.shape[:-1], form.outputs)
-    made = {key: value.float().contiguous() for key, value in given.items()}
-    made["q"] = x.contiguous()
-    for name, value in made.items():
-        wanted = shape if name == "residual" else x.shape if name == "q" else (form.outputs,)
-        if tuple(value.shape) != tuple(wanted):
-            raise InvalidInput(f"{name} has shape {list(value.shape)}; expected {list(wanted)}")
-    results = {"y": torch.empty(shape)} if form.floats else {}
-    results |= {"codes": torch.empty(shape, dtype=torch.uint8)} if form.codes else {}
-    rows, zero = np.array([x.numel() // form.inner], np.int32), np.array([y_zero], np.float32)
-    weight, starts = _packed(codes, x_zero)
-    arrays = {"rows": rows, "zero": zero, "w": weight, "starts": starts}
-    addresses = {name: array.ctypes.data for name, array in arrays.items()}
-    addresses |= {name: value.data_ptr() for name, value in (made | results).items()}
+    y = torch.empty(*q.shape[:-1], form.outputs)
+    sizes = {"residual": tuple(y.shape)}
+    made = {name: _checked(name, value, sizes.get(name, (form.outputs,))) for name, value in given.items()}
+    weight, starts = _packed(codes, zero)
+    rows = np.array([q.numel() // form.inner], np.int32)
+    addresses = {name: array.ctypes.data for name, array in (("rows", rows), ("w", weight), ("starts", starts))}
+    made |= {"q": q.contiguous(), "y": y}
+    addresses |= {name: value.data_ptr() for name, value in made.items()}
     _kernel(form)(*(addresses.get(name, 0) for name in PARAMETERS))
-    return list(results.values())
+    return y
 
 
-def _floats(x: Tensor, x_zero: int, codes: Tensor, scales: Tensor, bias: Tensor, activation: Epilogue) -> Tensor:
-    form = Form(codes.shape[1], codes.shape[0], activation)
-    return _run(form, x, x_zero, codes, {"scales": scales, "bias": bias})[0]
+def _rows(form: RowForm, x: Tensor, zero: int, given: dict[str, Tensor]) -> Tensor:
+    made = {name: _checked(name, value, (form.size,)) for name, value in given.items()}
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    made |= {"x": x.float().contiguous(), "codes": codes}
+    arrays = {"rows": np.array([x.numel() // form.size], np.int32), "zero": np.array([zero], np.float32)}
+    addresses = {name: array.ctypes.data for name, array in arrays.items()}
+    addresses |= {name: value.data_ptr() for name, value in made.items()}
+    _kernel(form)(*(addresses.get(name, 0) for name in ROW_PARAMETERS))
+    return codes
 
 
-def _bytes(
-    x: Tensor,
-    x_zero: int,
+def _checked(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(value.shape) != shape:
+        raise InvalidInput(f"{name} has shape {list(value.shape)}; expected {list(shape)}")
+    return value.float().contiguous()
+
+
+def _linear(
+    q: Tensor,
     codes: Tensor,
     scales: Tensor,
     bias: Tensor,
-    activation: Epilogue,
-    inverse: Tensor,
-    y_zero: int,
-) -> Tensor:
-    form = Form(codes.shape[1], codes.shape[0], activation, False, True)
-    return _run(form, x, x_zero, codes, {"scales": scales, "bias": bias, "inverse": inverse}, y_zero)[0]
-
-
-def _norm(
-    x: Tensor,
-    x_zero: int,
-    codes: Tensor,
-    scales: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    shift: Tensor,
+    zero: int,
+    epilogue: Epilogue,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     eps: float,
-    inverse: Tensor,
-    y_zero: int,
-) -> tuple[Tensor, Tensor]:
-    form = Form(codes.shape[1], codes.shape[0], "layer_norm", True, True, eps)
-    given = {"scales": scales, "bias": bias, "residual": residual, "gamma": weight, "beta": shift, "inverse": inverse}
-    y, made = _run(form, x, x_zero, codes, given, y_zero)
-    return y, made
+) -> Tensor:
+    form = Form(codes.shape[1], codes.shape[0], epilogue, eps=eps)
+    given = {"scales": scales, "bias": bias, "residual": residual, "gamma": gamma, "beta": beta}
+    return _run(form, q, zero, codes, {name: value for name, value in given.items() if value is not None})
+
+
+def _quantize(x: Tensor, inverse: Tensor, zero: int) -> Tensor:
+    return _rows(RowForm(x.shape[-1]), x, zero, {"inverse": inverse})
+
+
+def _norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, inverse: Tensor, zero: int) -> Tensor:
+    return _rows(RowForm(x.shape[-1], eps), x, zero, {"inverse": inverse, "gamma": gamma, "beta": beta})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from tests.backends.tvm.harness import Builder, build, machine
 
-from fxopt.backends.tvm.kernels.fused_int8 import PARAMETERS, Form, fused_int8, pack, starts_of, tile_for  # isort: skip
+from fxopt.backends.tvm.kernels.fused_int8 import PARAMETERS, Epilogue, Form, fused_int8, pack, starts_of, tile_for  # isort: skip
 from fxopt.backends.tvm.lower import assembly  # isort: skip
 from fxopt.cost_model.targets import get_target
 from fxopt.errors import Unsupported
@@ -67,15 +67,18 @@ def expected(form: Form, given: dict[str, Any], codes: Any) -> tuple[Any, Any]:
         y = np.maximum(y, 0)
     elif form.epilogue == "gelu":
         y = torch.nn.functional.gelu(torch.from_numpy(y)).numpy()
-    elif form.epilogue == "layer_norm":
+    elif form.epilogue == "gelu_tanh":
+        y = torch.nn.functional.gelu(torch.from_numpy(y), approximate="tanh").numpy()
+    elif form.epilogue in ("residual", "layer_norm"):
         y = y + given["residual"]
+    if form.epilogue == "layer_norm":
         centred = y - y.mean(1, keepdims=True)
         deviation = np.sqrt((centred**2).mean(1, keepdims=True) + form.eps)
         y = centred / deviation * given["gamma"] + given["beta"]
     return y, y * given["inverse"] + ZERO_OUT
 
 
-@pytest.mark.parametrize("epilogue", ["none", "relu", "gelu", "layer_norm"])
+@pytest.mark.parametrize("epilogue", get_args(Epilogue))
 def test_results(build: Builder, form_of: Any, epilogue: Any) -> None:
     forms = {
         f"f{inner}_{outputs}_{floats}_{codes}": Form(inner, outputs, epilogue, floats, codes)
@@ -120,15 +123,16 @@ def test_rows_beyond_a_block(build: Builder, form_of: Any) -> None:
         np.testing.assert_allclose(given["y"], expected(form, given, weight)[0], rtol=0, atol=2e-5)
 
 
-def test_gelu_short(build: Builder, form_of: Any) -> None:
-    """Within 1.5e-5 of the exact function, far out too: rounded to steps of 2**-12, all levels agree but for ties."""
-    form = Form(4, 1, "gelu", False, True)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_short_gelu(build: Builder, form_of: Any, approximate: str) -> None:
+    """Within 1.5e-5 of the function, far out too: in steps of 2**-12 it is the level beside it at most."""
+    form = Form(4, 1, "gelu_tanh" if approximate == "tanh" else "gelu", False, True)
     run = build(fused_int8("f", form, form_of), form_of)
     given, _ = operands(form, 9, form_of)
     given["inverse"][:] = 4096
     given["scales"][:] = 0
     for x in np.linspace(-60, 6, 500):
-        exact = float(torch.nn.functional.gelu(torch.tensor(np.float32(x), dtype=torch.float64)))
+        exact = float(torch.nn.functional.gelu(torch.tensor(np.float32(x)).double(), approximate=approximate))
         given["bias"][:], given["zero"][:] = x, 128 - np.rint(exact * 4096)
         run("f", *(given[key] for key in PARAMETERS))
         assert np.abs(given["codes"].astype(int) - 128).max() <= 1, x

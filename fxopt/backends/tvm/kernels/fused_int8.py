@@ -1,6 +1,6 @@
 """A product of 8-bit codes with what follows it in one function: bias, activation, residual, layer norm, rounding.
 
-    y = act((q - zero) @ C.T * scales + bias)              or    y = layer_norm(... + residual) * gamma + beta
+    y = act((q - zero) @ C.T * scales + bias)     or    y = ... + residual     or    y = layer_norm of that sum
     codes = clamp(round(y * inverse) + zero, 0, 255)
 
 q and the codes are unsigned bytes, C signed ones in -127 ... 127; the 32-bit sums are exact on every machine:
@@ -25,7 +25,6 @@ from fxopt.backends.tvm.emit import (
     Expr,
     Kernel,
     cast,
-    each,
     float32,
     int32,
     intrinsic,
@@ -35,11 +34,12 @@ from fxopt.backends.tvm.emit import (
     typed,
 )
 from fxopt.backends.tvm.kernels import approximations
+from fxopt.backends.tvm.kernels.rows_u8 import ANY_ROWS, norm_row, round_to_bytes
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 from fxopt.errors import Unsupported
 
-Epilogue = Literal["none", "relu", "gelu", "layer_norm"]
+Epilogue = Literal["none", "relu", "gelu", "gelu_tanh", "residual", "layer_norm"]
 Codes = npt.NDArray[np.int8]
 
 # Of the C function, all pointers; those that a form has no use for are not read or written.
@@ -48,8 +48,6 @@ PARAMETERS = (
 )  # fmt: skip
 
 _BLOCK_BYTES = 192 * 1024  # codes of the rows of a block
-_MAGIC = 12582912.0  # 1.5 * 2**23: a float of this size holds an integer in its low bits, rounded half to even
-_ROWS = 1 << 20  # what buffers are declared with; their sizes are not checked
 
 
 @dataclass(frozen=True)
@@ -140,12 +138,12 @@ class _Writer:
         panels = -(-form.outputs // tile.columns)
         sizes = {
             "rows": (1, "int32"),
-            "q": (_ROWS * form.inner, "uint8"),
+            "q": (ANY_ROWS * form.inner, "uint8"),
             "w": (panels * form.inner * tile.columns, "int8" if tile.group == 4 else "int16"),
             "starts": (panels * tile.columns, "int32"),
-            "residual": (_ROWS * form.outputs, "float32"),
-            "y": (_ROWS * form.outputs, "float32"),
-            "codes": (_ROWS * form.outputs, "uint8"),
+            "residual": (ANY_ROWS * form.outputs, "float32"),
+            "y": (ANY_ROWS * form.outputs, "float32"),
+            "codes": (ANY_ROWS * form.outputs, "uint8"),
             "zero": (1, "float32"),
         }
         self.at = {key: kernel.buffer(key, *sizes.get(key, (form.outputs, "float32"))) for key in PARAMETERS}
@@ -241,76 +239,33 @@ class _Writer:
     def finish(self, value: Expr, place: Expr, at: Expr, n: int) -> None:
         """Everything after the bias for `n` outputs of a row."""
         kernel, form = self.kernel, self.form
+        if form.epilogue in ("residual", "layer_norm"):
+            value = kernel.let(value + kernel.load(self.at["residual"], place, n))
         if form.epilogue == "layer_norm":
-            kernel.store(self.at["y"], place, value + kernel.load(self.at["residual"], place, n), n)
+            kernel.store(self.at["y"], place, value, n)
             return
         if form.epilogue == "relu":
             value = kernel.let(tirx.Max(float32(0.0, n), value))
-        elif form.epilogue == "gelu":
-            gelu = approximations.gelu if form.floats else approximations.gelu_short
-            value = gelu(kernel, value, n)
+        elif form.epilogue in ("gelu", "gelu_tanh"):
+            function = getattr(approximations, form.epilogue if form.floats else f"{form.epilogue}_short")
+            value = function(kernel, value, n)
         if form.floats:
             kernel.store(self.at["y"], place, value, n)
         if form.codes:
-            self.round(value, place, at, n)
-
-    def round(self, value: Expr, place: Expr, at: Expr, n: int) -> None:
-        """Bytes: the sum with 1.5 * 2**23 + zero is rounded by the adder, and the byte is its last eight bits."""
-        kernel = self.kernel
-        zero = kernel.load(self.at["zero"], 0)
-        shifted = value * kernel.load(self.at["inverse"], at, n) + spread(zero + float32(_MAGIC), n)
-        low, high = float32(_MAGIC, n), float32(_MAGIC + 255, n)
-        bits = reinterpret(typed("int32", n), kernel.let(tirx.Min(tirx.Max(shifted, low), high)))
-        kernel.store(self.at["codes"], place, cast(typed("uint8", n), bits), n)
+            round_to_bytes(kernel, self.at, value, place, at, n)
 
     def norms(self, first: Expr, count: Expr) -> None:
-        """Layer norm of rows of y, in place; the variance is that of the centred values (Ba et al., 2016)."""
-        kernel, form = self.kernel, self.form
-        y, size = self.at["y"], form.outputs
+        """Layer norm of rows of y, in place."""
+        kernel, form, y = self.kernel, self.form, self.at["y"]
         with kernel.loop(count, "norm") as index:
-            start = kernel.let((first + index) * size)
-            total = self.total(lambda at, n: kernel.load(y, start + at, n))
-            mean = kernel.let(total * float32(1 / size))
+            start = kernel.let((first + index) * form.outputs)
 
-            def square(at: Expr, n: int) -> Expr:
-                centred = kernel.let(kernel.load(y, start + at, n) - spread(mean, n))
-                return centred * centred
-
-            variance = self.total(square) * float32(1 / size)
-            factor = kernel.let(float32(1.0) / tirx.sqrt(variance + float32(form.eps)))
-
-            def write(at: Expr, n: int) -> None:
-                value = (kernel.load(y, start + at, n) - spread(mean, n)) * spread(factor, n)
-                value = kernel.let(value * kernel.load(self.at["gamma"], at, n) + kernel.load(self.at["beta"], at, n))
-                kernel.store(y, start + at, value, n)
+            def write(column: Expr, n: int, value: Expr, start: Expr = start) -> None:
+                kernel.store(y, start + column, value, n)
                 if form.codes:
-                    self.round(value, start + at, at, n)
+                    round_to_bytes(kernel, self.at, value, start + column, column, n)
 
-            each(kernel, size, self.tile.lanes, write)
-
-    def total(self, value: Callable[[Expr, int], Expr]) -> Expr:
-        """The sum of a row: four vectors of partial sums, then halves onto halves."""
-        kernel, lanes, size = self.kernel, self.tile.lanes, self.form.outputs
-        chains = 4 * lanes
-        partial = kernel.local(chains)
-        for c in range(0, chains, lanes):
-            kernel.store(partial, c, float32(0.0, lanes), lanes)
-
-        def add(at: Expr, c: int, n: int) -> None:
-            kernel.store(partial, c, kernel.load(partial, c, n) + value(at, n), n)
-
-        full = size // chains
-        with kernel.loop(full, "r") as index:
-            for c in range(0, chains, lanes):
-                add(index * chains + c, c, lanes)
-        for offset, n in tail(size - full * chains, lanes):
-            add(int32(full * chains + offset), offset, n)
-        width = chains
-        while width > 1:
-            width //= 2
-            for c, n in tail(width, lanes):
-                kernel.store(partial, c, kernel.load(partial, c, n) + kernel.load(partial, width + c, n), n)
-        return kernel.let(kernel.load(partial, 0))
+            norm_row(kernel, self.tile.lanes, form.outputs, form.eps, self.at, y, start, write)
 
 
 __all__ = ["PARAMETERS", "Epilogue", "Form", "Tile", "fused_int8", "pack", "starts_of", "tile_for"]
