@@ -115,11 +115,8 @@ def _grids(encoder: Any, feeds: Sequence[Feed]) -> dict[str, Grid]:
         for name, module in places.items():
             key = f"{index}.{name}"
             weights[key] = _array(module.weight)
-
-            def keep(_: Any, given: Any, k: str = key) -> None:
-                seen.setdefault(k, []).append(_array(given[0]))
-
-            hooks.append(module.register_forward_pre_hook(keep))
+            kept = seen.setdefault(key, [])
+            hooks.append(module.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(_array(given[0]))))
         weights[f"{index}.qkv"] = np.concatenate([_linear(m)[0] for m in (heads.query, heads.key, heads.value)])
     with torch.no_grad():
         for feed in feeds:

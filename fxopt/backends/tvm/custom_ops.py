@@ -2,7 +2,7 @@
 
     options.register_custom_ops_library("model.so")
 
-The file's nodes are `fxopt::FusedLinearInt8` (fused_int8.c says what its inputs and attributes are). A library has the
+The file's nodes are of the domain `fxopt` (fused_int8.c says what their inputs and attributes are). A library has the
 kernels of one model, for AVX-512 VNNI, AVX-VNNI and AVX2; the best one is chosen by the CPU's features when a node is
 loaded, which is also when its weight is packed. It needs neither fxopt nor TVM, and C's malloc and free only.
 """
@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from fxopt.backends.tvm.kernels.fused_int8 import Epilogue, Form, fused_int8, tile_for
+from fxopt.backends.tvm.kernels.fused_int8 import Epilogue, Form, Tile, fused_int8, tile_for
+from fxopt.backends.tvm.kernels.rows_u8 import RowForm, rows_u8
 from fxopt.backends.tvm.link import compile_c, link
 from fxopt.backends.tvm.lower import write_object
 from fxopt.backends.tvm.machine import machine_for
 from fxopt.cost_model.targets import get_target
 
 DOMAIN, OPERATOR = "fxopt", "FusedLinearInt8"
+QUANTIZE, NORM_QUANTIZE = "QuantizeRows", "LayerNormQuantizeRows"
 EPILOGUES: tuple[str, ...] = get_args(Epilogue)
 LEVELS = {"x86-avx2": 1, "x86-avx-vnni": 2, "x86-avx512-vnni": 3}  # targets, and their places in fused_int8.c
 _SOURCES = ("fused_int8.c", "ort_abi.h")
@@ -39,7 +41,7 @@ def attributes(form: Form, x_zero: int, y_zero: int = 0) -> dict[str, int | floa
     }
 
 
-def build_custom_ops(forms: Iterable[Form], path: Path) -> Path:
+def build_custom_ops(forms: Iterable[Form | RowForm], path: Path) -> Path:
     """Write the library of the forms, each once.
 
     Raises:
@@ -49,24 +51,41 @@ def build_custom_ops(forms: Iterable[Form], path: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         unique = list(dict.fromkeys(forms))
-        objects, declared, rows = [], [], []
+        objects, products, rows = [], [], []
         for target, level in LEVELS.items():
             machine = machine_for(get_target(target))
-            functions = {f"kernel_{level}_{index}": form for index, form in enumerate(unique)}
-            made = [fused_int8(name, form, machine) for name, form in functions.items()]
-            objects.append(write_object(made, machine, scratch / f"level{level}.o"))
-            for name, form in functions.items():
-                tile = tile_for(form.outputs, machine)
-                declared.append(f"extern Function {name};")
-                values = (
-                    level, form.inner, form.outputs, EPILOGUES.index(form.epilogue), int(form.floats), int(form.codes),
-                    f"{float(form.eps).hex()}f", tile.columns, tile.group, name,
-                )  # fmt: skip
-                rows.append("  {" + ", ".join(map(str, values)) + "},")
-        table = [*declared, "static const Form KERNELS[] = {", *rows, "};", f"enum {{ COUNT = {len(rows)} }};", ""]
-        (scratch / "kernels.h").write_text("\n".join(table), encoding="utf-8")
+            functions = []
+            for index, form in enumerate(unique):
+                name = f"kernel_{level}_{index}"
+                if isinstance(form, Form):
+                    functions.append(fused_int8(name, form, machine))
+                    products.append(_product(name, form, level, tile_for(form.outputs, machine)))
+                else:
+                    functions.append(rows_u8(name, form, machine))
+                    rows.append((level, form.size, int(form.eps is not None), _literal(form.eps or 0.0), name))
+            objects.append(write_object(functions, machine, scratch / f"level{level}.o"))
+        (scratch / "kernels.h").write_text(_table("", products) + _table("Row", rows), encoding="utf-8")
         for source in _SOURCES:
             shutil.copyfile(Path(__file__).with_name(source), scratch / source)
         host = machine_for(get_target("x86-avx2"))
         objects.append(compile_c(scratch / _SOURCES[0], host))
         return link(objects, ["RegisterCustomOps"], host, path)
+
+
+def _product(name: str, form: Form, level: int, tile: Tile) -> tuple[Any, ...]:
+    epilogue = EPILOGUES.index(form.epilogue)
+    results = int(form.floats), int(form.codes)
+    return (level, form.inner, form.outputs, epilogue, *results, _literal(form.eps), tile.columns, tile.group, name)
+
+
+def _table(prefix: str, rows: Sequence[tuple[Any, ...]]) -> str:
+    """C: the functions, and the array of structs that ends with them (one empty row: C has no arrays of none)."""
+    kernels, count = f"{prefix.upper()}_KERNELS".lstrip("_"), f"{prefix.upper()}_COUNT".lstrip("_")
+    lines = [f"extern {prefix}Function {row[-1]};" for row in rows]
+    lines.append(f"static const {prefix}Form {kernels}[] = {{")
+    lines += ["  {" + ", ".join(map(str, row)) + "}," for row in rows]
+    return "\n".join([*lines, "  {0}", "};", f"enum {{ {count} = {len(rows)} }};", ""])
+
+
+def _literal(value: float) -> str:
+    return f"{float(value).hex()}f"

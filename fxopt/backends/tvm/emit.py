@@ -53,6 +53,12 @@ class Kernel:
         """Write a value or a vector."""
         self._blocks[-1].append(tirx.BufferStore(buffer, value, [_index(offset, lanes, stride)]))
 
+    def prefetch(self, buffer: Any, offset: Expr) -> None:
+        """Ask for the cache line of a value; an address outside the buffer is allowed, and ignored."""
+        address = tirx.address_of(self.load(buffer, offset))
+        read, keep, data = (tirx.IntImm("int32", value) for value in (0, 3, 1))
+        self._emit(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, read, keep, data)))
+
     # ---- control
 
     @contextmanager

@@ -1,15 +1,17 @@
-/* ONNX Runtime's custom operator fxopt::FusedLinearInt8, over kernels of fxopt.backends.tvm.kernels.fused_int8.
+/* ONNX Runtime's custom operators of the domain fxopt, over kernels of fxopt.backends.tvm.kernels.
 
-   y = epilogue((x - x_zero) @ weight.T * scales + bias),  codes = clamp(round(y * inverse) + y_zero, 0, 255)
+   FusedLinearInt8: y = epilogue((x - x_zero) @ weight.T * scales + bias), codes = clamp(round(y * inverse) + y_zero)
+     inputs:  x uint8 [..., in], weight int8 [out, in] (constant), scales float [out], bias float [out]; where the form
+              has them: inverse float [out], residual float [..., out], gamma float [out], beta float [out]
+     outputs: y float [..., out], codes uint8 [..., out]; those that the attributes floats and codes ask for
+     attributes: x_zero, y_zero, epilogue (its place in EPILOGUES), floats, codes (int), eps (float, of the layer norm)
+   QuantizeRows: codes = clamp(round(x * inverse) + zero)
+     inputs: x float [..., n], inverse float [n]; attribute: zero (int)
+   LayerNormQuantizeRows: codes = clamp(round(layer_norm(x) * inverse) + zero)
+     inputs: x float [..., n], inverse, gamma, beta float [n]; attributes: zero (int), eps (float)
 
-   Inputs:  x uint8 [..., in], weight int8 [out, in] (constant), scales float [out], bias float [out]; where the form
-            has them: inverse float [out], residual float [..., out], gamma float [out], beta float [out].
-   Outputs: y float [..., out], codes uint8 [..., out]; those that the attributes floats and codes ask for.
-   Attributes (int): x_zero, y_zero, epilogue (the place in EPILOGUES), floats, codes. The epsilon of a layer norm is in
-   the kernel; `eps` (float) must agree with it.
-
-   The kernels of a model are in KERNELS (kernels.h, generated); the best of those that this CPU runs is taken when a
-   node is loaded, and the weight is packed for it then. */
+   The kernels of a model are the tables of kernels.h (generated); the best of those that this CPU runs is taken when a
+   node is loaded, and the weight is packed for it then. Rows are shared out to the session's threads. */
 #include "ort_abi.h"
 
 typedef void Function(const i32 *rows, const u8 *q, const void *w, const i32 *starts, const float *scales,
@@ -22,10 +24,18 @@ typedef struct {
   Function *run;
 } Form;
 
-#include "kernels.h" /* the extern functions, static const Form KERNELS[], COUNT */
+typedef void RowFunction(const i32 *rows, const float *x, const float *gamma, const float *beta, const float *inverse,
+                         const float *zero, u8 *codes);
+typedef struct {
+  i32 level, size, has_norm;
+  float eps;
+  RowFunction *run;
+} RowForm;
+
+#include "kernels.h" /* the extern functions, static const Form KERNELS[COUNT + 1], RowForm ROW_KERNELS[ROW_COUNT + 1] */
 
 enum { AVX2 = 1, AVX_VNNI = 2, AVX512_VNNI = 3 };
-enum { LAYER_NORM = 3, RESIDUAL_SUM = 5, NORM_CODES = 6 };
+enum { RESIDUAL_SUM = 4, LAYER_NORM = 5 };
 enum { X, WEIGHT, SCALES, BIAS, INVERSE, RESIDUAL, GAMMA, BETA, INPUTS };
 enum { Y, CODES, OUTPUTS };
 enum { CHUNK = 64, RANK = 8 }; /* rows that one thread takes at a time */
@@ -112,16 +122,13 @@ static void destroy(void *given) {
   free(kernel);
 }
 
-static i32 has_norm(i64 epilogue) { return epilogue == LAYER_NORM || epilogue == NORM_CODES; }
-static i32 has_residual(i64 epilogue) { return has_norm(epilogue) || epilogue == RESIDUAL_SUM; }
-
 static const Form *find(const i64 sizes[2], i64 epilogue, i64 floats, i64 codes, float eps) {
   const Form *best = 0;
   i32 level = fxopt_cpu_level();
   for (i32 i = 0; i < COUNT; i++) {
     const Form *form = &KERNELS[i];
     if (form->inner != sizes[1] || form->outputs != sizes[0] || form->epilogue != epilogue) continue;
-    if (form->floats != floats || form->codes != codes || (has_norm(epilogue) && form->eps != eps)) continue;
+    if (form->floats != floats || form->codes != codes || (epilogue == LAYER_NORM && form->eps != eps)) continue;
     if (form->level <= level && (!best || best->level < form->level)) best = form;
   }
   return best;
@@ -184,8 +191,9 @@ static Status *compute(void *given, void *context) {
   usize rank;
   const void *value;
   for (usize i = 0; i < INPUTS; i++) {
-    i32 used = i <= BIAS || (i == INVERSE ? form->codes : i == RESIDUAL ? has_residual(form->epilogue)
-                                                                        : has_norm(form->epilogue));
+    i32 used = i <= BIAS || (i == INVERSE    ? form->codes
+                              : i == RESIDUAL ? form->epilogue >= RESIDUAL_SUM
+                                              : form->epilogue == LAYER_NORM);
     if (i == WEIGHT || !used) continue;
     CHECK(KernelContext_GetInput(context, i, &value));
     if (!value) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: an input of the form is missing");
@@ -212,25 +220,126 @@ static Status *compute(void *given, void *context) {
   return 0;
 }
 
-static const char *name(const CustomOp *op) { (void)op; return "FusedLinearInt8"; }
+/* ---- rows of floats to bytes */
+
+enum { ROW_X, ROW_INVERSE, ROW_GAMMA, ROW_BETA, ROW_INPUTS };
+
+typedef struct {
+  Api api;
+  i32 has_norm, level;
+  float zero, eps;
+} RowKernel;
+
+typedef struct {
+  const RowKernel *kernel;
+  const RowForm *form;
+  i64 rows;
+  const float *in[ROW_INPUTS];
+  u8 *codes;
+} RowWork;
+
+static Status *create_rows(const void *info, Api api, i32 has_norm, void **made) {
+  i64 zero;
+  float eps = 0;
+  CHECK(KernelInfoGetAttribute_int64(info, "zero", &zero));
+  if (has_norm) CHECK(KernelInfoGetAttribute_float(info, "eps", &eps));
+  RowKernel *kernel = malloc(sizeof *kernel);
+  if (!kernel) return CreateStatus(ORT_FAIL, "fxopt: out of memory");
+  *kernel = (RowKernel){api, has_norm, fxopt_cpu_level(), (float)zero, eps};
+  *made = kernel;
+  return 0;
+}
+
+static Status *create_quantize(const CustomOp *op, Api api, const void *info, void **made) {
+  (void)op;
+  return create_rows(info, api, 0, made);
+}
+
+static Status *create_norm(const CustomOp *op, Api api, const void *info, void **made) {
+  (void)op;
+  return create_rows(info, api, 1, made);
+}
+
+static void row_part(void *given, usize index) {
+  RowWork *work = given;
+  i64 first = (i64)index * CHUNK, at = first * work->form->size;
+  i32 rows = (i32)(work->rows - first < CHUNK ? work->rows - first : CHUNK);
+  work->form->run(&rows, work->in[ROW_X] + at, work->in[ROW_GAMMA], work->in[ROW_BETA], work->in[ROW_INVERSE],
+                  &work->kernel->zero, work->codes + at);
+}
+
+static Status *compute_rows(void *given, void *context) {
+  const RowKernel *kernel = given;
+  Api api = kernel->api;
+  RowWork work = {.kernel = kernel, .rows = 1};
+  i64 sizes[RANK], length[RANK];
+  usize rank, one_rank;
+  const void *value;
+  void *data, *result;
+  CHECK(KernelContext_GetInput(context, ROW_X, &value));
+  CHECK(GetTensorMutableData((void *)value, &data));
+  CHECK(shape_of(api, value, sizes, &rank));
+  work.in[ROW_X] = data;
+  for (usize d = 0; d + 1 < rank; d++) work.rows *= sizes[d];
+  for (i32 i = 0; rank && i < ROW_COUNT; i++) {
+    const RowForm *form = &ROW_KERNELS[i];
+    if (form->size != sizes[rank - 1] || form->has_norm != kernel->has_norm || form->level > kernel->level) continue;
+    if (form->has_norm && form->eps != kernel->eps) continue;
+    if (!work.form || work.form->level < form->level) work.form = form;
+  }
+  if (!work.form) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: this library has no kernel for rows of this size");
+  for (usize i = ROW_INVERSE; i < (kernel->has_norm ? ROW_INPUTS : ROW_GAMMA); i++) {
+    CHECK(KernelContext_GetInput(context, i, &value));
+    CHECK(shape_of(api, value, length, &one_rank));
+    if (one_rank != 1 || length[0] != work.form->size)
+      return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: inverse, gamma and beta have one value per channel");
+    CHECK(GetTensorMutableData((void *)value, &data));
+    work.in[i] = data;
+  }
+  CHECK(KernelContext_GetOutput(context, 0, sizes, rank, &result));
+  CHECK(GetTensorMutableData(result, (void **)&work.codes));
+  usize parts = (usize)((work.rows + CHUNK - 1) / CHUNK);
+  if (parts > 1) return KernelContext_ParallelFor(context, row_part, parts, 0, &work);
+  row_part(&work, 0);
+  return 0;
+}
+
+/* ---- the operators */
+
+static const char *linear_name(const CustomOp *op) { (void)op; return "FusedLinearInt8"; }
+static const char *quantize_name(const CustomOp *op) { (void)op; return "QuantizeRows"; }
+static const char *norm_name(const CustomOp *op) { (void)op; return "LayerNormQuantizeRows"; }
 static const char *provider(const CustomOp *op) { (void)op; return 0; /* the CPU */ }
 static i32 input_type(const CustomOp *op, usize i) {
   (void)op;
   return i == X ? TYPE_UINT8 : i == WEIGHT ? TYPE_INT8 : TYPE_FLOAT;
 }
+static i32 floats(const CustomOp *op, usize i) { (void)op; (void)i; return TYPE_FLOAT; }
+static i32 bytes(const CustomOp *op, usize i) { (void)op; (void)i; return TYPE_UINT8; }
 static i32 output_type(const CustomOp *op, usize i) { (void)op; return i == Y ? TYPE_FLOAT : TYPE_UINT8; }
 static usize inputs(const CustomOp *op) { (void)op; return INPUTS; }
 static usize outputs(const CustomOp *op) { (void)op; return OUTPUTS; }
+static usize quantize_inputs(const CustomOp *op) { (void)op; return ROW_GAMMA; }
+static usize norm_inputs(const CustomOp *op) { (void)op; return ROW_INPUTS; }
+static usize single(const CustomOp *op) { (void)op; return 1; }
 static i32 input_kind(const CustomOp *op, usize i) { (void)op; return i <= BIAS ? REQUIRED : OPTIONAL; }
 static i32 output_kind(const CustomOp *op, usize i) { (void)op; (void)i; return OPTIONAL; }
+static i32 required(const CustomOp *op, usize i) { (void)op; (void)i; return REQUIRED; }
 static i32 memory(const CustomOp *op, usize i) { (void)op; (void)i; return 0; }
 static i32 one(const CustomOp *op) { (void)op; return 1; }
 static i32 last(const CustomOp *op) { (void)op; return 0x7fffffff; }
 
-static const CustomOp OPERATOR = {
-    .version = ORT_VERSION,
-    .GetName = name,
-    .GetExecutionProviderType = provider,
+#define COMMON                                                                                                      \
+  .version = ORT_VERSION, .GetExecutionProviderType = provider, .GetInputMemoryType = memory,                        \
+  .GetVariadicInputMinArity = one, .GetVariadicInputHomogeneity = one, .GetVariadicOutputMinArity = one,             \
+  .GetVariadicOutputHomogeneity = one, .GetStartVersion = one, .GetEndVersion = last
+#define ROWS                                                                                                        \
+  .GetInputType = floats, .GetOutputType = bytes, .GetOutputTypeCount = single, .KernelDestroy = free,               \
+  .GetInputCharacteristic = required, .GetOutputCharacteristic = required, .KernelComputeV2 = compute_rows
+
+static const CustomOp LINEAR = {
+    COMMON,
+    .GetName = linear_name,
     .GetInputType = input_type,
     .GetInputTypeCount = inputs,
     .GetOutputType = output_type,
@@ -238,16 +347,13 @@ static const CustomOp OPERATOR = {
     .KernelDestroy = destroy,
     .GetInputCharacteristic = input_kind,
     .GetOutputCharacteristic = output_kind,
-    .GetInputMemoryType = memory,
-    .GetVariadicInputMinArity = one,
-    .GetVariadicInputHomogeneity = one,
-    .GetVariadicOutputMinArity = one,
-    .GetVariadicOutputHomogeneity = one,
     .CreateKernelV2 = create,
     .KernelComputeV2 = compute,
-    .GetStartVersion = one,
-    .GetEndVersion = last,
 };
+static const CustomOp QUANTIZE = {
+    COMMON, ROWS, .GetName = quantize_name, .GetInputTypeCount = quantize_inputs, .CreateKernelV2 = create_quantize};
+static const CustomOp NORM = {
+    COMMON, ROWS, .GetName = norm_name, .GetInputTypeCount = norm_inputs, .CreateKernelV2 = create_norm};
 
 /* What ONNX Runtime calls when a session's options register this library. */
 Status *RegisterCustomOps(void *options, const ApiBase *base) {
@@ -258,6 +364,8 @@ Status *RegisterCustomOps(void *options, const ApiBase *base) {
   }
   void *domain;
   CHECK(CreateCustomOpDomain("fxopt", &domain));
-  Status *failed = CustomOpDomain_Add(domain, &OPERATOR);
-  return failed ? failed : AddCustomOpDomain(options, domain); /* the session's options keep the domain's address */
+  CHECK(CustomOpDomain_Add(domain, &LINEAR));
+  CHECK(CustomOpDomain_Add(domain, &QUANTIZE));
+  CHECK(CustomOpDomain_Add(domain, &NORM));
+  return AddCustomOpDomain(options, domain); /* the options keep the domain's address: it is never freed */
 }

@@ -1,6 +1,6 @@
 """A product of 8-bit codes with what follows it in one function: bias, activation, residual, layer norm, rounding.
 
-    y = act((q - zero) @ C.T * scales + bias)              or    y = layer_norm(... + residual) * gamma + beta
+    y = act((q - zero) @ C.T * scales + bias)     or    y = ... + residual     or    y = layer_norm of that sum
     codes = clamp(round(y * inverse) + zero, 0, 255)
 
 q and the codes are unsigned bytes, C signed ones in -127 ... 127; the 32-bit sums are exact on every machine:
@@ -25,7 +25,6 @@ from fxopt.backends.tvm.emit import (
     Expr,
     Kernel,
     cast,
-    each,
     float32,
     int32,
     intrinsic,
@@ -35,15 +34,12 @@ from fxopt.backends.tvm.emit import (
     typed,
 )
 from fxopt.backends.tvm.kernels import approximations
+from fxopt.backends.tvm.kernels.rows_u8 import ANY_ROWS, norm_row, round_to_bytes
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 from fxopt.errors import Unsupported
 
-# "residual" adds one, "layer_norm" normalises that sum in place; "norm_codes" keeps the sum as the float result and
-# rounds its layer norm.
-Epilogue = Literal["none", "relu", "gelu", "layer_norm", "gelu_tanh", "residual", "norm_codes"]
-NORMS = ("layer_norm", "norm_codes")
-RESIDUALS = ("residual", *NORMS)
+Epilogue = Literal["none", "relu", "gelu", "gelu_tanh", "residual", "layer_norm"]
 Codes = npt.NDArray[np.int8]
 
 # Of the C function, all pointers; those that a form has no use for are not read or written.
@@ -52,8 +48,6 @@ PARAMETERS = (
 )  # fmt: skip
 
 _BLOCK_BYTES = 192 * 1024  # codes of the rows of a block
-_MAGIC = 12582912.0  # 1.5 * 2**23: a float of this size holds an integer in its low bits, rounded half to even
-_ROWS = 1 << 20  # what buffers are declared with; their sizes are not checked
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Form:
     Attributes:
         inner, outputs: the sizes of the weight; inner is a multiple of 4.
         epilogue: what is done to the sums after scales and bias.
-        floats: y is written (always with a norm, whose rows need the place).
+        floats: y is written (always with "layer_norm", whose rows need the place).
         codes: the bytes are written.
     """
 
@@ -79,15 +73,8 @@ class Form:
             raise Unsupported(f"a fused product takes a multiple of 4 inputs; given {self.inner} -> {self.outputs}")
         if not (self.floats or self.codes):
             raise Unsupported("a fused product without results")
-        if self.epilogue in NORMS and not self.floats:
+        if self.epilogue == "layer_norm" and not self.floats:
             raise Unsupported("a fused layer norm always writes its float result: rows are collected there")
-        if self.epilogue == "norm_codes" and not self.codes:
-            raise Unsupported("codes of a layer norm without codes")
-
-    @property
-    def has_norm(self) -> bool:
-        """Whether a layer norm is computed."""
-        return self.epilogue in NORMS
 
 
 @dataclass(frozen=True)
@@ -147,15 +134,16 @@ class _Writer:
     def __init__(self, kernel: Kernel, form: Form, tile: Tile) -> None:
         self.kernel, self.form, self.tile = kernel, form, tile
         self.groups = form.inner // tile.group
+        self.line = 64 if tile.group == 4 else 32  # weights in a cache line
         panels = -(-form.outputs // tile.columns)
         sizes = {
             "rows": (1, "int32"),
-            "q": (_ROWS * form.inner, "uint8"),
+            "q": (ANY_ROWS * form.inner, "uint8"),
             "w": (panels * form.inner * tile.columns, "int8" if tile.group == 4 else "int16"),
             "starts": (panels * tile.columns, "int32"),
-            "residual": (_ROWS * form.outputs, "float32"),
-            "y": (_ROWS * form.outputs, "float32"),
-            "codes": (_ROWS * form.outputs, "uint8"),
+            "residual": (ANY_ROWS * form.outputs, "float32"),
+            "y": (ANY_ROWS * form.outputs, "float32"),
+            "codes": (ANY_ROWS * form.outputs, "uint8"),
             "zero": (1, "float32"),
         }
         self.at = {key: kernel.buffer(key, *sizes.get(key, (form.outputs, "float32"))) for key in PARAMETERS}
@@ -175,20 +163,20 @@ class _Writer:
             def tiled(panel: Expr, columns: int) -> None:
                 with kernel.loop(tiles, "tile") as index:
                     row = kernel.let(tirx.Min(first + index * tile.rows, rows - tile.rows))
-                    self.one(panel, row, tile.rows, columns)
+                    self.one(panel, index, row, tile.rows, columns)
 
             self.panels(tiled)
-            if self.form.has_norm:
+            if self.form.epilogue == "layer_norm":
                 start = kernel.let(tirx.Min(first, rows - tile.rows))
                 self.norms(start, end - start)
         with kernel.when(rows < int32(tile.rows)):
 
             def single(panel: Expr, columns: int) -> None:
                 with kernel.loop(rows, "row") as row:
-                    self.one(panel, row, 1, columns)
+                    self.one(panel, row, row, 1, columns)
 
             self.panels(single)
-            if self.form.has_norm:
+            if self.form.epilogue == "layer_norm":
                 self.norms(int32(0), rows)
         return kernel.function()
 
@@ -200,8 +188,11 @@ class _Writer:
         if rest:
             body(int32(full), rest)
 
-    def one(self, panel: Expr, row: Expr, count: int, columns: int) -> None:
-        """A register tile: `count` rows times one panel, whose first `columns` outputs exist."""
+    def one(self, panel: Expr, index: Expr, row: Expr, count: int, columns: int) -> None:
+        """Register tile `index` of a panel: `count` rows from `row` on times the panel's first `columns` outputs.
+
+        Meanwhile the panels that come next are fetched, a line per group.
+        """
         kernel, form, tile = self.kernel, self.form, self.tile
         width, lanes, group = tile.columns, tile.lanes, tile.group
         vectors = range(0, width, lanes)
@@ -209,9 +200,12 @@ class _Writer:
         for r in range(count):
             for v in vectors:
                 kernel.store(sums, r * width + v, kernel.load(self.at["starts"], panel * width + v, lanes), lanes)
+        ahead = kernel.let((panel + 1) * (form.inner * width) + index * (self.groups * self.line))
         with kernel.loop(self.groups, "g") as g:
             place = (panel * self.groups + g) * (width * group)
             weights = [kernel.let(kernel.load(self.at["w"], place + v * group, lanes * group)) for v in vectors]
+            if count > 1:
+                kernel.prefetch(self.at["w"], ahead + g * self.line)
             for r in range(count):
                 value = self.spread_codes((row * form.inner + g * group) + r * form.inner)
                 for v, weight in zip(vectors, weights, strict=True):
@@ -245,81 +239,33 @@ class _Writer:
     def finish(self, value: Expr, place: Expr, at: Expr, n: int) -> None:
         """Everything after the bias for `n` outputs of a row."""
         kernel, form = self.kernel, self.form
-        if form.epilogue in RESIDUALS:
+        if form.epilogue in ("residual", "layer_norm"):
             value = kernel.let(value + kernel.load(self.at["residual"], place, n))
-        if form.has_norm:
+        if form.epilogue == "layer_norm":
             kernel.store(self.at["y"], place, value, n)
             return
         if form.epilogue == "relu":
             value = kernel.let(tirx.Max(float32(0.0, n), value))
-        elif form.epilogue == "gelu":
-            gelu = approximations.gelu if form.floats else approximations.gelu_short
-            value = gelu(kernel, value, n)
-        elif form.epilogue == "gelu_tanh":
-            value = approximations.gelu_tanh(kernel, value, n)
+        elif form.epilogue in ("gelu", "gelu_tanh"):
+            function = getattr(approximations, form.epilogue if form.floats else f"{form.epilogue}_short")
+            value = function(kernel, value, n)
         if form.floats:
             kernel.store(self.at["y"], place, value, n)
         if form.codes:
-            self.round(value, place, at, n)
-
-    def round(self, value: Expr, place: Expr, at: Expr, n: int) -> None:
-        """Bytes: the sum with 1.5 * 2**23 + zero is rounded by the adder, and the byte is its last eight bits."""
-        kernel = self.kernel
-        zero = kernel.load(self.at["zero"], 0)
-        shifted = value * kernel.load(self.at["inverse"], at, n) + spread(zero + float32(_MAGIC), n)
-        low, high = float32(_MAGIC, n), float32(_MAGIC + 255, n)
-        bits = reinterpret(typed("int32", n), kernel.let(tirx.Min(tirx.Max(shifted, low), high)))
-        kernel.store(self.at["codes"], place, cast(typed("uint8", n), bits), n)
+            round_to_bytes(kernel, self.at, value, place, at, n)
 
     def norms(self, first: Expr, count: Expr) -> None:
-        """Layer norm of rows of y; the variance is that of the centred values (Ba et al., 2016)."""
-        kernel, form = self.kernel, self.form
-        y, size = self.at["y"], form.outputs
+        """Layer norm of rows of y, in place."""
+        kernel, form, y = self.kernel, self.form, self.at["y"]
         with kernel.loop(count, "norm") as index:
-            start = kernel.let((first + index) * size)
-            total = self.total(lambda at, n: kernel.load(y, start + at, n))
-            mean = kernel.let(total * float32(1 / size))
+            start = kernel.let((first + index) * form.outputs)
 
-            def square(at: Expr, n: int) -> Expr:
-                centred = kernel.let(kernel.load(y, start + at, n) - spread(mean, n))
-                return centred * centred
-
-            variance = self.total(square) * float32(1 / size)
-            factor = kernel.let(float32(1.0) / tirx.sqrt(variance + float32(form.eps)))
-
-            def write(at: Expr, n: int) -> None:
-                value = (kernel.load(y, start + at, n) - spread(mean, n)) * spread(factor, n)
-                value = kernel.let(value * kernel.load(self.at["gamma"], at, n) + kernel.load(self.at["beta"], at, n))
-                if form.epilogue == "layer_norm":
-                    kernel.store(y, start + at, value, n)
+            def write(column: Expr, n: int, value: Expr, start: Expr = start) -> None:
+                kernel.store(y, start + column, value, n)
                 if form.codes:
-                    self.round(value, start + at, at, n)
+                    round_to_bytes(kernel, self.at, value, start + column, column, n)
 
-            each(kernel, size, self.tile.lanes, write)
-
-    def total(self, value: Callable[[Expr, int], Expr]) -> Expr:
-        """The sum of a row: four vectors of partial sums, then halves onto halves."""
-        kernel, lanes, size = self.kernel, self.tile.lanes, self.form.outputs
-        chains = 4 * lanes
-        partial = kernel.local(chains)
-        for c in range(0, chains, lanes):
-            kernel.store(partial, c, float32(0.0, lanes), lanes)
-
-        def add(at: Expr, c: int, n: int) -> None:
-            kernel.store(partial, c, kernel.load(partial, c, n) + value(at, n), n)
-
-        full = size // chains
-        with kernel.loop(full, "r") as index:
-            for c in range(0, chains, lanes):
-                add(index * chains + c, c, lanes)
-        for offset, n in tail(size - full * chains, lanes):
-            add(int32(full * chains + offset), offset, n)
-        width = chains
-        while width > 1:
-            width //= 2
-            for c, n in tail(width, lanes):
-                kernel.store(partial, c, kernel.load(partial, c, n) + kernel.load(partial, width + c, n), n)
-        return kernel.let(kernel.load(partial, 0))
+            norm_row(kernel, self.tile.lanes, form.outputs, form.eps, self.at, y, start, write)
 
 
 __all__ = ["PARAMETERS", "Epilogue", "Form", "Tile", "fused_int8", "pack", "starts_of", "tile_for"]
