@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import ModelProto
 
-from fxopt.backends.onnxruntime.fused_forms import DOMAIN, OPERATOR
+from fxopt.backends.onnxruntime.fused_forms import DOMAIN, LINEAR
 from fxopt.errors import InvalidModel
 
 KEY = "fxopt.library"
@@ -35,15 +36,20 @@ def build_library(model: ModelProto, path: Path) -> Path:
     """
     from fxopt.backends.tvm.custom_ops import EPILOGUES, build_custom_ops
     from fxopt.backends.tvm.kernels.fused_int8 import Form
+    from fxopt.backends.tvm.kernels.rows_u8 import RowForm
 
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    forms = []
+    forms: list[Form | RowForm] = []
     for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type == OPERATOR:
-            values = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        if node.domain != DOMAIN:
+            continue
+        values = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        if node.op_type == LINEAR:
             outputs, inner = sizes[node.input[1]]
-            epilogue = EPILOGUES[values["epilogue"]]
+            epilogue: Any = EPILOGUES[values["epilogue"]]
             forms.append(Form(inner, outputs, epilogue, bool(values["floats"]), bool(values["codes"]), values["eps"]))
+        else:
+            forms.append(RowForm(sizes[node.input[1]][0], values.get("eps")))
     return build_custom_ops(forms, path)
 
 
@@ -70,5 +76,5 @@ def library_of(path: str | os.PathLike[str]) -> Path | None:
 
 
 def _may_need_one(path: Path) -> bool:
-    """Whether the name of our operator is in the file: a small part of the time that parsing takes."""
-    return path.is_file() and OPERATOR.encode() in path.read_bytes()
+    """Whether the name of our main operator is in the file: a small part of the time that parsing takes."""
+    return path.is_file() and LINEAR.encode() in path.read_bytes()

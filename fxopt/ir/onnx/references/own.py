@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fxopt.ir.onnx.registry import Call, Operators
-from fxopt.ir.ops.linear_u8s8 import layer_norm_u8, linear_u8s8, quantize_u8
+from fxopt.ir.ops.linear_u8s8 import EPILOGUES, layer_norm_u8, linear_u8s8, quantize_u8
 
 operators = Operators("fxopt")
-
-_EPILOGUES = ("none", "relu", "gelu", "layer_norm", "gelu_tanh", "residual", "norm_codes")
 
 
 @operators.reference("FusedLinearInt8")
@@ -30,15 +28,23 @@ def fused_linear_int8(
     codes: int = 0,
     eps: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`linear_u8s8`, its codes (those of its layer norm with the epilogue "norm_codes"), or both."""
-    kind = _EPILOGUES[epilogue]
-    operands = (residual, gamma, beta) if kind == "layer_norm" else (residual, None, None)
-    name = "residual" if kind == "norm_codes" else kind
-    y = linear_u8s8.function(x, weight, scales, bias, x_zero, name, *operands, eps)
+    """`linear_u8s8`, and (or, where only they are asked for) its codes."""
+    y = linear_u8s8.function(x, weight, scales, bias, x_zero, EPILOGUES[epilogue], residual, gamma, beta, eps)
     if call.outputs == 1:
         return y
     assert inverse is not None
-    if kind != "norm_codes":
-        return y, quantize_u8.function(y, inverse, y_zero)
-    assert gamma is not None and beta is not None
-    return y, layer_norm_u8.function(y, gamma, beta, eps, inverse, y_zero)
+    return y, quantize_u8.function(y, inverse, y_zero)
+
+
+@operators.reference("QuantizeRows")
+def quantize_rows(call: Call, x: Tensor, inverse: Tensor, zero: int = 0) -> Tensor:
+    """`quantize_u8`."""
+    return quantize_u8.function(x, inverse, zero)
+
+
+@operators.reference("LayerNormQuantizeRows")
+def layer_norm_quantize_rows(
+    call: Call, x: Tensor, inverse: Tensor, gamma: Tensor, beta: Tensor, zero: int = 0, eps: float = 0.0
+) -> Tensor:
+    """`layer_norm_u8`."""
+    return layer_norm_u8.function(x, gamma, beta, eps, inverse, zero)
