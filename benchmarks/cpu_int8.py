@@ -13,6 +13,7 @@ Writes results/cpu_int8.json; models that are not asked for keep their rows.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -40,8 +41,13 @@ from benchmarks.peers import (
     quantize_static,
 )
 
-OURS = "fxopt"
+OURS, OWN = "fxopt", "fxopt_custom_ops"  # on the stock ONNX Runtime; with own kernels in a library beside the file
 SENTENCES = 200
+
+
+def has_own_kernels() -> bool:
+    """Whether the packages of fxopt[tvm], which compile them, are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("tvm", "ziglang"))
 
 
 def samples(name: str) -> tuple[list[Feed], list[Feed]]:
@@ -53,18 +59,22 @@ def samples(name: str) -> tuple[list[Feed], list[Feed]]:
 
 
 def files(folder: Path, model: Model, calibration: Sequence[Feed]) -> dict[str, Any]:
-    """Make the file of every competitor; returns fxopt's report."""
+    """Make the file of every competitor; returns fxopt's reports."""
     import fxopt
 
     source = folder / f"{FP32}.onnx"
     model.write(source)
     quantize_dynamic(source, folder / f"{DYNAMIC}.onnx")
     quantize_static(source, folder / f"{STATIC}.onnx", model, calibration)
-    begin = time.perf_counter()
-    made = fxopt.optimize(source, calibration=list(calibration), threads=1, budget=model.budget)
-    seconds = time.perf_counter() - begin
-    made.save(folder / f"{OURS}.onnx")
-    return {**made.report.to_json(), "seconds": seconds}
+    reports = {}
+    for name in (OURS, OWN) if has_own_kernels() else (OURS,):
+        begin = time.perf_counter()
+        made = fxopt.optimize(
+            source, calibration=list(calibration), threads=1, budget=model.budget, custom_ops=name == OWN
+        )
+        reports[name] = {**made.report.to_json(), "seconds": time.perf_counter() - begin}
+        made.save(folder / f"{name}.onnx")
+    return reports
 
 
 def errors(reference: list[Any], results: list[Any]) -> dict[str, float]:
@@ -77,13 +87,24 @@ def errors(reference: list[Any], results: list[Any]) -> dict[str, float]:
     return {"noise_to_signal": noise_to_signal(wanted, given), "mean_cosine": mean, "min_cosine": least}
 
 
+def retrieval(reference: list[Any], results: list[Any]) -> float:
+    """How often the nearest of the second half's sentences to one of the first half's is the one of fp32."""
+
+    def nearest(values: list[Any]) -> Any:
+        rows = np.concatenate(values)
+        queries, corpus = np.split(rows / np.linalg.norm(rows, axis=1, keepdims=True), [len(rows) // 2])
+        return (queries @ corpus.T).argmax(1)
+
+    return float((nearest(reference) == nearest(results)).mean())
+
+
 def measured(name: str, folder: Path, threads: Sequence[int], seconds: float, python: str) -> dict[str, Any]:
     """One model: every competitor's speed, error and size."""
     from fxopt.backends.onnxruntime.session import make_session
 
     model = MODELS[name]
     calibration, held_out = samples(name)
-    report = files(folder, model, calibration)
+    reports = files(folder, model, calibration)
     np.savez(folder / "calibration.npz", **{k: np.concatenate([each[k] for each in calibration]) for k in held_out[0]})
     paths = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
     rival = OpenVino(python, paths[FP32], model.is_transformer, calibration) if python else None
@@ -94,6 +115,9 @@ def measured(name: str, folder: Path, threads: Sequence[int], seconds: float, py
     if rival is not None:
         results[OPENVINO] = rival.results(held_out)
     rows: dict[str, dict[str, Any]] = {key: {**errors(results[FP32], results[key]), "speed": {}} for key in results}
+    if name.startswith("minilm"):
+        for key in results:
+            rows[key]["top1_agreement"] = retrieval(results[FP32], results[key])
     for key, path in paths.items():
         rows[key]["megabytes"] = path.stat().st_size / 1e6
     for count in threads:
@@ -103,7 +127,7 @@ def measured(name: str, folder: Path, threads: Sequence[int], seconds: float, py
             bursts[OPENVINO] = rival.compile(count, held_out[0])
         for key, row in race(bursts, FP32, seconds).items():
             rows[key]["speed"][str(count)] = row
-    found = {"title": model.title, "competitors": rows, "report": report}
+    found = {"title": model.title, "competitors": rows, "reports": reports}
     if rival is not None:
         found["peer_versions"] = rival.versions
         rival.close()
@@ -192,8 +216,11 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
             found = measured(name, Path(scratch), options.threads, options.seconds, python)
-            if missing:
-                found["not_measured"] = {OPENVINO: missing}
+            absent = {OPENVINO: missing} if missing else {}
+            if not has_own_kernels():
+                absent[OWN] = "pip install 'fxopt[tvm]'"
+            if absent:
+                found["not_measured"] = absent
             result.setdefault("models", {})[name] = found
             show(found)
             if name == "minilm_b1":

@@ -60,19 +60,21 @@ def cpu_int8(result: dict[str, Any]) -> list[str]:
 def _int8_model(found: dict[str, Any]) -> list[str]:
     counts = sorted({threads for row in found["competitors"].values() for threads in row["speed"]}, key=int)
     heads = [f"{count} thread{'s' if count != '1' else ''}" for count in counts]
+    retrieves = any("top1_agreement" in row for row in found["competitors"].values())
     lines = [
         f"### {found['title']}",
         "",
-        f"| file | {' | '.join(heads)} | noise | cosine | MB |",
-        f"|---|{'---|' * len(counts)}---|---|---|",
+        f"| file | {' | '.join(heads)} | noise | cosine |{' top-1 |' if retrieves else ''} MB |",
+        f"|---|{'---|' * len(counts)}---|---|---|{'---|' if retrieves else ''}",
     ]
     for name, row in found["competitors"].items():
         speeds = " | ".join(_speed(row["speed"].get(count)) for count in counts)
         noise = f"{row['noise_to_signal']:.2g}" if "noise_to_signal" in row else NOT_MEASURED
         size = f"{row['megabytes']:.1f}" if "megabytes" in row else ""
-        lines.append(f"| {name} | {speeds} | {noise} | {row['mean_cosine']:.4f} | {size} |")
+        top = f" {row['top1_agreement']:.2f} |" if retrieves else ""
+        lines.append(f"| {name} | {speeds} | {noise} | {row['mean_cosine']:.4f} |{top} {size} |")
     for name, reason in found.get("not_measured", {}).items():
-        lines.append(f"| {name} | {' | '.join([NOT_MEASURED] * len(counts))} | | | |")
+        lines.append(f"| {name} | {' | '.join([NOT_MEASURED] * len(counts))} | | |{' |' if retrieves else ''} |")
         lines += ["", f"{name}: {reason}."]
     versions = ", ".join(f"{name} {version}" for name, version in found.get("peer_versions", {}).items())
     return [*lines, "", f"Peers: {versions}."] if versions else lines
