@@ -1,5 +1,7 @@
 """One optimisation, from a graph and samples to a result with its proof: exact passes, plan, rewrite, budget, guard.
 
+Converting passes, where the user asked for some, come first; error and time are still those against what came in.
+
 Longer than most files here: it is the one place where the order of an optimisation can be read.
 """
 
@@ -25,7 +27,7 @@ from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger, Refusal
 from fxopt.ir.memory import is_large, spilled
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
-from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
+from fxopt.passes.base import Candidate, Context, ConvertingPass, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
 from fxopt.passes.pipelines import tidying_pipeline
 from fxopt.passes.sequential import SequentialRun
@@ -34,7 +36,7 @@ from fxopt.planner.plan import Plan, Price, pays, plan
 from fxopt.report.report import ErrorReport, Measurement, PassRun, Report, Summary
 from fxopt.report.summary import summary, versions
 from fxopt.request import Lossy, Outcome, Request, Sample
-from fxopt.verdicts import record, refuse
+from fxopt.verdicts import record, refuse, roll_back
 
 _QUANTISES = 13  # the opset since which DequantizeLinear takes scales per channel
 NO_DATA = Refusal("no data to measure the budget; give --calibration, or --calibration random")
@@ -48,6 +50,7 @@ class Optimizer:
 
     def __init__(self, graph: Graph, request: Request, baseline: Executable, evaluator: Evaluator | None) -> None:
         self.original = graph
+        self.start = graph  # what exact passes may not change: the original, or what converting passes made of it
         self.request = request
         self.baseline = baseline
         self.evaluator = evaluator
@@ -97,8 +100,8 @@ class Optimizer:
 
         wanted = {step.name: step for step in self.request.passes or () if isinstance(step, ExactPass)}
         usual = [wanted.pop(step.name, step) for step in exact_pipeline()]  # with the options that were given
-        graph = self._modern(self.original.copy())
-        dumped = 0
+        self.start, dumped = self._converted()
+        graph = self._modern(self.start.copy())
         with self.stage("exact passes"):
             check = self._numeric_check()
             for steps in ([*usual, *wanted.values()], spelling_pipeline()):
@@ -110,6 +113,27 @@ class Optimizer:
         for node in graph.nodes:
             node.meta.pop("stands_for", None)  # statistics are collected on this graph
         return graph
+
+    def _converted(self) -> tuple[Graph, int]:
+        """The graph after the converting passes that were asked for, and how many text forms were written of it."""
+        steps = [step for step in self.request.passes or () if isinstance(step, ConvertingPass)]
+        if not steps:
+            return self.original, 0
+        graph = self.original.copy()
+        with self.stage("converting passes"):
+            manager = PassManager(steps, dump=self.request.dump)
+            changes = manager.run(graph, self.context)
+            self.pass_runs += [PassRun(run.name, run.changes, run.seconds) for run in manager.runs]
+        if not changes:
+            return self.original, manager.dumped
+        names = ", ".join(step.name for step in steps)
+        self.ledger.note(f"the model was converted by {names}; error and time are measured against it as it came in")
+        return graph, manager.dumped
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether a converting pass changed what the model computes."""
+        return self.start is not self.original
 
     def _modern(self, graph: Graph) -> Graph:
         """The graph at an opset that has per-channel quantisation, when lossy passes may need it."""
@@ -139,7 +163,7 @@ class Optimizer:
             self.ledger.note("exact passes were verified by structure only: the input types are not fully known")
             return None
         try:
-            return NumericCheck.of(self.original, sample, self.evaluator)
+            return NumericCheck.of(self.start, sample, self.evaluator)
         except FxoptError:
             if self.request.samples:
                 raise
@@ -155,7 +179,22 @@ class Optimizer:
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""
         priced = self._candidates(exact)
-        return None if priced is None else self._within_budget(exact, *priced)
+        found = None if priced is None else self._within_budget(exact, *priced)
+        return self._conversion(exact) if found is None and self.is_converted else found
+
+    def _conversion(self, exact: Graph) -> Lossy | None:
+        """What converting passes made, with nothing else done; None when that is not within the budget."""
+        budget = self.request.budget
+        if not self.request.samples and budget is not None:
+            roll_back(self.ledger, None, f"{NO_DATA}, or --budget none")
+            return None
+        executable = self.compiled(exact)
+        error, loss = self._error(executable) if self.request.samples else (None, math.nan)
+        if budget is None or loss <= budget:
+            return Lossy(exact, executable, Plan((), (), 0.0, 0.0), error, loss)
+        executable.close()
+        roll_back(self.ledger, None, f"over budget: measured loss {loss:.3g} against the model that came in")
+        return None
 
     def _candidates(self, exact: Graph) -> _Priced | None:
         """Candidates, prices, owners and statistics; None without data (every candidate is then refused)."""
@@ -163,7 +202,7 @@ class Optimizer:
         with self.stage("candidates"):
             offered = [(step, candidate) for step in passes for candidate in step.candidates(exact, self.context)]
         if not self.request.samples:
-            for _, candidate in offered:
+            for candidate in dict.fromkeys(candidate for _, candidate in offered):
                 refuse(self.ledger, candidate, candidate.refusal or NO_DATA)
             return None
         unpaid = self._unpaid(exact, offered)
@@ -350,8 +389,8 @@ class Optimizer:
     # ---- what decisions need
 
     def exact_changed(self) -> bool:
-        """Whether an exact pass changed something."""
-        return any(run.changes for run in self.pass_runs)
+        """Whether exact passes alone changed something; what converting passes made is judged like a lossy result."""
+        return not self.is_converted and any(run.changes for run in self.pass_runs)
 
     def compiled(self, graph: Graph) -> Executable:
         """The graph, ready to run in the backend."""

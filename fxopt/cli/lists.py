@@ -15,16 +15,17 @@ from fxopt.cli.output import Output
 def passes(json: options.Json = None, debug: options.Debug = False) -> None:
     """List the passes and their options."""
     from fxopt.catalog import all_passes, entries
-    from fxopt.passes.base import ExactPass
+    from fxopt.passes.base import ConvertingPass, ExactPass
 
     origin = entries("pass")
+    kinds: dict[type, str] = {ExactPass: "exact", ConvertingPass: "converting"}
     found = []
     for name, kind in all_passes().items():
         settings = {spec.name: _default(spec) for spec in dataclasses.fields(kind)}
         found.append(
             {
                 "name": name,
-                "kind": "exact" if issubclass(kind, ExactPass) else "lossy",
+                "kind": next((text for base, text in kinds.items() if issubclass(kind, base)), "lossy"),
                 "options": settings,
                 "does": _first_line(kind),
                 "package": origin[name].package,

@@ -1,5 +1,7 @@
 """What a pass is. Exact passes change the graph; lossy passes offer candidates and never decide whether they pay.
 
+Converting passes change the graph before all others, where the user names them.
+
 A pass is a frozen dataclass; its fields are its options, in Python and on the command line:
 `QuantizeLinear(bits=8)` and `quantize-linear{bits=8}` are the same.
 """
@@ -23,7 +25,18 @@ from fxopt.ir.target import Cost, Target
 if TYPE_CHECKING:
     from fxopt.passes.stats import Stats
 
-__all__ = ["Candidate", "Context", "Estimate", "ExactPass", "LossyPass", "Pass", "Refusal", "Setting", "parse_pass"]
+__all__ = [
+    "Candidate",
+    "Context",
+    "ConvertingPass",
+    "Estimate",
+    "ExactPass",
+    "LossyPass",
+    "Pass",
+    "Refusal",
+    "Setting",
+    "parse_pass",
+]
 
 
 class Capabilities(Protocol):
@@ -166,6 +179,20 @@ class ExactPass(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> int:
         """Rewrite; returns the number of changes (0 ends a fix-point loop)."""
+        raise NotImplementedError(f"{type(self).__name__} must define run(graph, ctx) -> number of changes")
+
+
+@dataclass(frozen=True)
+class ConvertingPass(Pass):
+    """Changes the graph in place, and its numbers too, before all other passes and only where it is asked for by name.
+
+    What the others make of the converted graph is judged against the model that came in: error and time.
+    """
+
+    enters_bodies: ClassVar[bool] = False  # as in exact passes
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        """Rewrite, with a verdict per node in the ledger; returns the number of changes."""
         raise NotImplementedError(f"{type(self).__name__} must define run(graph, ctx) -> number of changes")
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxopt.errors import InvalidOption
-from fxopt.ir.graph import Graph
+from fxopt.ir.graph import Graph, label
+from fxopt.ir.ledger import Refusal
 from fxopt.ir.target import Cost
-from fxopt.passes.base import Candidate, Context, Estimate, LossyPass
+from fxopt.ir.views.quantized import quantized_operators
+from fxopt.passes.base import Candidate, Context, Estimate, LossyPass, Setting
 from fxopt.passes.quantize_linear.eight_bit import EightBit
 from fxopt.passes.quantize_linear.grids import RANGES, quantize_weight, static_range
 from fxopt.passes.quantize_linear.weight_only import WeightOnly
@@ -80,9 +82,16 @@ class QuantizeLinear(LossyPass):
         return WeightOnly(self.name, self.bits, self.group, self.symmetric, self.method, self.act_order, activations)
 
     def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
-        """One candidate per linear or convolution and kind of activation range."""
-        if self._part is not None:
-            yield from self._part.candidates(graph, ctx)
+        """One candidate per linear or convolution and kind of activation range; none for what is quantised already."""
+        if self._part is None:
+            return
+        already = {found.node.name: found for found in quantized_operators(graph)}
+        for name, found in already.items():
+            refusal = Refusal("quantised already: {}; the pass dequantize makes floats of it", found)
+            yield Candidate(self.name, name, label(found.node), Setting(self.name), refusal)
+        for candidate in self._part.candidates(graph, ctx):
+            if candidate.node not in already:
+                yield candidate
 
     @property
     def histograms(self) -> bool:
