@@ -141,7 +141,7 @@ class Decision:
             if all(rival.low >= 1.0 for rival in rivals):
                 return lossy, timing
             chosen = lossy.plan.chosen
-            dropped = slow_groups(exact, lossy.graph, chosen, self._representative, seconds / 2)
+            dropped = slow_groups(exact, lossy.graph, chosen, self._representative, seconds / 2) if chosen else {}
             kept = tuple(candidate for candidate in chosen if candidate.group not in dropped)
             lossy.executable.close()
             if not kept or len(kept) == len(chosen) or time.perf_counter() > deadline:

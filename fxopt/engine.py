@@ -389,7 +389,7 @@ class Optimizer:
     # ---- what decisions need
 
     def exact_changed(self) -> bool:
-        """Whether exact passes alone changed something; what converting passes made is judged like a lossy result."""
+        """Whether exact passes alone changed something: what converting passes made is judged like a lossy result."""
         return not self.is_converted and any(run.changes for run in self.pass_runs)
 
     def compiled(self, graph: Graph) -> Executable:

@@ -23,8 +23,10 @@ Passes = Annotated[
     list[str] | None,
     typer.Option(
         "--pass",
+        "--passes",
         "-p",
-        help="Consider only this lossy pass: NAME, NAME{option=value,...} or ./file.py:Class{...}; repeatable. "
+        help="Consider only this lossy pass, or convert the model with it first (`dequantize`): NAME, "
+        "NAME{option=value,...} or ./file.py:Class{...}; repeatable. "
         "`none`: change nothing. Default: the planner's choice among all.",
         metavar="PASS",
         show_default=False,

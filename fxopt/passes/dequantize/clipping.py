@@ -6,11 +6,15 @@ it. A float value needs the operator again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from onnx import TensorProto
 from torch import Tensor, fx
 
 from fxopt.ir.builder import Builder
 from fxopt.ir.graph import Graph
+from fxopt.ir.onnx.dtypes import TO_TORCH
 from fxopt.ir.onnx.references.quantize import RANGES
 from fxopt.ir.views.common import argument, is_onnx, scalar_constant
 from fxopt.ir.views.eight_bit import passes_levels_on
@@ -48,8 +52,10 @@ def clipped(graph: Graph, builder: Builder, node: fx.Node, clip: str) -> tuple[f
 def _bounds(graph: Graph, node: fx.Node) -> tuple[Tensor, Tensor, torch.dtype] | None:
     """The smallest and the largest value that can be quantised, and its type; None where they are not known."""
     scale = graph.constant(node.args[1])
-    zero = torch.zeros((), dtype=torch.uint8) if len(node.args) < 3 else graph.constant(node.args[2])
-    if scale is None or zero is None or zero.dtype not in RANGES:
+    given: Any = argument(node, 2)
+    code: Any = node.kwargs.get("output_dtype", 0) or TensorProto.UINT8
+    zero = graph.constant(given) if given is not None else torch.zeros((), dtype=TO_TORCH[code])
+    if scale is None or zero is None or zero.dtype not in RANGES:  # numbers of float8 have no such range
         return None
     low, high = RANGES[zero.dtype]
     return (low - zero.double()) * scale.double(), (high - zero.double()) * scale.double(), scale.dtype

@@ -161,6 +161,8 @@ class Walk:
             return Refusal("weights=False keeps its codes")
         if not self.same(scale, argument(codes, 1)) or not self.same(zero, argument(codes, 2)):
             return Refusal("its scale or zero point is another than that of the QuantizeLinear before it")
+        if any(value is not None and self.graph.constant(value) is None for value in (scale, zero)):
+            return Refusal("its range is computed at run time, so what it cuts off is unknown")
         value = self.unrounded(codes)
         for move in reversed(moves):
             key = ("moved", move, value)
