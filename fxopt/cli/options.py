@@ -36,7 +36,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Sample inputs: an .npz (one array per input, samples along axis 0), an .npy, a folder of them, "
+        help="Sample inputs: an .npz (one array per input, samples along axis 0), an .npy, a .jsonl or .json of rows "
+        "(each an object of numbers by input name), a folder of them, "
         "`random`, or `weights` (judge weights alone).",
         metavar="DATA",
         show_default=False,
@@ -72,7 +73,7 @@ Json = Annotated[str | None, typer.Option("--json", help="Write the result as JS
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Inputs: an .npz, an .npy, a folder of them; default: random.", metavar="DATA", show_default=False
+        help="Inputs: an .npz, .npy, .jsonl or .json; a folder; default: random.", metavar="DATA", show_default=False
     ),
 ]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time for measuring.", metavar="NUMBER")]
