@@ -184,16 +184,17 @@ class Optimizer:
 
     def _conversion(self, exact: Graph) -> Lossy | None:
         """What converting passes made, with nothing else done; None when that is not within the budget."""
-        budget = self.request.budget
-        if not self.request.samples and budget is not None:
+        budget, nothing_else = self.request.budget, Plan((), (), 0.0, 0.0)
+        if not self.request.samples:
+            if budget is None:
+                return Lossy(exact, self.compiled(exact), nothing_else, None, math.nan)
             roll_back(self.ledger, None, f"{NO_DATA}, or --budget none")
             return None
-        executable = self.compiled(exact)
-        error, loss = self._error(executable) if self.request.samples else (None, math.nan)
-        if budget is None or loss <= budget:
-            return Lossy(exact, executable, Plan((), (), 0.0, 0.0), error, loss)
-        executable.close()
-        roll_back(self.ledger, None, f"over budget: measured loss {loss:.3g} against the model that came in")
+        found = self.measured(exact, nothing_else)
+        if budget is None or found.loss <= budget:
+            return found
+        found.executable.close()
+        roll_back(self.ledger, None, f"over budget: measured loss {found.loss:.3g} against the model that came in")
         return None
 
     def _candidates(self, exact: Graph) -> _Priced | None:

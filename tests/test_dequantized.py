@@ -95,7 +95,7 @@ def test_without_dequantize_nothing_is_quantised_twice(machine: Machine) -> None
     result = optimized("QDQ-channel-s", passes=None)
     found = rows(result)
     assert len(found) == 5 and all(row.reason.startswith("quantised already: int8 weights") for row in found)
-    assert result.report.outcome == "nothing paid"
+    assert result.report.outcome == "nothing paid" and result.report.why.startswith("quantised already: int8 weights")
     assert len(list(quantized_operators(result.graph))) == 5
 
 

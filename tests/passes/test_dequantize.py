@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from onnx import helper, numpy_helper
 
+from fxopt.backends.onnxruntime import OnnxRuntime
 from fxopt.errors import InvalidOption
 from fxopt.frontends.onnx import load
 from fxopt.ir.error import noise_to_signal
@@ -29,7 +30,7 @@ from fxopt.ir.views.quantized import quantized_operators
 from fxopt.passes.base import Context
 from fxopt.passes.dequantize import Dequantize
 from fxopt.passes.manager import PassManager
-from fxopt.passes.pipelines import exact_pipeline
+from fxopt.passes.pipelines import exact_pipeline, spelling_pipeline
 from fxopt.passes.quantize_linear import QuantizeLinear
 from fxopt.testing import PLAIN_CPU, assert_neutral
 from tests.passes.helpers import context, onnx_graph, operators
@@ -188,7 +189,8 @@ PATTERNS = {
 def check_kept(model: onnx.ModelProto, x: Any, folder: Path) -> None:
     """After the exact passes the same bits come out of the same kernels."""
     graph = imported(model)
-    PassManager(exact_pipeline()).run(graph, Context(PLAIN_CPU))
+    for steps in (exact_pipeline(), spelling_pipeline()):
+        PassManager(steps).run(graph, Context(PLAIN_CPU, capabilities=OnnxRuntime()))
     files = folder / "before.onnx", folder / "after.onnx"
     before, after = run(model, x, files[0]), run(to_model(graph), x, files[1])
     kernels = [collections.Counter(node.op_type for node in onnx.load(file).graph.node) for file in files]
