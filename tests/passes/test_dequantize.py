@@ -362,6 +362,23 @@ def test_few_bits_with_blocks_out_of_order() -> None:
     assert torch.equal(graph.run([x])[0], after.run([x])[0])
 
 
+EMBEDDING = """g (int64[n, 4] i) => (float[n, 4, 32] y, float[n, 32, 4] z) {
+    r = Gather(w, i) f = DequantizeLinear(r, s, wz) y = Tanh(f)
+    t = Transpose<perm=[0, 2, 1]>(r) z = DequantizeLinear(t, s, wz) }"""
+
+
+def test_a_table_of_codes_becomes_one_of_floats() -> None:
+    graph = graph_of(EMBEDDING, wz=np.int8(3))
+    after = converted(graph)
+    assert operators(after) == ["Gather", "Tanh", "Transpose"]
+    rows = torch.arange(8).reshape(2, 4)
+    for one, other in zip(graph.run([rows]), after.run([rows]), strict=True):
+        assert torch.equal(one, other)
+    (table,) = [after.constant(node) for node in after.fx.find_nodes(op="get_attr")]
+    assert table is not None and table.shape == (32, 32) and table.dtype == torch.float32
+    assert operators(converted(graph, weights=False)) == operators(graph)
+
+
 def in_a_branch(inside: bool) -> Graph:
     """The weights are constants of the branch, or of the graph around it."""
     text = PATTERNS["one weight twice"].replace("y = ", "r = ")
@@ -497,6 +514,8 @@ REFUSED = {
     "another spelling": ("""g (float[n, 32] x) => (int32[n, 32] y) {
         q, qs, qz = DynamicQuantizeLinear(x) y = MatMulInteger(q, w, qz) }""",
         "it is not the usual DynamicQuantizeLinear, product, Cast and product with both scales"),
+    "a table with a scale per column": ("""g (int64[n] i) => (float[n, 32] y) {
+        r = Gather(w, i) y = DequantizeLinear<axis=1>(r, ws, wz) }""", "its constant codes are moved, and have 32 scales"),
     "no float form": ("""g (float[n, 32] x) => (float[n, 32] y) {
         y = com.microsoft.MatMulBnb4<K=32, N=32, block_size=32, quant_type=1>(x, packed, bs) }""",
         "MatMulBnb4 has no float form"),

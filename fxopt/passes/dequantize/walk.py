@@ -148,31 +148,42 @@ class Walk:
         return self.values[key]
 
     def float_of(self, codes: Any, scale: Any, zero: Any) -> fx.Node | Refusal:
-        """The float value that was quantised to these codes, behind what only moves them."""
-        if not self.activations:
-            return Refusal("activations=False keeps it")
+        """The float value that was quantised to these codes, or that constant ones stand for, behind what moves them."""
         moves = []
         while (passes_levels_on(codes) or is_onnx(codes, *_MOVING)) and "_outputs" not in codes.kwargs:
             moves.append(codes)
             codes = codes.args[0]
-        if not is_onnx(codes, "QuantizeLinear"):
-            return Refusal("its codes come from {}, not from QuantizeLinear", _source(codes))
-        if constant_source(self.graph, codes) is not None:
-            return Refusal("weights=False keeps its codes")
-        if not self.same(scale, argument(codes, 1)) or not self.same(zero, argument(codes, 2)):
-            return Refusal("its scale or zero point is another than that of the QuantizeLinear before it")
-        if any(value is not None and self.graph.constant(value) is None for value in (scale, zero)):
-            return Refusal("its range is computed at run time, so what it cuts off is unknown")
-        value = self.unrounded(codes)
+        value = self.origin(codes, scale, zero, bool(moves))
+        if isinstance(value, Refusal):
+            return value
         for move in reversed(moves):
             key = ("moved", move, value)
             if key not in self.values:
                 arguments = (value, *move.args[1:])
+                assert self.at is not None
                 self.values[key] = self.graph.call(
-                    move.target, arguments, dict(move.kwargs), before=move, made_by=self.name, like=move
+                    move.target, arguments, dict(move.kwargs), before=self.at, made_by=self.name, like=move
                 )
             value = self.values[key]
         return value
+
+    def origin(self, codes: Any, scale: Any, zero: Any, moved: bool) -> fx.Node | Refusal:
+        """The float value before anything moved the codes."""
+        if constant_source(self.graph, codes) is not None:
+            if not self.weights:
+                return Refusal("weights=False keeps its codes")
+            if moved and self.count(scale) > 1:
+                return Refusal("its constant codes are moved, and have {} scales", self.count(scale))
+            return self.constant(codes, scale, zero, None) or Refusal("its scale or zero point is computed at run time")
+        if not is_onnx(codes, "QuantizeLinear"):
+            return Refusal("its codes come from {}, not from QuantizeLinear", _source(codes))
+        if not self.activations:
+            return Refusal("activations=False keeps it")
+        if not self.same(scale, argument(codes, 1)) or not self.same(zero, argument(codes, 2)):
+            return Refusal("its scale or zero point is another than that of the QuantizeLinear before it")
+        if any(value is not None and self.graph.constant(value) is None for value in (scale, zero)):
+            return Refusal("its range is computed at run time, so what it cuts off is unknown")
+        return self.unrounded(codes)
 
     def unrounded(self, node: fx.Node) -> fx.Node:
         """The operand of QuantizeLinear, with what its range cut off on purpose."""
