@@ -25,7 +25,7 @@ from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger, Refusal
-from fxopt.ir.memory import is_large, spilled
+from fxopt.ir.memory import is_large, limit, spilled
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
 from fxopt.passes.base import Candidate, Context, ConvertingPass, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
@@ -120,6 +120,8 @@ class Optimizer:
         if not steps:
             return self.original, 0
         graph = self.original.copy()
+        if 8 * graph.size_bytes() > limit() // 2:  # 4-bit codes as float32
+            graph.store = spilled
         with self.stage("converting passes"):
             manager = PassManager(steps, dump=self.request.dump)
             changes = manager.run(graph, self.context)

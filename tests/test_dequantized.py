@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import fxopt
-from fxopt.ir.error import output_error
+from fxopt.ir.error import noise_to_signal, output_error
 from fxopt.ir.views.quantized import quantized_operators
 from tests.conftest import Ran
-from tests.quantised_files import quantised, samples
+from tests.quantised_files import float_model, quantised, samples
 from tests.test_engine import CHIP, HOST, Machine, machine, op_types, per_operator, rows
 
 __all__ = ["machine"]  # a fixture
@@ -139,6 +139,43 @@ def test_a_target_that_is_not_here() -> None:
     assert result.report.outcome == "nothing paid" and "QLinearConv" in op_types(result)
     assert {row.outcome for row in rows(result, "dequantize")} == {"rolled-back"}
     assert all(row.reason.startswith("predicted 0.") for row in rows(result, "dequantize"))
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_what_fxopt_has_quantised(machine: Machine, tmp_path: Path, activations: str) -> None:
+    """A file that fxopt wrote is recognised, and becomes the float model with rounded weights."""
+    quantise = [f"quantize-linear{{activations={activations},smooth=off}}"]
+    options: dict[str, Any] = {"calibration": data(), "force": True, "budget": None}
+    first = fxopt.optimize(float_model(), HOST, passes=quantise, **options)
+    first.save(tmp_path / "first.onnx")
+    count = len(rows(first, outcome="applied"))
+    assert count >= 2
+    views = list(quantized_operators(fxopt.capture(tmp_path / "first.onnx")))
+    assert len(views) == count and all("int8 weights, symmetric per channel" in str(view) for view in views)
+    result = fxopt.optimize(tmp_path / "first.onnx", HOST, passes=["dequantize"], **options)
+    assert not set(op_types(result)) & set(QUANTISED)
+    original = fxopt.optimize(float_model(), HOST, passes=[])
+    x = data()[0]
+    distances = [noise_to_signal(original(x), model(x)) for model in (result, first)]
+    assert distances[0] < 1e-3 and distances[0] < 1.5 * distances[1]
+
+
+def test_floats_of_a_large_model_lie_on_disk(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fxopt.engine
+
+    stored: list[torch.Tensor] = []
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        stored.append(value)
+        return value
+
+    monkeypatch.setattr(fxopt.engine, "spilled", keep)
+    monkeypatch.setenv("FXOPT_MEMORY", "100M")
+    optimized("QOperator-tensor-s", force=True)
+    assert not stored
+    monkeypatch.setenv("FXOPT_MEMORY", "40K")
+    optimized("QOperator-tensor-s", force=True)
+    assert len(stored) >= 5
 
 
 def test_nothing_to_convert(machine: Machine) -> None:

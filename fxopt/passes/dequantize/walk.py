@@ -148,7 +148,7 @@ class Walk:
         return self.values[key]
 
     def float_of(self, codes: Any, scale: Any, zero: Any) -> fx.Node | Refusal:
-        """The float value that was quantised to these codes, or that constant ones stand for, behind what moves them."""
+        """The float value that was quantised to these codes (or that constant ones stand for), moved like them."""
         moves = []
         while (passes_levels_on(codes) or is_onnx(codes, *_MOVING)) and "_outputs" not in codes.kwargs:
             moves.append(codes)
