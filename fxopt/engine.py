@@ -292,19 +292,19 @@ class Optimizer:
         self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats
     ) -> None:
         """Apply the candidates; those that want second moments come in the order of the graph, the others before."""
-        wanted: dict[Candidate, fx.Node] = {}
+        later: list[Candidate] = []
         for candidate in chosen:
             with _naming(owner[candidate], candidate):
-                node = owner[candidate].moments(graph, candidate)
-                if node is None:
+                if owner[candidate].moments(graph, candidate) is None:
                     owner[candidate].apply(graph, candidate, stats)
                 else:
-                    wanted[candidate] = node
-        if not wanted:
+                    later.append(candidate)
+        if not later:
             return
-        place = {node: index for index, node in enumerate(graph.nodes)}
+        place: dict[fx.Node | None, int] = {node: index for index, node in enumerate(graph.nodes)}
+        later.sort(key=lambda candidate: place[owner[candidate].moments(graph, candidate)])
         walk = SequentialRun(graph, self.calibration, self.evaluator)
-        for done, (candidate, _) in enumerate(sorted(wanted.items(), key=lambda item: place[item[1]])):
+        for done, candidate in enumerate(later):
             step = owner[candidate]
             with _naming(step, candidate):
                 node = step.moments(graph, candidate)
@@ -312,7 +312,7 @@ class Optimizer:
                 stats.moments = {node.name: walk.moments(node)}
                 step.apply(graph, candidate, stats)
             if self.request.progress is not None:
-                self.request.progress("rewriting", done + 1, len(wanted))
+                self.request.progress("rewriting", done + 1, len(later))
         stats.moments = {}
         for note in stats.notes:
             self.ledger.note(note)
