@@ -309,7 +309,7 @@ class Optimizer:
             with _naming(step, candidate):
                 node = step.moments(graph, candidate)
                 assert node is not None
-                stats.moments = {node.name: walk.moments(node)}
+                stats.moments = {node.name: walk.moments(node, step.moment_rows(graph, candidate))}
                 step.apply(graph, candidate, stats)
             if self.request.progress is not None:
                 self.request.progress("rewriting", done + 1, len(later))

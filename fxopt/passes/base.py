@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import fx
 
 from fxopt.errors import InvalidOption, unknown
@@ -192,6 +193,10 @@ class LossyPass(Pass):
 
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """The node whose second moments `apply` wants in `stats.moments`, measured on the graph as rewritten so far."""
+        return None
+
+    def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """How a value of `moments` becomes rows [groups, rows, features]; None: it is [..., features] already."""
         return None
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:

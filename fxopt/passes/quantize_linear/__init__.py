@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxopt.errors import InvalidOption
 from fxopt.ir.graph import Graph
 from fxopt.ir.target import Cost
+from fxopt.ir.views.conv import Conv, conv
 from fxopt.passes.base import Candidate, Context, Estimate, LossyPass
+from fxopt.passes.quantize_linear.conv_weights import ConvWeights
 from fxopt.passes.quantize_linear.eight_bit import EightBit
 from fxopt.passes.quantize_linear.grids import RANGES, quantize_weight, static_range
 from fxopt.passes.quantize_linear.weight_only import WeightOnly
@@ -26,14 +28,16 @@ _SMOOTH = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class QuantizeLinear(LossyPass):
-    """Give linears and convolutions fewer bits: both operands 8, or the weights of linears alone 2 to 8.
+    """Give linears and convolutions fewer bits: both operands 8, or the weights alone 2 to 8.
+
+    Weights of convolutions in fewer bits save bytes of the file (`objective="size"`), not time.
 
     Options:
         bits: of the weights; None is neutral: nothing is offered. 8 computes in integers unless `activations` says
-            otherwise, 2, 3 and 4 are for linears that wait for their weights (few rows at a time).
+            otherwise, 2, 3 and 4 are for linears that wait for their weights (few rows at a time), and for small files.
         activations: with 8 bits "dynamic" (range found at run time), "static" (calibrated), "auto" (both are offered
             where both exist); weight-only: "int8" (each row and group rounded to 8 bits, fast: "auto") or "float".
-        group: inputs per scale of a weight-only form; 0: one scale per output.
+        group: inputs per scale of a weight-only form (of convolutions: of the flattened kernel); 0: one per output.
         symmetric: weight-only: no zero points.
         method: weight-only: "gptq", or "rtn" (round to nearest).
         smooth: with 8 bits "on", "off", or "auto": moving outliers of activations into the weights is offered, with the
@@ -71,18 +75,19 @@ class QuantizeLinear(LossyPass):
             raise InvalidOption(f"quantize-linear: group={self.group}; expected at least 16, or 0 for one per output")
 
     @property
-    def _part(self) -> EightBit | WeightOnly | None:
+    def _parts(self) -> tuple[EightBit | WeightOnly | ConvWeights, ...]:
         if self.bits is None:
-            return None
+            return ()
         if self.bits == 8 and self.activations not in _WEIGHT_ONLY[1:]:
-            return EightBit(self.name, self.activations, self.smooth, self.ranges, self.correct_bias)
+            return (EightBit(self.name, self.activations, self.smooth, self.ranges, self.correct_bias),)
         activations = "int8" if self.activations == "auto" else self.activations
-        return WeightOnly(self.name, self.bits, self.group, self.symmetric, self.method, self.act_order, activations)
+        options = self.name, self.bits, self.group, self.symmetric, self.method, self.act_order
+        return WeightOnly(*options, activations), ConvWeights(*options)
 
     def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
         """One candidate per linear or convolution and kind of activation range."""
-        if self._part is not None:
-            yield from self._part.candidates(graph, ctx)
+        for part in self._parts:
+            yield from part.candidates(graph, ctx)
 
     @property
     def histograms(self) -> bool:
@@ -91,27 +96,34 @@ class QuantizeLinear(LossyPass):
 
     def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The input; for an 8-bit convolution also the output, whose range is quantised too."""
-        return self._chosen.observed(graph, candidate)
+        return self._part_of(graph, candidate).observed(graph, candidate)
 
     def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost] | None:
-        """Of weight-only forms, which pay only for few rows."""
-        part = self._chosen
-        return part.work(graph, candidate) if isinstance(part, WeightOnly) else None
+        """Of weight-only forms: those of linears pay only for few rows, those of convolutions never in time."""
+        part = self._part_of(graph, candidate)
+        return None if isinstance(part, EightBit) else part.work(graph, candidate)
 
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """GPTQ wants the second moments of the input."""
-        part = self._chosen
-        return part.moments(graph, candidate) if isinstance(part, WeightOnly) else None
+        part = self._part_of(graph, candidate)
+        return None if isinstance(part, EightBit) else part.moments(graph, candidate)
+
+    def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[Tensor], Tensor] | None:
+        """Of a convolution: the patches that its kernel sees."""
+        part = self._part_of(graph, candidate)
+        return part.moment_rows(graph, candidate) if isinstance(part, ConvWeights) else None
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error on the calibration rows, and the work of both forms."""
-        return self._chosen.estimate(graph, candidate, stats)
+        return self._part_of(graph, candidate).estimate(graph, candidate, stats)
 
     def apply(self, graph: Graph, candidate: Candidate, stats: Stats) -> None:
-        """Replace the linear or convolution (with the ReLU behind it)."""
-        self._chosen.apply(graph, candidate, stats)
+        """Replace the linear or convolution (in 8 bits with the ReLU behind it)."""
+        self._part_of(graph, candidate).apply(graph, candidate, stats)
 
-    @property
-    def _chosen(self) -> EightBit | WeightOnly:
-        assert self._part is not None, "a neutral pass has no candidates"
-        return self._part
+    def _part_of(self, graph: Graph, candidate: Candidate) -> EightBit | WeightOnly | ConvWeights:
+        parts = self._parts
+        assert parts, "a neutral pass has no candidates"
+        node = graph.find(candidate.node)
+        is_conv = node is not None and isinstance(conv(graph, node), Conv)
+        return parts[-1] if is_conv else parts[0]

@@ -86,3 +86,15 @@ def replaced(
     if not view.weight_node.users:
         graph.erase(view.weight_node)
     return node
+
+
+def float_conv(x: torch.Tensor, view: Conv, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What the convolution gives with this weight and bias, both of the type of x."""
+    rank = weight.dim() - 2
+    pads = [pad for axis in reversed(range(rank)) for pad in (view.padding[0][axis], view.padding[1][axis])]
+    padded = torch.nn.functional.pad(x, pads)
+    convolve = getattr(torch.nn.functional, f"conv{rank}d")
+    result: torch.Tensor = convolve(
+        padded, weight, None if bias is None else bias.float(), view.stride, 0, view.dilation, view.groups
+    )
+    return result

@@ -28,7 +28,14 @@ from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes import fold_linear_scale, fold_norm_scale
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_between import behind
-from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of, with_conversions
+from fxopt.passes.quantize_linear.common import (
+    FLOATS,
+    float_conv,
+    float_cost,
+    replaced,
+    value_of,
+    with_conversions,
+)
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
 from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, smoothed
 from fxopt.passes.stats import Extremes, Stats, ValueStats
@@ -357,7 +364,7 @@ def _float_result(graph: Graph, view: Linear | Conv, x: Tensor) -> Tensor:
     weight, bias = view.weight(graph).float(), view.bias(graph)
     if isinstance(view, Linear):
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
-    result = _float_conv(x, view, weight, bias)
+    result = float_conv(x, view, weight, bias)
     return _saturated_like(graph, _result(graph, view), view.node, result)
 
 
@@ -367,14 +374,3 @@ def _saturated_like(graph: Graph, behind_it: fx.Node, node: fx.Node, value: Tens
         return value
     top = scalar_constant(graph, argument(behind_it, 2, "max"))
     return value.clamp(min=0.0, max=top)
-
-
-def _float_conv(x: Tensor, view: Conv, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rank = weight.dim() - 2
-    pads = [pad for axis in reversed(range(rank)) for pad in (view.padding[0][axis], view.padding[1][axis])]
-    padded = torch.nn.functional.pad(x, pads)
-    convolve = getattr(torch.nn.functional, f"conv{rank}d")
-    result: Tensor = convolve(
-        padded, weight, None if bias is None else bias.float(), view.stride, 0, view.dilation, view.groups
-    )
-    return result
