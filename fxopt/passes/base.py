@@ -226,14 +226,14 @@ def parse_pass(text: str, find: Callable[[str], type[Pass]]) -> Pass:
     return make_pass(kind, parse_options(inside or "", text))
 
 
-def parse_options(text: str, whole: str) -> dict[str, str]:
+def parse_options(text: str, whole: str, kind: str = "pass") -> dict[str, str]:
     """`a=1,b=(2,3)` as a dictionary of texts; commas inside brackets and quotes do not split."""
     options: dict[str, str] = {}
     parts = re.findall(r"(?:[^,\[\](){}'\"]|\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\")+", text)
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise InvalidOption(f"pass {whole!r}: {part.strip()!r} is not of the form option=value")
+            raise InvalidOption(f"{kind} {whole!r}: {part.strip()!r} is not of the form option=value")
         options[key.strip().replace("-", "_")] = value.strip()
     return options
 
