@@ -23,6 +23,7 @@ __all__ = ["QuantizeLinear", "quantize_weight", "static_range"]
 _ACTIVATIONS = {8: ("auto", "dynamic", "static", "int8", "float")}
 _WEIGHT_ONLY = ("auto", "int8", "float")
 _METHODS = ("gptq", "rtn")
+_ROUNDINGS = ("nearest", "gptq")
 _SMOOTH = ("auto", "on", "off")
 
 
@@ -45,6 +46,8 @@ class QuantizeLinear(LossyPass):
         ranges: of static activations: "minmax", "percentile" (99.99 %), "entropy" or "mse" clip outliers.
         correct_bias: with 8 bits: add what rounding the weights takes from the mean output.
         act_order: GPTQ rounds the inputs with the largest second moments first.
+        rounding: with 8 bits: "nearest", or "gptq": a smaller error at the same speed, for a longer calibration (x86
+            without VNNI keeps "nearest").
     """
 
     bits: int | None = 8
@@ -56,6 +59,7 @@ class QuantizeLinear(LossyPass):
     smooth: str = "auto"
     ranges: str = "minmax"
     correct_bias: bool = False
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8, None):
@@ -67,6 +71,8 @@ class QuantizeLinear(LossyPass):
             )
         if self.method not in _METHODS:
             raise InvalidOption(f"quantize-linear: method={self.method!r}; expected one of {_METHODS}")
+        if self.rounding not in _ROUNDINGS:
+            raise InvalidOption(f"quantize-linear: rounding={self.rounding!r}; expected one of {_ROUNDINGS}")
         if self.smooth not in _SMOOTH:
             raise InvalidOption(f"quantize-linear: smooth={self.smooth!r}; expected one of {_SMOOTH}")
         if self.ranges not in RANGES:
@@ -79,7 +85,8 @@ class QuantizeLinear(LossyPass):
         if self.bits is None:
             return ()
         if self.bits == 8 and self.activations not in _WEIGHT_ONLY[1:]:
-            return (EightBit(self.name, self.activations, self.smooth, self.ranges, self.correct_bias),)
+            how = self.activations, self.smooth, self.ranges, self.correct_bias, self.rounding
+            return (EightBit(self.name, *how),)
         activations = "int8" if self.activations == "auto" else self.activations
         options = self.name, self.bits, self.group, self.symmetric, self.method, self.act_order
         return WeightOnly(*options, activations), ConvWeights(*options)
@@ -105,13 +112,12 @@ class QuantizeLinear(LossyPass):
 
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """GPTQ wants the second moments of the input."""
-        part = self._part_of(graph, candidate)
-        return None if isinstance(part, EightBit) else part.moments(graph, candidate)
+        return self._part_of(graph, candidate).moments(graph, candidate)
 
     def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[Tensor], Tensor] | None:
         """Of a convolution: the patches that its kernel sees."""
         part = self._part_of(graph, candidate)
-        return part.moment_rows(graph, candidate) if isinstance(part, ConvWeights) else None
+        return None if isinstance(part, WeightOnly) else part.moment_rows(graph, candidate)
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error on the calibration rows, and the work of both forms."""

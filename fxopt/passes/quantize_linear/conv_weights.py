@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +20,7 @@ from fxopt.ir.target import Cost
 from fxopt.ir.views.conv import Conv, conv, convs
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_linear.common import FLOATS, float_conv, float_cost, replaced, value_of
-from fxopt.passes.quantize_linear.patches import patches
+from fxopt.passes.quantize_linear.patches import patch_rows
 from fxopt.passes.quantize_linear.rounding import Rounding
 from fxopt.passes.stats import Stats
 
@@ -88,8 +87,7 @@ class ConvWeights:
 
     def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[Tensor], Tensor]:
         """Patches [groups, positions, in] of a value of the input."""
-        view = view_of(graph, candidate)
-        return partial(patches, view=view, kernel=tuple(view.weight(graph).shape[2:]))
+        return patch_rows(graph, view_of(graph, candidate))
 
     def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost]:
         """Work of both forms, which is the same."""

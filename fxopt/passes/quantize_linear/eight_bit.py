@@ -7,7 +7,7 @@ Weights are symmetric per output channel, activations asymmetric per tensor: wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ from fxopt.passes.quantize_linear.common import (
     with_conversions,
 )
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
+from fxopt.passes.quantize_linear.patches import patch_rows
+from fxopt.passes.quantize_linear.rounding import eight_bit_codes
 from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, smoothed
 from fxopt.passes.stats import Extremes, Stats, ValueStats
 
@@ -53,6 +55,7 @@ class EightBit:
     smooth: str  # "on", "off", or "auto": both are offered for linears
     ranges: str  # of static activations: one of `grids.RANGES`
     correct_bias: bool
+    rounding: str  # of the weights: "nearest" or "gptq"
 
     # ---- candidates
 
@@ -105,6 +108,8 @@ class EightBit:
             values["ranges"] = self.ranges
         if self.correct_bias:
             values["correct_bias"] = True
+        if self.rounding == "gptq" and sums == 32:
+            values["rounding"] = "gptq"
         return Candidate(self.name, node.name, label(node), Setting.of(self.name, **values), refusal, group)
 
     def _refusal(self, graph: Graph, ctx: Context, view: Linear | Conv, op_name: str) -> Refusal | None:
@@ -174,6 +179,9 @@ class EightBit:
         codes, scales, bias, *rest = operands
         stem, source = label(view.weight_node), (label(view.node), self.name)
         s = self._factors(graph, view, candidate.setting, stats)
+        if self._compensates(candidate):
+            codes = self._gptq(graph, view, scales, s, stats)
+            bias = self._bias(graph, view, candidate.setting, stats, s, (codes, scales))
         bias_node = view.bias_node
         if bias is not None and candidate.setting.get("correct_bias", False):
             bias_node = graph.add_constant(bias, f"{stem}_bias", source)
@@ -190,6 +198,28 @@ class EightBit:
             for value in behind(graph, node):
                 if value in stats:
                     value.meta["levels"] = static_range(stats[value], _ranges(candidate.setting))
+
+    def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
+        """GPTQ wants the second moments of the input, on the compressed graph."""
+        return _view(graph, candidate).x if self._compensates(candidate) else None
+
+    def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[Tensor], Tensor] | None:
+        """Of a convolution: the patches that its kernel sees."""
+        view = _view(graph, candidate)
+        return patch_rows(graph, view) if isinstance(view, Conv) else None
+
+    def _compensates(self, candidate: Candidate) -> bool:
+        """Codes whose neighbours share the room of a 16-bit sum are rounded to nearest: GPTQ would use it up."""
+        return bool(candidate.setting.get("rounding") == "gptq")
+
+    def _gptq(self, graph: Graph, view: Linear | Conv, scales: Tensor, s: Tensor | None, stats: Stats) -> Tensor:
+        """Codes whose rounding errors make up for each other, in the shape of the weight."""
+        weight, moments = _scaled(view.weight(graph), s).float(), stats.moments[view.x.name]
+        if s is not None:
+            moments = moments / torch.outer(s, s).to(moments.dtype)
+        grouped = moments if isinstance(view, Conv) else moments[None]
+        codes = eight_bit_codes(weight.flatten(1), scales, grouped, view.node, stats)
+        return codes.reshape(weight.shape)
 
     def _operands(
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats

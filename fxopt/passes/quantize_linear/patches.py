@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from fxopt.ir.graph import Graph
 from fxopt.ir.views.conv import Conv
+
+
+def patch_rows(graph: Graph, view: Conv) -> Callable[[Tensor], Tensor]:
+    """`patches` of the values that a convolution takes."""
+    return partial(patches, view=view, kernel=tuple(view.weight(graph).shape[2:]))
 
 
 def patches(x: Tensor, view: Conv, kernel: tuple[int, ...]) -> Tensor:

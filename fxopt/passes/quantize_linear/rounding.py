@@ -11,11 +11,12 @@ from torch import Tensor, fx
 from fxopt.ir.graph import label
 from fxopt.ir.ops.linear_nbits import group_count
 from fxopt.ir.packing import pack, packed_width
-from fxopt.passes.quantize_linear.gptq import DAMPING, gptq, nearest
+from fxopt.passes.quantize_linear.gptq import DAMPING, Rounded, gptq, nearest
 from fxopt.passes.quantize_linear.grids import Grid, group_grid
 from fxopt.passes.stats import Stats
 
 _SLAB = 1 << 21  # elements
+_MIDDLE = 128.0  # the unsigned code of 0
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,7 @@ class Rounding:
         return packed, scales, zeros.to(torch.uint8)
 
     def _gptq(self, weight: Tensor, moments: Tensor, grid: Grid, node: fx.Node, stats: Stats) -> Tensor:
-        found = gptq(weight, moments, grid, act_order=self.act_order)
-        if found.damping > DAMPING:
-            stats.notes.append(
-                f"GPTQ at {label(node)!r}: the second moments of its input are not positive definite;"
-                f" damping raised to {found.damping:g} of their mean"
-            )
-        return found.codes
+        return _noted(gptq(weight, moments, grid, act_order=self.act_order), node, stats)
 
     def nearest(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """What the weight [out, in] becomes when it is rounded to nearest, as float32: some outputs at a time."""
@@ -70,6 +65,31 @@ class Rounding:
     def stored_bytes(self, out: int, columns: int) -> int:
         """Bytes of codes, scales and zeros."""
         return sum(part.nbytes for part in self.storage(out, columns) if part is not None)
+
+
+def eight_bit_codes(weight: Tensor, scales: Tensor, moments: Tensor, node: fx.Node, stats: Stats) -> Tensor:
+    """GPTQ's codes int8 in -127 ... 127 of a weight [out, in], on the grid of `quantize_weight`.
+
+    Args:
+        scales: [out].
+        moments: H [groups, in, in]; the outputs belong to the groups in order.
+    """
+    parts = []
+    for rows, units, hessian in zip(weight.chunk(len(moments)), scales.chunk(len(moments)), moments, strict=True):
+        grid = Grid(8, weight.shape[1], units[:, None], torch.full_like(units[:, None], _MIDDLE))
+        codes = _noted(gptq(rows, hessian, grid), node, stats)
+        parts.append((codes.to(torch.int16) - int(_MIDDLE)).clamp(-127, 127).to(torch.int8))
+    return torch.cat(parts)
+
+
+def _noted(found: Rounded, node: fx.Node, stats: Stats) -> Tensor:
+    """The codes; a raised damping is said."""
+    if found.damping > DAMPING:
+        stats.notes.append(
+            f"GPTQ at {label(node)!r}: the second moments of its input are not positive definite;"
+            f" damping raised to {found.damping:g} of their mean"
+        )
+    return found.codes
 
 
 def slabs(weight: Tensor) -> list[slice]:
