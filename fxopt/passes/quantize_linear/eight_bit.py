@@ -32,7 +32,9 @@ from fxopt.passes.quantize_linear.common import (
     FLOATS,
     float_conv,
     float_cost,
+    is_depthwise,
     replaced,
+    saturates,
     value_of,
     with_conversions,
 )
@@ -75,7 +77,7 @@ class EightBit:
             return
         weight = view.weight(graph)
         group = f"{op_name} {'x'.join(map(str, weight.shape))}"
-        sums = 16 if _saturates(ctx) and not _is_depthwise(view, weight) else 32
+        sums = 16 if saturates(ctx) and not is_depthwise(view, weight) else 32
         wanted = [kind for kind in kinds if self.activations in ("auto", kind)]
         if not wanted:
             refusal = Refusal("a convolution has no {} form that pays; use activations=static", self.activations)
@@ -338,18 +340,6 @@ def _smoothing_cost(graph: Graph, view: Linear) -> Cost:
         count *= hint(dim)
     share = max(1, len(shared))
     return Cost(count / share, 2 * count * x.itemsize / share, kind="elementwise", launches=1 if share == 1 else 0)
-
-
-def _saturates(ctx: Context) -> bool:
-    """x86 without VNNI multiplies u8 by s8 into saturating 16-bit sums of two."""
-    if ctx.target.kind != "cpu" or not ctx.target.arch.startswith("x86"):
-        return False
-    return not ({"avx512_vnni", "avx_vnni", "amx_int8"} & ctx.target.features)
-
-
-def _is_depthwise(view: Linear | Conv, weight: Tensor) -> bool:
-    """One input and one output channel per group: ONNX Runtime's kernels for these multiply in 32 bits everywhere."""
-    return isinstance(view, Conv) and view.groups == weight.shape[0] and weight.shape[1] == 1
 
 
 def _view(graph: Graph, candidate: Candidate) -> Linear | Conv:
