@@ -276,9 +276,10 @@ def _baseline(model: Model, graph: Graph, request: Request) -> Executable:
         from fxopt.ir.memory import is_large
 
         if isinstance(model, (str, os.PathLike)) and not is_large(graph):
-            from fxopt.backends.onnxruntime.session import OnnxExecutable
+            from fxopt.backends.onnxruntime import OnnxRuntime
 
-            return OnnxExecutable(Path(model), request.threads)
+            assert isinstance(request.backend, OnnxRuntime)
+            return request.backend.open(Path(model), request.threads)
         return request.backend.compile(graph, request.target, threads=request.threads)
     return EagerExecutable(graph, _evaluator(graph))
 

@@ -18,6 +18,7 @@ from torch import fx
 from fxopt.backends.base import Executable
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
+from fxopt.elsewhere import fastest
 from fxopt.errors import FxoptError, PassError, VerificationError, unknown
 from fxopt.guard import Timing
 from fxopt.inputs import bind_sizes
@@ -80,7 +81,7 @@ class Optimizer:
         lossy = self._lossy(exact)
         if not request.target.is_host:
             return Decision(self).by_prediction(exact, lossy, before)
-        return Decision(self).by_measurement(exact, lossy, before)
+        return fastest(self, Decision(self).by_measurement(exact, lossy, before))
 
     def explain(self) -> Ledger:
         """Plan and price only: nothing is rewritten lossily or measured."""
@@ -327,34 +328,34 @@ class Optimizer:
         with self.stage("rewriting"):
             executable = self.compiled(graph)
         with self.stage("measuring the error"):
-            error, loss = self._error(executable)
+            error, loss = self.measured_error(executable)
         return Lossy(graph, executable, chosen, error, loss)
 
     def _apply(
         self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats
     ) -> None:
         """Apply the candidates; those that want second moments come in the order of the graph, the others before."""
-        wanted: dict[Candidate, fx.Node] = {}
+        later: list[Candidate] = []
         for candidate in chosen:
             with _naming(owner[candidate], candidate):
-                node = owner[candidate].moments(graph, candidate)
-                if node is None:
+                if owner[candidate].moments(graph, candidate) is None:
                     owner[candidate].apply(graph, candidate, stats)
                 else:
-                    wanted[candidate] = node
-        if not wanted:
+                    later.append(candidate)
+        if not later:
             return
-        place = {node: index for index, node in enumerate(graph.nodes)}
+        place: dict[fx.Node | None, int] = {node: index for index, node in enumerate(graph.nodes)}
+        later.sort(key=lambda candidate: place[owner[candidate].moments(graph, candidate)])
         walk = SequentialRun(graph, self.calibration, self.evaluator)
-        for done, (candidate, _) in enumerate(sorted(wanted.items(), key=lambda item: place[item[1]])):
+        for done, candidate in enumerate(later):
             step = owner[candidate]
             with _naming(step, candidate):
                 node = step.moments(graph, candidate)
                 assert node is not None
-                stats.moments = {node.name: walk.moments(node)}
+                stats.moments = {node.name: walk.moments(node, step.moment_rows(graph, candidate))}
                 step.apply(graph, candidate, stats)
             if self.request.progress is not None:
-                self.request.progress("rewriting", done + 1, len(wanted))
+                self.request.progress("rewriting", done + 1, len(later))
         stats.moments = {}
         for note in stats.notes:
             self.ledger.note(note)
@@ -370,7 +371,7 @@ class Optimizer:
 
     # ---- errors
 
-    def _error(self, executable: Executable) -> tuple[ErrorReport, float]:
+    def measured_error(self, executable: Executable) -> tuple[ErrorReport, float]:
         """The error report, and the loss that the budget limits."""
         if self._references is None:
             self._references = [self.baseline.run(sample) for sample in self.verification]
@@ -421,13 +422,6 @@ class Optimizer:
         timing: Timing | None = None,
     ) -> Outcome:
         request = self.request
-        measured = None
-        if timing is not None:
-            threads = request.threads or request.target.cores
-            measured = Measurement(
-                self.baseline.executed_on, timing.baseline, timing.result, timing.ratio, timing.low, timing.high,
-                timing.bursts, threads,
-            )  # fmt: skip
         report = Report(
             target=request.target.name,
             backend=request.backend.name,
@@ -438,15 +432,24 @@ class Optimizer:
             budget=request.budget,
             before=before,
             after=before if graph is self.original else self.summary(graph),
-            measured=measured,
+            measured=None if timing is None else self.measurement(timing),
             error=error,
             pass_runs=self.pass_runs,
             stages=self.stages,
             versions=versions(),
             warnings=[*request.warnings, *self.ledger.notes],
             instruction_sets=sorted(request.target.features),
+            runtime=executable.runtime,
         )
         return Outcome(graph, executable, report, self.ledger)
+
+    def measurement(self, timing: Timing) -> Measurement:
+        """A timing against the baseline, for the report."""
+        threads = self.request.threads or self.request.target.cores
+        return Measurement(
+            self.baseline.executed_on, timing.baseline, timing.result, timing.ratio, timing.low, timing.high,
+            timing.bursts, threads,
+        )  # fmt: skip
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

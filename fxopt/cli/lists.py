@@ -67,12 +67,13 @@ def backends(json: options.Json = None, debug: options.Debug = False) -> None:
         try:
             kind = find_backend(name)
         except MissingDependency as error:
-            found.append({"name": name, "ready": str(error), "does": ""})
+            found.append({"name": name, "ready": str(error), "runtimes": {}, "does": ""})
             continue
         missing = [library for library in getattr(kind, "needs", ()) if find_spec(library) is None]
         ready = f"needs {', '.join(missing)}" if missing else "yes"
-        found.append({"name": name, "ready": ready, "does": _first_line(kind)})
-    _list(found, ("name", "ready", "does"), json)
+        runtimes = {} if missing else {key: text or "yes" for key, text in kind.runtimes().items()}
+        found.append({"name": name, "ready": ready, "runtimes": runtimes, "does": _first_line(kind)})
+    _list(found, ("name", "ready", "runtimes", "does"), json)
 
 
 def ops(

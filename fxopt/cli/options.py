@@ -65,7 +65,10 @@ InputShape = Annotated[
     ),
 ]
 Backend = Annotated[
-    str | None, typer.Option(help="Instead of the target's own; `fxopt backends` lists them.", metavar="NAME")
+    str | None,
+    typer.Option(
+        help="Instead of the target's own: NAME or NAME{option=value}; `fxopt backends` lists them.", metavar="NAME"
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads to run and measure with.", metavar="COUNT")]
 Seed = Annotated[int, typer.Option(help="Of everything random.", metavar="NUMBER")]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import fx
 
 from fxopt.errors import InvalidOption, unknown
@@ -221,6 +222,10 @@ class LossyPass(Pass):
         """The node whose second moments `apply` wants in `stats.moments`, measured on the graph as rewritten so far."""
         return None
 
+    def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """How a value of `moments` becomes rows [groups, rows, features]; None: it is [..., features] already."""
+        return None
+
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """Expected error and work, from calibration statistics."""
         raise NotImplementedError(f"{type(self).__name__} must define estimate(graph, candidate, stats)")
@@ -248,14 +253,14 @@ def parse_pass(text: str, find: Callable[[str], type[Pass]]) -> Pass:
     return make_pass(kind, parse_options(inside or "", text))
 
 
-def parse_options(text: str, whole: str) -> dict[str, str]:
+def parse_options(text: str, whole: str, kind: str = "pass") -> dict[str, str]:
     """`a=1,b=(2,3)` as a dictionary of texts; commas inside brackets and quotes do not split."""
     options: dict[str, str] = {}
     parts = re.findall(r"(?:[^,\[\](){}'\"]|\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\")+", text)
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise InvalidOption(f"pass {whole!r}: {part.strip()!r} is not of the form option=value")
+            raise InvalidOption(f"{kind} {whole!r}: {part.strip()!r} is not of the form option=value")
         options[key.strip().replace("-", "_")] = value.strip()
     return options
 

@@ -7,7 +7,7 @@ Weights are symmetric per output channel, activations asymmetric per tensor: wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,19 @@ from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes import fold_linear_scale, fold_norm_scale
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_between import behind
-from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of, with_conversions
+from fxopt.passes.quantize_linear.common import (
+    FLOATS,
+    float_conv,
+    float_cost,
+    is_depthwise,
+    replaced,
+    saturates,
+    value_of,
+    with_conversions,
+)
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
+from fxopt.passes.quantize_linear.patches import patch_rows
+from fxopt.passes.quantize_linear.rounding import eight_bit_codes
 from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, smoothed
 from fxopt.passes.stats import Extremes, Stats, ValueStats
 
@@ -46,6 +57,7 @@ class EightBit:
     smooth: str  # "on", "off", or "auto": both are offered for linears
     ranges: str  # of static activations: one of `grids.RANGES`
     correct_bias: bool
+    rounding: str  # of the weights: "nearest" or "gptq"
 
     # ---- candidates
 
@@ -65,7 +77,7 @@ class EightBit:
             return
         weight = view.weight(graph)
         group = f"{op_name} {'x'.join(map(str, weight.shape))}"
-        sums = 16 if _saturates(ctx) and not _is_depthwise(view, weight) else 32
+        sums = 16 if saturates(ctx) and not is_depthwise(view, weight) else 32
         wanted = [kind for kind in kinds if self.activations in ("auto", kind)]
         if not wanted:
             refusal = Refusal("a convolution has no {} form that pays; use activations=static", self.activations)
@@ -98,6 +110,8 @@ class EightBit:
             values["ranges"] = self.ranges
         if self.correct_bias:
             values["correct_bias"] = True
+        if self.rounding == "gptq" and sums == 32:
+            values["rounding"] = "gptq"
         return Candidate(self.name, node.name, label(node), Setting.of(self.name, **values), refusal, group)
 
     def _refusal(self, graph: Graph, ctx: Context, view: Linear | Conv, op_name: str) -> Refusal | None:
@@ -167,6 +181,9 @@ class EightBit:
         codes, scales, bias, *rest = operands
         stem, source = label(view.weight_node), (label(view.node), self.name)
         s = self._factors(graph, view, candidate.setting, stats)
+        if self._compensates(candidate):
+            codes = self._gptq(graph, view, scales, s, stats)
+            bias = self._bias(graph, view, candidate.setting, stats, s, (codes, scales))
         bias_node = view.bias_node
         if bias is not None and candidate.setting.get("correct_bias", False):
             bias_node = graph.add_constant(bias, f"{stem}_bias", source)
@@ -183,6 +200,28 @@ class EightBit:
             for value in behind(graph, node):
                 if value in stats:
                     value.meta["levels"] = static_range(stats[value], _ranges(candidate.setting))
+
+    def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
+        """GPTQ wants the second moments of the input, on the compressed graph."""
+        return _view(graph, candidate).x if self._compensates(candidate) else None
+
+    def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[Tensor], Tensor] | None:
+        """Of a convolution: the patches that its kernel sees."""
+        view = _view(graph, candidate)
+        return patch_rows(graph, view) if isinstance(view, Conv) else None
+
+    def _compensates(self, candidate: Candidate) -> bool:
+        """Codes whose neighbours share the room of a 16-bit sum are rounded to nearest: GPTQ would use it up."""
+        return bool(candidate.setting.get("rounding") == "gptq")
+
+    def _gptq(self, graph: Graph, view: Linear | Conv, scales: Tensor, s: Tensor | None, stats: Stats) -> Tensor:
+        """Codes whose rounding errors make up for each other, in the shape of the weight."""
+        weight, moments = _scaled(view.weight(graph), s).float(), stats.moments[view.x.name]
+        if s is not None:
+            moments = moments / torch.outer(s, s).to(moments.dtype)
+        grouped = moments if isinstance(view, Conv) else moments[None]
+        codes = eight_bit_codes(weight.flatten(1), scales, grouped, view.node, stats)
+        return codes.reshape(weight.shape)
 
     def _operands(
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats
@@ -303,18 +342,6 @@ def _smoothing_cost(graph: Graph, view: Linear) -> Cost:
     return Cost(count / share, 2 * count * x.itemsize / share, kind="elementwise", launches=1 if share == 1 else 0)
 
 
-def _saturates(ctx: Context) -> bool:
-    """x86 without VNNI multiplies u8 by s8 into saturating 16-bit sums of two."""
-    if ctx.target.kind != "cpu" or not ctx.target.arch.startswith("x86"):
-        return False
-    return not ({"avx512_vnni", "avx_vnni", "amx_int8"} & ctx.target.features)
-
-
-def _is_depthwise(view: Linear | Conv, weight: Tensor) -> bool:
-    """One input and one output channel per group: ONNX Runtime's kernels for these multiply in 32 bits everywhere."""
-    return isinstance(view, Conv) and view.groups == weight.shape[0] and weight.shape[1] == 1
-
-
 def _view(graph: Graph, candidate: Candidate) -> Linear | Conv:
     node = graph.find(candidate.node)
     assert node is not None, f"{candidate.node} is not in the graph"
@@ -357,7 +384,7 @@ def _float_result(graph: Graph, view: Linear | Conv, x: Tensor) -> Tensor:
     weight, bias = view.weight(graph).float(), view.bias(graph)
     if isinstance(view, Linear):
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
-    result = _float_conv(x, view, weight, bias)
+    result = float_conv(x, view, weight, bias)
     return _saturated_like(graph, _result(graph, view), view.node, result)
 
 
@@ -367,14 +394,3 @@ def _saturated_like(graph: Graph, behind_it: fx.Node, node: fx.Node, value: Tens
         return value
     top = scalar_constant(graph, argument(behind_it, 2, "max"))
     return value.clamp(min=0.0, max=top)
-
-
-def _float_conv(x: Tensor, view: Conv, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rank = weight.dim() - 2
-    pads = [pad for axis in reversed(range(rank)) for pad in (view.padding[0][axis], view.padding[1][axis])]
-    padded = torch.nn.functional.pad(x, pads)
-    convolve = getattr(torch.nn.functional, f"conv{rank}d")
-    result: Tensor = convolve(
-        padded, weight, None if bias is None else bias.float(), view.stride, 0, view.dilation, view.groups
-    )
-    return result
