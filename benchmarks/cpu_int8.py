@@ -35,12 +35,15 @@ from benchmarks.peers import (
     FP32,
     OPENVINO,
     STATIC,
-    OpenVino,
+    Worker,
+    openvino,
     openvino_python,
+    provider,
     quantize_dynamic,
     quantize_static,
 )
 
+IN_PROVIDER = "fxopt_openvino_provider"  # the file of fxopt, in ONNX Runtime's OpenVINO provider
 OURS, OWN = "fxopt", "fxopt_custom_ops"  # on the stock ONNX Runtime; with own kernels in a library beside the file
 SENTENCES = 200
 
@@ -99,7 +102,9 @@ def retrieval(reference: list[Any], results: list[Any]) -> float:
     return float((nearest(reference) == nearest(results)).mean())
 
 
-def measured(name: str, folder: Path, threads: Sequence[int], seconds: float, python: str) -> dict[str, Any]:
+def measured(
+    name: str, folder: Path, threads: Sequence[int], seconds: float, python: str, provider_python: str | None
+) -> dict[str, Any]:
     """One model: every competitor's speed, error and size."""
     from fxopt.backends.onnxruntime.session import make_session
 
@@ -108,13 +113,17 @@ def measured(name: str, folder: Path, threads: Sequence[int], seconds: float, py
     reports = files(folder, model, calibration)
     np.savez(folder / "calibration.npz", **{k: np.concatenate([each[k] for each in calibration]) for k in held_out[0]})
     paths = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
-    rival = OpenVino(python, paths[FP32], model.is_transformer, calibration) if python else None
+    rivals: dict[str, Worker] = {}
+    if python:
+        rivals[OPENVINO] = openvino(python, paths[FP32], model.is_transformer, calibration)
+    if provider_python and not model.is_transformer:  # it knows no fused operators: those of transformers stay outside
+        rivals[IN_PROVIDER] = provider(provider_python, paths[OURS])
     results = {}
     for key, path in paths.items():
         session = make_session(path)
         results[key] = [session.run(None, feed)[0] for feed in held_out]
-    if rival is not None:
-        results[OPENVINO] = rival.results(held_out)
+    for key, rival in rivals.items():
+        results[key] = rival.results(held_out)
     rows: dict[str, dict[str, Any]] = {key: {**errors(results[FP32], results[key]), "speed": {}} for key in results}
     if name.startswith("minilm"):
         for key in results:
@@ -124,15 +133,15 @@ def measured(name: str, folder: Path, threads: Sequence[int], seconds: float, py
     for count in threads:
         sessions = {key: make_session(path, count) for key, path in paths.items()}
         bursts = {key: local(lambda s=session: s.run(None, held_out[0])) for key, session in sessions.items()}
-        if rival is not None:
-            bursts[OPENVINO] = rival.compile(count, held_out[0])
+        for key, rival in rivals.items():
+            bursts[key] = rival.compile(count, held_out[0])
         for key, row in race(bursts, FP32, seconds).items():
             rows[key]["speed"][str(count)] = row
-    found = {"title": model.title, "competitors": rows, "reports": reports}
-    if rival is not None:
-        found["peer_versions"] = rival.versions
+    versions = {}
+    for rival in rivals.values():
+        versions |= rival.versions
         rival.close()
-    return found
+    return {"title": model.title, "competitors": rows, "reports": reports, "peer_versions": versions}
 
 
 _COST = r"""
@@ -209,6 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="timing time per model and number of threads")
     parser.add_argument("--openvino-python", help="a Python with openvino and nncf (default: this one, if it has them)")
+    parser.add_argument("--provider-python", help="a Python with onnxruntime-openvino, for the convolutional models")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     python, missing = openvino_python(options.openvino_python)
@@ -217,7 +227,7 @@ def main() -> None:
     result.pop("machine", None)
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
-            found = measured(name, Path(scratch), options.threads, options.seconds, python)
+            found = measured(name, Path(scratch), options.threads, options.seconds, python, options.provider_python)
             absent = {OPENVINO: missing} if missing else {}
             if not has_own_kernels():
                 absent[OWN] = "pip install 'fxopt[tvm]'"

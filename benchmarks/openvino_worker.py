@@ -27,8 +27,30 @@ def answer(**values):
     print("answer " + json.dumps(values), flush=True)
 
 
+def serve(compile_for):
+    """Obey commands until the input ends; `compile_for(threads)` gives a function from a feed to its results."""
+    run = feed = None
+    for line in sys.stdin:
+        command, *given = json.loads(line)
+        if command == "compile":
+            run, feed = compile_for(given[0]), feeds(given[1])[0]
+            answer()
+        elif command == "burst":
+            times = []
+            for _ in range(sum(given)):
+                begin = time.perf_counter()
+                run(feed)
+                times.append(time.perf_counter() - begin)
+            answer(seconds=times[given[0] :])
+        else:
+            run = compile_for(1)
+            results = [np.array(run(each)[0]) for each in feeds(given[0])]
+            np.savez(given[1], **{str(index): value for index, value in enumerate(results)})
+            answer()
+
+
 def main():
-    """Quantise, then serve commands until the input ends."""
+    """Quantise, then serve commands."""
     import nncf
     import openvino
 
@@ -40,27 +62,14 @@ def main():
         core.read_model(path), nncf.Dataset(samples), preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(samples), **options,
     )  # fmt: skip
+
+    def compiled(threads):
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        return request.infer
+
     answer(versions={"openvino": openvino.__version__.split("-")[0], "nncf": nncf.__version__})
-    compiled = feed = None
-    for line in sys.stdin:
-        command, *given = json.loads(line)
-        if command == "compile":
-            settings = {"INFERENCE_NUM_THREADS": given[0], "PERFORMANCE_HINT": "LATENCY"}
-            compiled = core.compile_model(model, "CPU", settings).create_infer_request()
-            feed = feeds(given[1])[0]
-            answer()
-        elif command == "burst":
-            times = []
-            for _ in range(sum(given)):
-                begin = time.perf_counter()
-                compiled.infer(feed)
-                times.append(time.perf_counter() - begin)
-            answer(seconds=times[given[0] :])
-        else:
-            request = core.compile_model(model, "CPU").create_infer_request()
-            results = [np.array(request.infer(each)[0]) for each in feeds(given[0])]
-            np.savez(given[1], **{str(index): value for index, value in enumerate(results)})
-            answer()
+    serve(compiled)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from benchmarks.models import Feed, Model
 FP32, DYNAMIC, STATIC = "onnxruntime_fp32", "onnxruntime_quantize_dynamic", "onnxruntime_quantize_static"
 OPENVINO = "openvino_nncf"
 _WORKER = Path(__file__).parent / "openvino_worker.py"
+_PROVIDER_WORKER = Path(__file__).parent / "provider_worker.py"
 
 
 def quantize_dynamic(source: Path, path: Path) -> None:
@@ -76,23 +77,19 @@ class _Quiet:
         logging.disable(logging.NOTSET)
 
 
-class OpenVino:
-    """OpenVINO with NNCF's 8-bit quantisation, in the process of a Python that has both packages."""
+class Worker:
+    """A competitor in a process of its own; `folder` is where samples and results are exchanged."""
 
-    def __init__(self, python: str, model: Path, is_transformer: bool, calibration: Sequence[Feed]) -> None:
-        self.folder = model.parent
-        kind = "transformer" if is_transformer else "plain"
-        _store(self.folder / "openvino_calibration.npz", calibration)
-        self.process = subprocess.Popen(
-            [python, str(_WORKER), str(model), str(self.folder / "openvino_calibration.npz"), kind],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def __init__(self, folder: Path, *command: str) -> None:
+        self.folder = folder
+        self.stem = f"{folder}/{Path(command[1]).stem}"
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions: dict[str, str] = self._answer()["versions"]
 
     def compile(self, threads: int, feed: Feed) -> Burst:
         """Compile for a number of threads; bursts run on `feed`."""
-        _store(self.folder / "openvino_feed.npz", [feed])
-        self._ask("compile", threads, str(self.folder / "openvino_feed.npz"))
+        _store(Path(f"{self.stem}_feed.npz"), [feed])
+        self._ask("compile", threads, f"{self.stem}_feed.npz")
 
         def burst(dropped: int, timed: int) -> list[float]:
             times: list[float] = self._ask("burst", dropped, timed)["seconds"]
@@ -102,7 +99,7 @@ class OpenVino:
 
     def results(self, feeds: Sequence[Feed]) -> list[Any]:
         """The first output for each feed."""
-        source, target = self.folder / "openvino_inputs.npz", self.folder / "openvino_outputs.npz"
+        source, target = Path(f"{self.stem}_inputs.npz"), Path(f"{self.stem}_outputs.npz")
         _store(source, feeds)
         self._ask("run", str(source), str(target))
         stored = np.load(target)
@@ -126,7 +123,20 @@ class OpenVino:
         for line in self.process.stdout:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
-        raise RuntimeError(f"the OpenVINO process ended with code {self.process.wait()}")
+        raise RuntimeError(f"the process ended with code {self.process.wait()}")
+
+
+def openvino(python: str, model: Path, is_transformer: bool, calibration: Sequence[Feed]) -> Worker:
+    """OpenVINO with NNCF's 8-bit quantisation, in the process of a Python that has both packages."""
+    samples = model.parent / "openvino_calibration.npz"
+    _store(samples, calibration)
+    kind = "transformer" if is_transformer else "plain"
+    return Worker(model.parent, python, str(_WORKER), str(model), str(samples), kind)
+
+
+def provider(python: str, model: Path) -> Worker:
+    """A file in ONNX Runtime's OpenVINO provider, in the process of a Python that has onnxruntime-openvino."""
+    return Worker(model.parent, python, str(_PROVIDER_WORKER), "OpenVINOExecutionProvider", str(model))
 
 
 def openvino_python(given: str | None) -> tuple[str, str]:
