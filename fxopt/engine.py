@@ -170,9 +170,10 @@ class Optimizer:
         legal = [(step, item) for step, item in offered if item.refusal is None and item not in unpaid]
         with self.stage("calibration"):
             nodes = {node for step, candidate in legal for node in step.observed(exact, candidate)}
+            counted = {node for step, candidate in legal for node in step.clipped(exact, candidate)}
             stats = collect(
                 exact, self.calibration, nodes, evaluator=self.evaluator, progress=self.request.progress,
-                histograms=any(step.histograms for step, _ in legal), state=self.request.resume,
+                histograms=counted, state=self.request.resume,
             )  # fmt: skip
         with self.stage("estimates"):
             candidates, prices = self._priced(exact, offered, unpaid, stats)

@@ -177,10 +177,9 @@ class LossyPass(Pass):
         """Everything the pass could do, and what it cannot do with the reason."""
         raise NotImplementedError(f"{type(self).__name__} must define candidates(graph, ctx)")
 
-    @property
-    def histograms(self) -> bool:
-        """Whether `estimate` and `apply` want histograms of the observed values."""
-        return False
+    def clipped(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """The observed nodes of which `estimate` and `apply` want histograms too."""
+        return ()
 
     def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost] | None:
         """Work before and after, when it is known without statistics: what does not pay is then not estimated."""

@@ -21,7 +21,7 @@ __all__ = ["QuantizeLinear", "quantize_weight", "static_range"]
 _ACTIVATIONS = {8: ("auto", "dynamic", "static", "int8", "float")}
 _WEIGHT_ONLY = ("auto", "int8", "float")
 _METHODS = ("gptq", "rtn")
-_SMOOTH = ("auto", "on", "off")
+_SWITCH = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class QuantizeLinear(LossyPass):
         method: weight-only: "gptq", or "rtn" (round to nearest).
         smooth: with 8 bits "on", "off", or "auto": moving outliers of activations into the weights is offered, with the
             strength chosen on the calibration data.
-        ranges: of static activations: "minmax", "percentile" (99.99 %), "entropy" or "mse" clip outliers.
-        correct_bias: with 8 bits: add what rounding the weights takes from the mean output.
+        ranges: of static activations: "minmax", or "percentile" (99.99 %), "entropy" and "mse" (least squares), which
+            clip outliers. "auto": "mse" for convolutions, "minmax" for linears.
+        correct_bias: with 8 bits "on", "off", or "auto" (of convolutions only): the bias makes up for what rounding
+            takes from the mean output.
         act_order: GPTQ rounds the inputs with the largest second moments first.
     """
 
@@ -50,8 +52,8 @@ class QuantizeLinear(LossyPass):
     method: str = "gptq"
     act_order: bool = True
     smooth: str = "auto"
-    ranges: str = "minmax"
-    correct_bias: bool = False
+    ranges: str = "auto"
+    correct_bias: str = "auto"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8, None):
@@ -63,10 +65,12 @@ class QuantizeLinear(LossyPass):
             )
         if self.method not in _METHODS:
             raise InvalidOption(f"quantize-linear: method={self.method!r}; expected one of {_METHODS}")
-        if self.smooth not in _SMOOTH:
-            raise InvalidOption(f"quantize-linear: smooth={self.smooth!r}; expected one of {_SMOOTH}")
-        if self.ranges not in RANGES:
-            raise InvalidOption(f"quantize-linear: ranges={self.ranges!r}; expected one of {RANGES}")
+        if self.smooth not in _SWITCH:
+            raise InvalidOption(f"quantize-linear: smooth={self.smooth!r}; expected one of {_SWITCH}")
+        if self.ranges not in ("auto", *RANGES):
+            raise InvalidOption(f"quantize-linear: ranges={self.ranges!r}; expected one of {('auto', *RANGES)}")
+        if self.correct_bias not in _SWITCH:
+            raise InvalidOption(f"quantize-linear: correct_bias={self.correct_bias!r}; expected one of {_SWITCH}")
         if self.group < 0 or 0 < self.group < 16:
             raise InvalidOption(f"quantize-linear: group={self.group}; expected at least 16, or 0 for one per output")
 
@@ -84,10 +88,10 @@ class QuantizeLinear(LossyPass):
         if self._part is not None:
             yield from self._part.candidates(graph, ctx)
 
-    @property
-    def histograms(self) -> bool:
-        """Clipped ranges need histograms."""
-        return self.ranges != "minmax"
+    def clipped(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """Values on static levels that are not simply their extremes."""
+        part = self._chosen
+        return part.clipped(graph, candidate) if isinstance(part, EightBit) else ()
 
     def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The input; for an 8-bit convolution also the output, whose range is quantised too."""
