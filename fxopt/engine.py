@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.backends.base import Executable
+from fxopt.budget import within_budget
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.errors import FxoptError, PassError, VerificationError, unknown
@@ -155,7 +156,7 @@ class Optimizer:
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""
         priced = self._candidates(exact)
-        return None if priced is None else self._within_budget(exact, *priced)
+        return None if priced is None else within_budget(self, exact, *priced)
 
     def _candidates(self, exact: Graph) -> _Priced | None:
         """Candidates, prices, owners and statistics; None without data (every candidate is then refused)."""
@@ -235,46 +236,11 @@ class Optimizer:
                 self.request.progress("estimating", index + 1, len(offered))
         return candidates, prices
 
-    def _within_budget(
-        self,
-        exact: Graph,
-        candidates: list[Candidate],
-        prices: dict[Candidate, Price],
-        owner: dict[Candidate, LossyPass],
-        stats: Stats,
-    ) -> Lossy | None:
-        """Everything that pays first; while the measured loss exceeds the budget, a smaller plan."""
-        budget = self.request.budget
-        chosen = plan(candidates, None, prices, objective=self.request.objective)
-        scale = 1.0
-        for attempt in range(2 + math.ceil(math.log2(max(2, len(chosen.chosen))))):
-            if not chosen.chosen:
-                break
-            lossy = self.applied(exact, chosen, owner, stats)
-            if budget is None or lossy.loss <= budget:
-                record(self.ledger, chosen, prices)
-                return lossy
-            lossy.executable.close()
-            predicted = sum(prices[candidate].error for candidate in chosen.chosen)
-            measured = lossy.loss / max(predicted, 1e-12)
-            if not math.isfinite(measured):
-                scale *= 4
-            else:
-                scale = max(scale * 1.25, measured) if attempt else measured
-            chosen = plan(candidates, budget, prices, objective=self.request.objective, error_scale=scale)
-            self.ledger.note(
-                f"a plan with measured loss {lossy.loss:.3g} exceeds the budget {budget:g}; planned again with"
-                f" {len(chosen.chosen)} changes"
-            )
-        over = tuple((candidate, Refusal("over budget")) for candidate in chosen.chosen)
-        record(self.ledger, Plan((), (*chosen.refused, *over), 0.0, 0.0), prices)
-        return None
-
     def applied(self, exact: Graph, chosen: Plan, owner: dict[Candidate, LossyPass], stats: Stats) -> Lossy:
         with self.stage("rewriting"):
             graph = exact.copy()
             graph.store = spilled if is_large(exact) else None
-            self._apply(graph, chosen.chosen, owner, stats)
+            self.apply(graph, chosen.chosen, owner, stats)
             for tidy in tidying_pipeline():
                 tidy.run(graph, self.context)
             graph.prune()
@@ -289,9 +255,7 @@ class Optimizer:
             error, loss = self._error(executable)
         return Lossy(graph, executable, chosen, error, loss)
 
-    def _apply(
-        self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats
-    ) -> None:
+    def apply(self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats) -> None:
         """Apply the candidates; those that want second moments come in the order of the graph, the others before."""
         wanted: dict[Candidate, fx.Node] = {}
         for candidate in chosen:

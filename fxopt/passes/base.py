@@ -189,6 +189,10 @@ class LossyPass(Pass):
         """The nodes whose values `estimate` and `apply` want statistics of."""
         return ()
 
+    def fixed_levels(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, fx.Node | None] | None:
+        """The value that is rounded to fixed 8-bit levels, and the one given on such levels; None without such."""
+        return None
+
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """The node whose second moments `apply` wants in `stats.moments`, measured on the graph as rewritten so far."""
         return None

@@ -71,7 +71,7 @@ def plan(
             refused.append((candidate, candidate.refusal))
             continue
         price = prices[candidate]
-        gain = _gain(price, objective)
+        gain = gain_of(price, objective)
         if not pays(price, objective):
             refused.append((candidate, _does_not_pay(price, objective)))
         elif math.isnan(price.error):
@@ -120,7 +120,7 @@ def _upgrade(
             current = taken.get(candidate.node)
             if current is None or not _is_clearly_better(prices[candidate], prices[current], objective):
                 continue
-            gain = _gain(prices[candidate], objective) - _gain(prices[current], objective)
+            gain = gain_of(prices[candidate], objective) - gain_of(prices[current], objective)
             error = (prices[candidate].error - prices[current].error) * scale
             steps.append((gain / max(error, _MINIMUM_ERROR), candidate))
         steps.sort(key=lambda item: -item[0])
@@ -146,7 +146,8 @@ def pays(price: Price, objective: str) -> bool:
     return price.saved_bytes > 0
 
 
-def _gain(price: Price, objective: str) -> float:
+def gain_of(price: Price, objective: str) -> float:
+    """What a candidate gives: predicted seconds, or bytes."""
     return price.gain if objective == "latency" else float(price.saved_bytes)
 
 

@@ -97,6 +97,11 @@ class QuantizeLinear(LossyPass):
         """The input; for an 8-bit convolution also the output, whose range is quantised too."""
         return self._chosen.observed(graph, candidate)
 
+    def fixed_levels(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, fx.Node | None] | None:
+        """Those of static activations."""
+        part = self._chosen
+        return part.fixed_levels(graph, candidate) if isinstance(part, EightBit) else None
+
     def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost] | None:
         """Of weight-only forms, which pay only for few rows."""
         part = self._chosen

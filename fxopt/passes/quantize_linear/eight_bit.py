@@ -154,6 +154,13 @@ class EightBit:
         plain = candidate.setting.get("ranges", "minmax") == "minmax"
         return () if plain else self.observed(graph, candidate)
 
+    def fixed_levels(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, fx.Node | None] | None:
+        """The input and, of a convolution, the output, where ranges are calibrated."""
+        if candidate.setting["activations"] != "static":
+            return None
+        view = _view(graph, candidate)
+        return view.x, result_of(graph, view) if isinstance(view, Conv) else None
+
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error on the calibration rows, and the work of both forms."""
         view = _view(graph, candidate)

@@ -1,0 +1,170 @@
+"""Where values change between 8-bit levels and floats, for any choice among the candidates that work on such levels.
+
+What lies between (additions, pooling: `quantize_between`) follows its neighbours. Times are from profiles of ONNX
+Runtime: a value that crosses is reordered and converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxopt.ir.graph import Graph, hint, shape_of
+from fxopt.ir.target import Cost
+from fxopt.ir.views.common import is_onnx
+from fxopt.ir.views.eight_bit import passes_levels_on, saturated
+from fxopt.passes.quantize_between import is_between, operands_of
+
+_BYTES = 10  # per element that crosses: read and written as a float, and as a code
+_POOLED = 200  # per element before a MaxPool that floats enter and levels leave: it then runs on codes, slowly
+
+
+@dataclass(frozen=True)
+class Place:
+    """One operator: what it reads, and by whose choice it works on levels."""
+
+    reads: tuple[int, ...]  # the places of its operands
+    candidate: str = ""  # the node of the candidate that decides; "" for the others
+    kind: str = "float"  # "gives" (levels), "takes" (levels, and gives floats), "between", "moves" or "float"
+    elements: int = 0  # of its result
+    pooled: int = 0  # elements of what a MaxPool reads
+
+
+class Crossings:
+    """The operators of a graph in order, for which `seconds` counts conversions."""
+
+    def __init__(self, places: list[Place], predict: Callable[[Cost], float]) -> None:
+        self.places = places
+        self.predict = predict
+        self.readers: list[list[int]] = [[] for _ in places]
+        for index, place in enumerate(places):
+            for operand in place.reads:
+                self.readers[operand].append(index)
+        self._known: dict[frozenset[str], tuple[float, frozenset[str]]] = {}
+
+    def of(self, taken: Collection[str]) -> tuple[float, frozenset[str]]:
+        """Seconds for conversions, and candidates that are not taken but run in 8 bits all the same.
+
+        ONNX Runtime quantises the weights of a float convolution whose input and output both lie on levels.
+        """
+        key = frozenset(taken)
+        if key not in self._known:
+            self._known[key] = self._of(key)
+        return self._known[key]
+
+    def _of(self, taken: frozenset[str]) -> tuple[float, frozenset[str]]:
+        on = self._on_levels(taken)
+        moved = 0
+        lone = set()
+        for index, place in enumerate(self.places):
+            codes, floats = self._asked(index, taken, on)
+            is_left = place.kind == "gives" and place.candidate not in taken
+            if is_left and codes and not floats and all(on[operand] for operand in place.reads):
+                lone.add(place.candidate)
+                continue
+            if on[index] and floats:
+                moved += _BYTES * place.elements
+            if not on[index] and codes:
+                moved += _BYTES * place.elements + _POOLED * place.pooled
+        return (self.predict(Cost(0.0, moved, kind="elementwise", launches=0)) if moved else 0.0), frozenset(lone)
+
+    def _on_levels(self, taken: frozenset[str]) -> list[bool]:
+        """Whether each result is made on levels."""
+        on: list[bool] = []
+        for place in self.places:
+            if place.kind == "gives":
+                on.append(place.candidate in taken)
+            elif place.kind in ("between", "moves"):
+                on.append(all(on[operand] or self._is_taken(operand, taken) for operand in place.reads))
+            else:
+                on.append(False)
+        return on
+
+    def _is_taken(self, index: int, taken: frozenset[str]) -> bool:
+        return any(self.places[reader].candidate in taken for reader in self.readers[index])
+
+    def _asked(self, index: int, taken: frozenset[str], on: list[bool]) -> tuple[bool, bool]:
+        """Whether the result is asked for as codes, and as floats; what only moves elements takes both as they are."""
+        codes = floats = False
+        for reader in self.readers[index]:
+            place = self.places[reader]
+            if place.kind == "moves" and on[index]:
+                continue
+            if place.kind == "between":
+                codes, floats = codes or on[reader], floats or not on[reader]
+            elif place.candidate:
+                codes, floats = codes or place.candidate in taken, floats or place.candidate not in taken
+            else:
+                floats = True
+        return codes, floats
+
+    def neighbours(self) -> list[tuple[str, str]]:
+        """Pairs of candidates of which one reads what the other gives, with nothing but such operators between."""
+        found: dict[tuple[str, str], None] = {}
+        givers: list[frozenset[str]] = []
+        for place in self.places:
+            before = frozenset().union(*(givers[operand] for operand in place.reads))
+            if place.candidate:
+                found |= {(giver, place.candidate): None for giver in sorted(before)}
+                givers.append(frozenset([place.candidate]) if place.kind == "gives" else frozenset())
+            else:
+                givers.append(before if place.kind == "moves" else frozenset())
+        return list(found)
+
+
+def crossings(
+    graph: Graph, levels: Mapping[str, tuple[fx.Node, fx.Node | None]], predict: Callable[[Cost], float]
+) -> Crossings | None:
+    """The conversions of a graph; None when no candidate works on fixed levels.
+
+    Args:
+        levels: of each such candidate, by node: the value it rounds, and the value it gives on levels (or None).
+        predict: seconds of a cost.
+    """
+    if not levels:
+        return None
+    gives = {given: (name, x) for name, (x, given) in levels.items() if given is not None}
+    takes = {name: x for name, (x, given) in levels.items() if given is None}
+    places: list[Place] = []
+    index: dict[fx.Node, int] = {}
+    inside: set[str] = set(levels) - {given.name for given in gives}
+    joined: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or node in joined:
+            continue
+        if node in gives:
+            name, x = gives[node]
+            place = Place(_known(index, [x]), name, "gives", _elements(node))
+        elif node.name in takes:
+            place = Place(_known(index, [takes[node.name]]), node.name, "takes", _elements(node))
+        elif node.name in inside:
+            continue
+        elif is_between(graph, node):
+            result = saturated(graph, node)
+            place = Place(_known(index, operands_of(node)), "", "between", _elements(result))
+            if result is not node:
+                joined.add(result)
+                index[result] = len(places)
+        elif passes_levels_on(node):
+            first = node.args[0]
+            assert isinstance(first, fx.Node)
+            pooled = _elements(first) if is_onnx(node, "MaxPool") else 0
+            place = Place(_known(index, [first]), "", "moves", _elements(node), pooled)
+        else:
+            place = Place(_known(index, node.all_input_nodes), elements=_elements(node))
+        index[node] = len(places)
+        places.append(place)
+    return Crossings(places, predict)
+
+
+def _known(index: Mapping[fx.Node, int], nodes: list[fx.Node]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(index[node] for node in nodes if node in index))
+
+
+def _elements(node: fx.Node) -> int:
+    total = 1
+    for dim in shape_of(node) or (0,):
+        total *= hint(dim)
+    return total
