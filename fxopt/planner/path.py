@@ -7,6 +7,7 @@ floats already it costs less. So runs at the ends go first where their errors ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from fxopt.passes.base import Candidate
@@ -14,6 +15,7 @@ from fxopt.passes.crossings import Crossings
 from fxopt.planner.plan import Price, gain_of, pays
 
 _TINY = 1e-12
+_MANY = 128  # candidates: of more than these, only pairs are left out together
 _STALE = 12  # steps whose ratio is computed anew before one is taken
 
 Taken = dict[str, Candidate]
@@ -33,10 +35,40 @@ class Path:
         self.prices = prices
         self.objective = objective
         self.crossings = crossings if objective == "latency" else None
+        self.offers: dict[str, list[Candidate]] = {}
+        for candidate, price in prices.items():
+            if pays(price, objective):
+                self.offers.setdefault(candidate.node, []).append(candidate)
+        self._near: dict[str, set[str]] = {}  # nodes whose conversions depend on each other
         self.start: Taken = {candidate.node: candidate for candidate in start}
-        self.states: list[Taken] = [self.start]
-        self.errors: list[float] = [self.error(self.start)]
-        self._walk()
+        self._order: list[str] = list(self.start)
+        if self.crossings is not None:
+            place = {name: index for index, name in enumerate(self.crossings.order)}
+            self._order.sort(key=lambda name: place.get(name, -1))
+            for one, other in self.crossings.neighbours():
+                self._near.setdefault(one, set()).add(other)
+                self._near.setdefault(other, set()).add(one)
+        self.states, self.errors = self._of_use([state for longest in self._lengths() for state in self._walk(longest)])
+
+    def _lengths(self) -> tuple[int, ...]:
+        """The lengths up to which runs are left out at once: long ones see further, short ones stop nearer a budget."""
+        if self.crossings is None:
+            return (1,)
+        return (1, 2, 4, 8) if len(self.start) <= _MANY else (2,)
+
+    def _of_use(self, states: list[Taken]) -> tuple[list[Taken], list[float]]:
+        """The start, and those that are faster than every other of no more error; by falling errors."""
+        found = sorted(((self.error(state), -self.gain(state), state) for state in states), key=lambda item: item[:2])
+        kept: list[tuple[Taken, float]] = []
+        best = -math.inf
+        for error, loss, state in found:
+            if -loss > best:
+                best = -loss
+                kept.append((state, error))
+        if kept[-1][0] != self.start:
+            kept.append((self.start, self.error(self.start)))
+        kept.reverse()
+        return [state for state, _ in kept], [error for _, error in kept]
 
     def error(self, taken: Taken) -> float:
         """Predicted error of a plan, with that of convolutions which run in 8 bits although they are not taken."""
@@ -54,21 +86,21 @@ class Path:
     def _lone(self, taken: Taken) -> frozenset[str]:
         return frozenset() if self.crossings is None else self.crossings.of(_static(taken))[1]
 
-    def _walk(self) -> None:
+    def _walk(self, longest: int) -> list[Taken]:
         state = dict(self.start)
-        steps = self._steps()
-        ratios = {step: self._ratio(state, step) for step in steps}
+        states = [state]
+        ratios = {step: self._ratio(state, step) for step in self._steps(longest)}
         while state:
             step = self._best(state, ratios)
             if step is None:
                 step = tuple((name, None) for name in list(state)[:1])  # of no use by itself: the walk has to end
             state = _after(state, step)
-            self.states.append(state)
-            self.errors.append(self.error(state))
+            states.append(state)
             touched = {name for name, _ in step}
             for other in ratios:
                 if any(name in touched for name, _ in other) or self._is_near(other, touched):
                     ratios[other] = self._ratio(state, other)
+        return states
 
     def _best(self, state: Taken, ratios: dict[Step, float]) -> Step | None:
         """The step with the most error per second; ratios of steps far from the last ones may be out of date."""
@@ -82,22 +114,18 @@ class Path:
             ratios[best] = now
         return max(ratios, key=lambda step: ratios[step])
 
-    def _steps(self) -> list[Step]:
-        """One node left out or exchanged; two neighbours left out, where one alone would not be in floats."""
-        steps: list[Step] = [((name, None),) for name in self.start]
-        for name, current in self.start.items():
-            steps += [
-                ((name, candidate),)
-                for candidate, price in self.prices.items()
-                if candidate.node == name and pays(price, self.objective) and price.error < self.prices[current].error
-            ]
-        pairs = [] if self.crossings is None else self.crossings.neighbours()
-        self._near: dict[str, set[str]] = {}
-        for one, other in pairs:
-            self._near.setdefault(one, set()).add(other)
-            self._near.setdefault(other, set()).add(one)
-            if one in self.start and other in self.start:
-                steps.append(((one, None), (other, None)))
+    def _steps(self, longest: int) -> list[Step]:
+        """One node exchanged for what is more exact; runs of nodes left out together."""
+        steps: list[Step] = [
+            ((name, candidate),)
+            for name, current in self.start.items()
+            for candidate in self.offers.get(name, ())
+            if self.prices[candidate].error < self.prices[current].error
+        ]
+        count = len(self._order)
+        for first in range(count):
+            for end in range(first + 1, min(first + longest, count) + 1):
+                steps.append(tuple((name, None) for name in self._order[first:end]))
         return steps
 
     def _is_near(self, step: Step, touched: set[str]) -> bool:
