@@ -59,19 +59,22 @@ class Crossings:
 
     def _of(self, taken: frozenset[str]) -> tuple[float, frozenset[str]]:
         on = self._on_levels(taken)
+        asked = [self._asked(index, taken, on) for index in range(len(self.places))]
+        lone = frozenset(
+            place.candidate
+            for place, (codes, floats) in zip(self.places, asked, strict=True)
+            if place.kind == "gives" and place.candidate not in taken
+            if codes and not floats and all(on[operand] for operand in place.reads)
+        )
+        if lone:
+            return self.of(taken | lone)[0], lone
         moved = 0
-        lone = set()
-        for index, place in enumerate(self.places):
-            codes, floats = self._asked(index, taken, on)
-            is_left = place.kind == "gives" and place.candidate not in taken
-            if is_left and codes and not floats and all(on[operand] for operand in place.reads):
-                lone.add(place.candidate)
-                continue
-            if on[index] and floats:
+        for place, (codes, floats), is_on in zip(self.places, asked, on, strict=True):
+            if codes if not is_on else floats:
                 moved += _BYTES * place.elements
-            if not on[index] and codes:
-                moved += _BYTES * place.elements + (0 if floats else _POOLED * place.pooled)
-        return (self.predict(Cost(0.0, moved, kind="elementwise", launches=0)) if moved else 0.0), frozenset(lone)
+            if codes and not floats and not is_on:
+                moved += _POOLED * place.pooled
+        return (self.predict(Cost(0.0, moved, kind="elementwise", launches=0)) if moved else 0.0), lone
 
     def _on_levels(self, taken: frozenset[str]) -> list[bool]:
         """Whether each result is made on levels."""

@@ -57,7 +57,7 @@ class Path:
         return (1, 2, 4, 8) if len(self.start) <= _MANY else (2,)
 
     def _of_use(self, states: list[Taken]) -> tuple[list[Taken], list[float]]:
-        """The start, and those that are faster than every other of no more error; by falling errors."""
+        """The start, those that are faster than every other of no more error, and nothing; by falling errors."""
         found = sorted(((self.error(state), -self.gain(state), state) for state in states), key=lambda item: item[:2])
         kept: list[tuple[Taken, float]] = []
         best = -math.inf
@@ -65,6 +65,8 @@ class Path:
             if -loss > best:
                 best = -loss
                 kept.append((state, error))
+        if kept[0][0]:
+            kept.insert(0, ({}, 0.0))
         if kept[-1][0] != self.start:
             kept.append((self.start, self.error(self.start)))
         kept.reverse()
