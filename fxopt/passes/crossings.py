@@ -36,7 +36,7 @@ class Place:
 
 
 class Crossings:
-    """The operators of a graph in order, for which `seconds` counts conversions."""
+    """The operators of a graph in order; `of` counts the conversions of a choice."""
 
     def __init__(self, places: list[Place], predict: Callable[[Cost], float]) -> None:
         self.places = places
