@@ -102,6 +102,26 @@ def ort_fusions(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def embeddings(result: dict[str, Any]) -> list[str]:
+    """Forms of an 8-bit table against the float table."""
+    rows = result["embeddings"]
+    names = list(dict.fromkeys(row["form"] for row in rows))
+    lines = [
+        "## 8-bit embeddings",
+        "",
+        f"`python -m benchmarks.embeddings` on {where(result)}, one thread. Time of",
+        "looking up random rows over that in the float table.",
+        "",
+        f"| table | rows looked up | {' | '.join(names)} |",
+        f"|---|---|{'---|' * len(names)}",
+    ]
+    found = {(tuple(row["table"]), row["lookups"], row["form"]): row["over_float"] for row in rows}
+    for table, lookups in dict.fromkeys(key[:2] for key in found):
+        shown = " | ".join(f"{found[table, lookups, name]:.2f}" for name in names)
+        lines.append(f"| {list(table)} | {lookups} | {shown} |")
+    return lines
+
+
 def byte_lm_bits(result: dict[str, Any]) -> list[str]:
     """What fewer bits cost a language model."""
     before, group = result["float32"], result["group"]
@@ -162,6 +182,7 @@ SECTIONS = (
     ("cpu_int8", cpu_int8),
     ("byte_lm_bits", byte_lm_bits),
     ("ort_fusions", ort_fusions),
+    ("embeddings", embeddings),
     ("onnx_suite", onnx_suite),
     ("onnx_large", onnx_large),
 )

@@ -62,8 +62,9 @@ def optimize(
         example_inputs: a tuple of positional inputs or a dict of named ones; a PyTorch model without them is captured
             at its first call.
         dynamic_shapes: as in `torch.export.export`.
-        calibration: path (.npz, .npy, folder), "random", or an iterable of batches (dicts, tuples, tensors). Half of
-            it calibrates, half verifies. Without it the example inputs are used.
+        calibration: path (.npz, .npy, .jsonl, .json, folder), "random", a dict of arrays, or an iterable of batches
+            (dicts, also of a tokeniser; tuples, tensors). Half of it calibrates, half verifies. Without it the example
+            inputs are used.
         evaluate: `callable(model) -> float`, higher is better; `model` is a function of tensors.
         budget: largest accepted loss: noise to signal of the outputs, or drop of the metric when `evaluate` is given;
             None accepts everything.
@@ -275,9 +276,10 @@ def _baseline(model: Model, graph: Graph, request: Request) -> Executable:
         from fxopt.ir.memory import is_large
 
         if isinstance(model, (str, os.PathLike)) and not is_large(graph):
-            from fxopt.backends.onnxruntime.session import OnnxExecutable
+            from fxopt.backends.onnxruntime import OnnxRuntime
 
-            return OnnxExecutable(Path(model), request.threads)
+            assert isinstance(request.backend, OnnxRuntime)
+            return request.backend.open(Path(model), request.threads)
         return request.backend.compile(graph, request.target, threads=request.threads)
     return EagerExecutable(graph, _evaluator(graph))
 

@@ -16,10 +16,12 @@ from fxopt.ir.ledger import Ledger
 from fxopt.made_for import KEY, concern, recorded
 
 if TYPE_CHECKING:
+    from fxopt.backends.onnxruntime.providers import Provider
     from fxopt.request import Outcome
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_RUNTIME = "fxopt.runtime"  # in a file's metadata: which of ONNX Runtime's providers it was measured in
 
 
 def save(outcome: Outcome, path: Path) -> None:
@@ -97,6 +99,7 @@ def _metadata(outcome: Outcome) -> dict[str, str]:
         "fxopt.target": report.target,
         "fxopt.passes": ",".join(applied),
         KEY: recorded(frozenset(report.instruction_sets)),
+        **({_RUNTIME: report.runtime} if report.runtime else {}),
     }
 
 
@@ -195,12 +198,25 @@ def _load_onnx(path: Path, threads: int | None, manifest: dict[str, Any] | None)
 
     graph = load_graph(path)
     bind_sizes(graph, None)
-    outcome = _outcome(graph, OnnxExecutable(path, threads), manifest)
-    text = concern_here(graph, path.name)
-    if text:
+    provider, lacking = _provider(graph, path.name)
+    outcome = _outcome(graph, OnnxExecutable(path, threads, provider=provider), manifest)
+    for text in filter(None, (concern_here(graph, path.name), lacking)):
         outcome.report.warnings.append(text)
         warnings.warn(f"fxopt: {text}", stacklevel=4)
     return outcome
+
+
+def _provider(graph: Graph, name: str) -> tuple[Provider, str]:
+    """The provider that the file was measured in, or ONNX Runtime's own with the reason."""
+    from fxopt.backends.onnxruntime.providers import CPU, PROVIDERS
+
+    metadata = {} if graph.model is None else {entry.key: entry.value for entry in graph.model.proto.metadata_props}
+    wanted = metadata.get(_RUNTIME, CPU.name)
+    known = PROVIDERS.get(wanted)
+    if known is not None and not known.missing:
+        return known, ""
+    why = "which this version does not know" if known is None else f"which {known.missing}"
+    return CPU, f"{name} was measured in the provider {wanted}, {why}; it runs in ONNX Runtime's own kernels"
 
 
 def concern_here(graph: Graph, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from fxopt.verdicts import roll_back, why_nothing
 
 if TYPE_CHECKING:
     from fxopt.engine import Optimizer
+    from fxopt.passes.base import Candidate
 
 
 class Decision:
@@ -46,7 +47,8 @@ class Decision:
             why = f"{why}, {after.size_bytes} bytes of constants instead of {before.size_bytes}"
             pays = after.size_bytes < before.size_bytes
         if not pays and not request.force:
-            roll_back(self.job.ledger, None if lossy is None else lossy.plan.chosen, f"{why}, for the whole model")
+            gone = None if lossy is None else self._all_of(lossy.plan.chosen)
+            roll_back(self.job.ledger, gone, f"{why}, for the whole model")
             if lossy is None:
                 return self._nothing(before, why)
             lossy.executable.close()
@@ -95,8 +97,8 @@ class Decision:
         request = self.job.request
         if request.force or request.objective != "latency":
             return self._without_guard(exact, lossy, before, None)
-        if lossy is None:
-            return self.by_prediction(exact, None, before)
+        if lossy is None or not lossy.plan.chosen:
+            return self.by_prediction(exact, lossy, before)
         chosen = lossy.plan.chosen
         with self.job.stage("guard"):
             ratios = group_ratios(exact, lossy.graph, chosen, self._representative, request.guard_seconds)
@@ -111,6 +113,7 @@ class Decision:
         roll_back(self.job.ledger, [item for item in chosen if item.group in dropped], "", dropped)
         if not kept:
             lossy.executable.close()
+            self._undo_conversion()
             return self.by_prediction(exact, None, before)
         if len(kept) < len(chosen):
             lossy.executable.close()
@@ -119,7 +122,8 @@ class Decision:
             lossy = self.job.applied(exact, Plan(kept, (), error, gain), owner, stats)
             if request.budget is not None and not lossy.loss <= request.budget:
                 lossy.executable.close()
-                roll_back(self.job.ledger, kept, f"over budget without the slow ones: measured loss {lossy.loss:.3g}")
+                why = f"over budget without the slow ones: measured loss {lossy.loss:.3g}"
+                roll_back(self.job.ledger, self._all_of(kept), why)
                 return self.by_prediction(exact, None, before)
         return self.job.finish(lossy.graph, lossy.executable, before, "optimized", why, lossy.error)
 
@@ -137,14 +141,13 @@ class Decision:
             if all(rival.low >= 1.0 for rival in rivals):
                 return lossy, timing
             chosen = lossy.plan.chosen
-            dropped = slow_groups(exact, lossy.graph, chosen, self._representative, seconds / 2)
+            dropped = slow_groups(exact, lossy.graph, chosen, self._representative, seconds / 2) if chosen else {}
             kept = tuple(candidate for candidate in chosen if candidate.group not in dropped)
             lossy.executable.close()
             if not kept or len(kept) == len(chosen) or time.perf_counter() > deadline:
                 worst = min(rivals, key=lambda rival: rival.low)
-                roll_back(
-                    self.job.ledger, chosen, f"{_measured(worst)} for the whole model: not surely faster", dropped
-                )
+                why = f"{_measured(worst)} for the whole model: not surely faster"
+                roll_back(self.job.ledger, self._all_of(chosen), why, dropped)
                 return None
             roll_back(self.job.ledger, [candidate for candidate in chosen if candidate.group in dropped], "", dropped)
             _, prices, owner, stats = self.job.priced
@@ -152,7 +155,8 @@ class Decision:
             lossy = self.job.applied(exact, Plan(kept, (), error, gain), owner, stats)
             if budget is not None and not lossy.loss <= budget:
                 lossy.executable.close()
-                roll_back(self.job.ledger, kept, f"over budget without the slow ones: measured loss {lossy.loss:.3g}")
+                why = f"over budget without the slow ones: measured loss {lossy.loss:.3g}"
+                roll_back(self.job.ledger, self._all_of(kept), why)
                 return None
 
     def _against(self, lossy: Lossy, plain: Executable, sample: Sample, seconds: float) -> tuple[Timing, list[Timing]]:
@@ -212,6 +216,14 @@ class Decision:
             )
         why = "not measured (--force)" if request.force else "smaller"
         return self.job.finish(graph, executable, before, "optimized", why, lossy.error if lossy else None, timing)
+
+    def _all_of(self, chosen: Sequence[Candidate]) -> Sequence[Candidate] | None:
+        """What is undone with a plan: the conversion that it builds on too, and so everything (None)."""
+        return None if self.job.is_converted else chosen
+
+    def _undo_conversion(self) -> None:
+        if self.job.is_converted:
+            roll_back(self.job.ledger, None, "nothing made of the converted model is faster than what came in")
 
     def _nothing(self, before: Summary, why: str, timing: Timing | None = None) -> Outcome:
         """What came in goes out."""

@@ -1,5 +1,7 @@
 """One optimisation, from a graph and samples to a result with its proof: exact passes, plan, rewrite, budget, guard.
 
+Converting passes, where the user asked for some, come first; error and time are still those against what came in.
+
 Longer than most files here: it is the one place where the order of an optimisation can be read.
 """
 
@@ -17,6 +19,7 @@ from fxopt.backends.base import Executable
 from fxopt.budget import within_budget
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
+from fxopt.elsewhere import fastest
 from fxopt.errors import FxoptError, PassError, VerificationError, unknown
 from fxopt.guard import Timing
 from fxopt.inputs import bind_sizes
@@ -24,9 +27,9 @@ from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger, Refusal
-from fxopt.ir.memory import is_large, spilled
+from fxopt.ir.memory import is_large, limit, spilled
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
-from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
+from fxopt.passes.base import Candidate, Context, ConvertingPass, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
 from fxopt.passes.pipelines import tidying_pipeline
 from fxopt.passes.sequential import SequentialRun
@@ -35,7 +38,7 @@ from fxopt.planner.plan import Plan, Price, pays, plan
 from fxopt.report.report import ErrorReport, Measurement, PassRun, Report, Summary
 from fxopt.report.summary import summary, versions
 from fxopt.request import Lossy, Outcome, Request, Sample
-from fxopt.verdicts import record, refuse
+from fxopt.verdicts import record, refuse, roll_back
 
 _QUANTISES = 13  # the opset since which DequantizeLinear takes scales per channel
 NO_DATA = Refusal("no data to measure the budget; give --calibration, or --calibration random")
@@ -49,6 +52,7 @@ class Optimizer:
 
     def __init__(self, graph: Graph, request: Request, baseline: Executable, evaluator: Evaluator | None) -> None:
         self.original = graph
+        self.start = graph  # what exact passes may not change: the original, or what converting passes made of it
         self.request = request
         self.baseline = baseline
         self.evaluator = evaluator
@@ -78,7 +82,7 @@ class Optimizer:
         lossy = self._lossy(exact)
         if not request.target.is_host:
             return Decision(self).by_prediction(exact, lossy, before)
-        return Decision(self).by_measurement(exact, lossy, before)
+        return fastest(self, Decision(self).by_measurement(exact, lossy, before))
 
     def explain(self) -> Ledger:
         """Plan and price only: nothing is rewritten lossily or measured."""
@@ -98,8 +102,8 @@ class Optimizer:
 
         wanted = {step.name: step for step in self.request.passes or () if isinstance(step, ExactPass)}
         usual = [wanted.pop(step.name, step) for step in exact_pipeline()]  # with the options that were given
-        graph = self._modern(self.original.copy())
-        dumped = 0
+        self.start, dumped = self._converted()
+        graph = self._modern(self.start.copy())
         with self.stage("exact passes"):
             check = self._numeric_check()
             for steps in ([*usual, *wanted.values()], spelling_pipeline()):
@@ -111,6 +115,29 @@ class Optimizer:
         for node in graph.nodes:
             node.meta.pop("stands_for", None)  # statistics are collected on this graph
         return graph
+
+    def _converted(self) -> tuple[Graph, int]:
+        """The graph after the converting passes that were asked for, and how many text forms were written of it."""
+        steps = [step for step in self.request.passes or () if isinstance(step, ConvertingPass)]
+        if not steps:
+            return self.original, 0
+        graph = self.original.copy()
+        if 8 * graph.size_bytes() > limit() // 2:  # 4-bit codes as float32
+            graph.store = spilled
+        with self.stage("converting passes"):
+            manager = PassManager(steps, dump=self.request.dump)
+            changes = manager.run(graph, self.context)
+            self.pass_runs += [PassRun(run.name, run.changes, run.seconds) for run in manager.runs]
+        if not changes:
+            return self.original, manager.dumped
+        names = ", ".join(step.name for step in steps)
+        self.ledger.note(f"the model was converted by {names}; error and time are measured against it as it came in")
+        return graph, manager.dumped
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether a converting pass changed what the model computes."""
+        return self.start is not self.original
 
     def _modern(self, graph: Graph) -> Graph:
         """The graph at an opset that has per-channel quantisation, when lossy passes may need it."""
@@ -140,7 +167,7 @@ class Optimizer:
             self.ledger.note("exact passes were verified by structure only: the input types are not fully known")
             return None
         try:
-            return NumericCheck.of(self.original, sample, self.evaluator)
+            return NumericCheck.of(self.start, sample, self.evaluator)
         except FxoptError:
             if self.request.samples:
                 raise
@@ -156,7 +183,23 @@ class Optimizer:
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""
         priced = self._candidates(exact)
-        return None if priced is None else within_budget(self, exact, *priced)
+        found = None if priced is None else within_budget(self, exact, *priced)
+        return self._conversion(exact) if found is None and self.is_converted else found
+
+    def _conversion(self, exact: Graph) -> Lossy | None:
+        """What converting passes made, with nothing else done; None when that is not within the budget."""
+        budget, nothing_else = self.request.budget, Plan((), (), 0.0, 0.0)
+        if not self.request.samples:
+            if budget is None:
+                return Lossy(exact, self.compiled(exact), nothing_else, None, math.nan)
+            roll_back(self.ledger, None, f"{NO_DATA}, or --budget none")
+            return None
+        found = self.measured(exact, nothing_else)
+        if budget is None or found.loss <= budget:
+            return found
+        found.executable.close()
+        roll_back(self.ledger, None, f"over budget: measured loss {found.loss:.3g} against the model that came in")
+        return None
 
     def _candidates(self, exact: Graph) -> _Priced | None:
         """Candidates, prices, owners and statistics; None without data (every candidate is then refused)."""
@@ -164,7 +207,7 @@ class Optimizer:
         with self.stage("candidates"):
             offered = [(step, candidate) for step in passes for candidate in step.candidates(exact, self.context)]
         if not self.request.samples:
-            for _, candidate in offered:
+            for candidate in dict.fromkeys(candidate for _, candidate in offered):
                 refuse(self.ledger, candidate, candidate.refusal or NO_DATA)
             return None
         unpaid = self._unpaid(exact, offered)
@@ -252,32 +295,32 @@ class Optimizer:
         with self.stage("rewriting"):
             executable = self.compiled(graph)
         with self.stage("measuring the error"):
-            error, loss = self._error(executable)
+            error, loss = self.measured_error(executable)
         return Lossy(graph, executable, chosen, error, loss)
 
     def apply(self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats) -> None:
         """Apply the candidates; those that want second moments come in the order of the graph, the others before."""
-        wanted: dict[Candidate, fx.Node] = {}
+        later: list[Candidate] = []
         for candidate in chosen:
             with _naming(owner[candidate], candidate):
-                node = owner[candidate].moments(graph, candidate)
-                if node is None:
+                if owner[candidate].moments(graph, candidate) is None:
                     owner[candidate].apply(graph, candidate, stats)
                 else:
-                    wanted[candidate] = node
-        if not wanted:
+                    later.append(candidate)
+        if not later:
             return
-        place = {node: index for index, node in enumerate(graph.nodes)}
+        place: dict[fx.Node | None, int] = {node: index for index, node in enumerate(graph.nodes)}
+        later.sort(key=lambda candidate: place[owner[candidate].moments(graph, candidate)])
         walk = SequentialRun(graph, self.calibration, self.evaluator)
-        for done, (candidate, _) in enumerate(sorted(wanted.items(), key=lambda item: place[item[1]])):
+        for done, candidate in enumerate(later):
             step = owner[candidate]
             with _naming(step, candidate):
                 node = step.moments(graph, candidate)
                 assert node is not None
-                stats.moments = {node.name: walk.moments(node)}
+                stats.moments = {node.name: walk.moments(node, step.moment_rows(graph, candidate))}
                 step.apply(graph, candidate, stats)
             if self.request.progress is not None:
-                self.request.progress("rewriting", done + 1, len(wanted))
+                self.request.progress("rewriting", done + 1, len(later))
         stats.moments = {}
         for note in stats.notes:
             self.ledger.note(note)
@@ -293,7 +336,7 @@ class Optimizer:
 
     # ---- errors
 
-    def _error(self, executable: Executable) -> tuple[ErrorReport, float]:
+    def measured_error(self, executable: Executable) -> tuple[ErrorReport, float]:
         """The error report, and the loss that the budget limits."""
         if self._references is None:
             self._references = [self.baseline.run(sample) for sample in self.verification]
@@ -315,8 +358,8 @@ class Optimizer:
     # ---- what decisions need
 
     def exact_changed(self) -> bool:
-        """Whether an exact pass changed something."""
-        return any(run.changes for run in self.pass_runs)
+        """Whether exact passes alone changed something: what converting passes made is judged like a lossy result."""
+        return not self.is_converted and any(run.changes for run in self.pass_runs)
 
     def compiled(self, graph: Graph) -> Executable:
         """The graph, ready to run in the backend."""
@@ -344,13 +387,6 @@ class Optimizer:
         timing: Timing | None = None,
     ) -> Outcome:
         request = self.request
-        measured = None
-        if timing is not None:
-            threads = request.threads or request.target.cores
-            measured = Measurement(
-                self.baseline.executed_on, timing.baseline, timing.result, timing.ratio, timing.low, timing.high,
-                timing.bursts, threads,
-            )  # fmt: skip
         report = Report(
             target=request.target.name,
             backend=request.backend.name,
@@ -361,15 +397,24 @@ class Optimizer:
             budget=request.budget,
             before=before,
             after=before if graph is self.original else self.summary(graph),
-            measured=measured,
+            measured=None if timing is None else self.measurement(timing),
             error=error,
             pass_runs=self.pass_runs,
             stages=self.stages,
             versions=versions(),
             warnings=[*request.warnings, *self.ledger.notes],
             instruction_sets=sorted(request.target.features),
+            runtime=executable.runtime,
         )
         return Outcome(graph, executable, report, self.ledger)
+
+    def measurement(self, timing: Timing) -> Measurement:
+        """A timing against the baseline, for the report."""
+        threads = self.request.threads or self.request.target.cores
+        return Measurement(
+            self.baseline.executed_on, timing.baseline, timing.result, timing.ratio, timing.low, timing.high,
+            timing.bursts, threads,
+        )  # fmt: skip
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

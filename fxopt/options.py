@@ -71,15 +71,30 @@ def resolve_target(target: str | Target, threads: int | None) -> Target:
 
 
 def resolve_backend(name: str | None, target: Target, notes: list[str]) -> Backend:
-    """The backend of a name, or the target's own; `eager` with a note where this version lacks it."""
+    """The backend of a name or `name{option=value}`, or the target's own.
+
+    It is `eager`, with a note, where this version lacks the target's own.
+
+    Raises:
+        UnknownName: the backend, an option or its value does not exist.
+        MissingDependency: what it needs is not installed.
+    """
     from fxopt.catalog import entries, find_backend
 
     known = entries("backend")
     if name is None and target.backend not in known:
         notes.append(f"backend {target.backend} is not part of this version: decided for {target.name}, run in eager")
         name = "eager"
-    found: Any = find_backend(name or target.backend)
-    backend: Backend = found()
+    from fxopt.passes.base import parse_options
+
+    plain, _, inside = (name or target.backend).partition("{")
+    found: Any = find_backend(plain.strip())
+    settings = parse_options(inside.strip().removesuffix("}"), name or "", "backend")
+    for option in settings:
+        if option not in found.options:
+            raise unknown(f"option of backend {plain}", option, found.options)
+    found.require()
+    backend: Backend = found(**settings)
     backend.require()
     return backend
 

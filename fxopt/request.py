@@ -60,5 +60,5 @@ class Lossy:
     graph: Graph
     executable: Executable
     plan: Plan
-    error: ErrorReport
+    error: ErrorReport | None  # None: there are no samples
     loss: float  # what the budget limits

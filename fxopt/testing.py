@@ -18,7 +18,7 @@ from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph
 from fxopt.ir.shapes import infer
 from fxopt.ir.target import Target
-from fxopt.passes.base import Candidate, Context, ExactPass, LossyPass, Pass
+from fxopt.passes.base import Candidate, Context, ConvertingPass, ExactPass, LossyPass, Pass
 from fxopt.passes.stats import collect
 
 __all__ = ["PLAIN_CPU", "assert_neutral", "assert_no_worse", "assert_refuses", "candidates", "rewritten"]
@@ -50,12 +50,12 @@ def rewritten(step: Pass, graph: Graph, samples: Samples = (), ctx: Context | No
     """A copy of the graph after the pass; of a lossy pass every candidate is applied, the last one offered per node.
 
     Raises:
-        Unsupported: the pass is neither exact nor lossy.
+        Unsupported: the pass is none of exact, converting and lossy.
     """
     ctx = ctx or Context(PLAIN_CPU)
     changed = graph.copy()
     infer(changed)
-    if isinstance(step, ExactPass):
+    if isinstance(step, (ExactPass, ConvertingPass)):
         count = step.run(changed, ctx)
         assert isinstance(count, int), f"{step}: run returned {count!r}, expected the number of changes"
     elif isinstance(step, LossyPass):
@@ -65,7 +65,7 @@ def rewritten(step: Pass, graph: Graph, samples: Samples = (), ctx: Context | No
         for offer in chosen.values():
             step.apply(changed, offer, stats)
     else:
-        raise Unsupported(f"{step} is a {type(step).__name__}; expected an ExactPass or a LossyPass")
+        raise Unsupported(f"{step} is a {type(step).__name__}; expected an ExactPass, a ConvertingPass or a LossyPass")
     changed.fx.lint()
     return changed
 

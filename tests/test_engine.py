@@ -266,7 +266,7 @@ def test_integers_that_pay_are_kept(machine: Machine, tmp_path: Path) -> None:
     assert [node.op_type for node in made.graph.node].count("MatMulIntegerToFloat") == 2
     assert {entry.key: entry.value for entry in made.metadata_props} == {
         "fxopt.version": fxopt.__version__, "fxopt.target": "made-up", "fxopt.passes": "quantize-linear",
-        "fxopt.instruction_sets": "avx2",
+        "fxopt.instruction_sets": "avx2", "fxopt.runtime": "cpu",
     }  # fmt: skip
     x = batches()[0]
     original = fxopt.optimize(mlp(), passes=[])(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import fx
@@ -19,6 +19,8 @@ class Executable(ABC):
     """A compiled graph."""
 
     executed_on: str = ""  # what really ran: "onnxruntime CPU, 2 threads", "eager (reference)"
+
+    runtime: str = ""  # which of the backend's runtimes it is, where there are several: "cpu", "openvino"
 
     is_timed: ClassVar[bool] = True  # False: it gives the results of what is saved, but not its time
 
@@ -39,6 +41,7 @@ class Backend(ABC):
 
     needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
     extra: ClassVar[str] = ""  # the extra of the package that installs them
+    options: ClassVar[tuple[str, ...]] = ()  # what `name{option=value}` may set, keywords of the class
 
     @property
     @abstractmethod
@@ -60,6 +63,15 @@ class Backend(ABC):
     def prefers(self, op: str) -> str:
         """ "" when the backend's own fusion into `op` is fast, else the reason to avoid it (with what was measured)."""
         return ""
+
+    def alternatives(self, executable: Executable) -> Iterator[Callable[[], Executable]]:
+        """Other ways of running the same artifact on this machine; the engine measures whether one is faster."""
+        yield from ()
+
+    @classmethod
+    def runtimes(cls) -> dict[str, str]:
+        """The runtimes that an artifact may be run in, where there are several: "" when it is here, else what to do."""
+        return {}
 
     @classmethod
     def require(cls) -> None:

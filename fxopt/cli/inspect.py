@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,16 +33,25 @@ def inspect(
     require_model(model)
     shapes, cores = options.shapes_from(input_shape), options.threads_from(threads)
     import fxopt
+    from fxopt.ir.graph import label
+    from fxopt.ir.views.quantized import quantized_operators
     from fxopt.report.text import table
 
     graph = fxopt.capture(str(model))
     found = fxopt.predict(graph, target, input_shapes=shapes, threads=cores)
+    quantised = list(quantized_operators(graph))
     out.json(
-        {"inputs": [str(spec) for spec in graph.inputs], "outputs": [str(spec) for spec in graph.outputs]}
+        {
+            "inputs": [str(spec) for spec in graph.inputs],
+            "outputs": [str(spec) for spec in graph.outputs],
+            "quantized": {label(view.node): str(view) for view in quantised},
+        }
         | asdict(found)
     )
     out.print(f"inputs: {'; '.join(map(str, graph.inputs))}\noutputs: {'; '.join(map(str, graph.outputs))}")
     out.print(table(("operator", "nodes", "time", "share"), by_operator(found), right=(1, 2, 3)))
+    for text, count in Counter(map(str, quantised)).items():
+        out.print(f"quantised already: {count} operator{'s' if count > 1 else ''} with {text}")
     headers = ("node", "operator", "time", "share", "bound by", "operations", "bytes", "operations/byte")
     ranked = sorted(found.rows, key=lambda row: -row.prediction.seconds)
     shown = ranked[:top] if top else ranked

@@ -15,16 +15,17 @@ from fxopt.cli.output import Output
 def passes(json: options.Json = None, debug: options.Debug = False) -> None:
     """List the passes and their options."""
     from fxopt.catalog import all_passes, entries
-    from fxopt.passes.base import ExactPass
+    from fxopt.passes.base import ConvertingPass, ExactPass
 
     origin = entries("pass")
+    kinds: dict[type, str] = {ExactPass: "exact", ConvertingPass: "converting"}
     found = []
     for name, kind in all_passes().items():
         settings = {spec.name: _default(spec) for spec in dataclasses.fields(kind)}
         found.append(
             {
                 "name": name,
-                "kind": "exact" if issubclass(kind, ExactPass) else "lossy",
+                "kind": next((text for base, text in kinds.items() if issubclass(kind, base)), "lossy"),
                 "options": settings,
                 "does": _first_line(kind),
                 "package": origin[name].package,
@@ -66,12 +67,13 @@ def backends(json: options.Json = None, debug: options.Debug = False) -> None:
         try:
             kind = find_backend(name)
         except MissingDependency as error:
-            found.append({"name": name, "ready": str(error), "does": ""})
+            found.append({"name": name, "ready": str(error), "runtimes": {}, "does": ""})
             continue
         missing = [library for library in getattr(kind, "needs", ()) if find_spec(library) is None]
         ready = f"needs {', '.join(missing)}" if missing else "yes"
-        found.append({"name": name, "ready": ready, "does": _first_line(kind)})
-    _list(found, ("name", "ready", "does"), json)
+        runtimes = {} if missing else {key: text or "yes" for key, text in kind.runtimes().items()}
+        found.append({"name": name, "ready": ready, "runtimes": runtimes, "does": _first_line(kind)})
+    _list(found, ("name", "ready", "runtimes", "does"), json)
 
 
 def ops(

@@ -23,8 +23,10 @@ Passes = Annotated[
     list[str] | None,
     typer.Option(
         "--pass",
+        "--passes",
         "-p",
-        help="Consider only this lossy pass: NAME, NAME{option=value,...} or ./file.py:Class{...}; repeatable. "
+        help="Consider only this lossy pass, or convert the model with it first (`dequantize`): NAME, "
+        "NAME{option=value,...} or ./file.py:Class{...}; repeatable. "
         "`none`: change nothing. Default: the planner's choice among all.",
         metavar="PASS",
         show_default=False,
@@ -34,7 +36,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Sample inputs: an .npz (one array per input, samples along axis 0), an .npy, a folder of them, "
+        help="Sample inputs: an .npz (one array per input, samples along axis 0), an .npy, a .jsonl or .json of rows "
+        "(each an object of numbers by input name), a folder of them, "
         "`random`, or `weights` (judge weights alone).",
         metavar="DATA",
         show_default=False,
@@ -62,7 +65,10 @@ InputShape = Annotated[
     ),
 ]
 Backend = Annotated[
-    str | None, typer.Option(help="Instead of the target's own; `fxopt backends` lists them.", metavar="NAME")
+    str | None,
+    typer.Option(
+        help="Instead of the target's own: NAME or NAME{option=value}; `fxopt backends` lists them.", metavar="NAME"
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads to run and measure with.", metavar="COUNT")]
 Seed = Annotated[int, typer.Option(help="Of everything random.", metavar="NUMBER")]
@@ -70,7 +76,7 @@ Json = Annotated[str | None, typer.Option("--json", help="Write the result as JS
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Inputs: an .npz, an .npy, a folder of them; default: random.", metavar="DATA", show_default=False
+        help="Inputs: an .npz, .npy, .jsonl or .json; a folder; default: random.", metavar="DATA", show_default=False
     ),
 ]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time for measuring.", metavar="NUMBER")]

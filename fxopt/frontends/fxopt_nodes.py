@@ -71,7 +71,8 @@ def _schema(name: str, arguments: list[tuple[str, str]]) -> onnx.defs.OpSchema:
         for index, (argument, kind) in enumerate(arguments)
         if kind in _TENSORS
     ]
-    every = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)", "tensor(int8)", "tensor(uint8)"]
+    every = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)", "tensor(int8)", "tensor(uint8)",
+             "tensor(int32)", "tensor(int64)"]  # fmt: skip
     return onnx.defs.OpSchema(
         name,
         DOMAIN,

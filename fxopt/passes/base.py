@@ -1,5 +1,7 @@
 """What a pass is. Exact passes change the graph; lossy passes offer candidates and never decide whether they pay.
 
+Converting passes change the graph before all others, where the user names them.
+
 A pass is a frozen dataclass; its fields are its options, in Python and on the command line:
 `QuantizeLinear(bits=8)` and `quantize-linear{bits=8}` are the same.
 """
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import fx
 
 from fxopt.errors import InvalidOption, unknown
@@ -23,7 +26,18 @@ from fxopt.ir.target import Cost, Target
 if TYPE_CHECKING:
     from fxopt.passes.stats import Stats
 
-__all__ = ["Candidate", "Context", "Estimate", "ExactPass", "LossyPass", "Pass", "Refusal", "Setting", "parse_pass"]
+__all__ = [
+    "Candidate",
+    "Context",
+    "ConvertingPass",
+    "Estimate",
+    "ExactPass",
+    "LossyPass",
+    "Pass",
+    "Refusal",
+    "Setting",
+    "parse_pass",
+]
 
 
 class Capabilities(Protocol):
@@ -170,6 +184,20 @@ class ExactPass(Pass):
 
 
 @dataclass(frozen=True)
+class ConvertingPass(Pass):
+    """Changes the graph in place, and its numbers too, before all other passes and only where it is asked for by name.
+
+    What the others make of the converted graph is judged against the model that came in: error and time.
+    """
+
+    enters_bodies: ClassVar[bool] = False  # as in exact passes
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        """Rewrite, with a verdict per node in the ledger; returns the number of changes."""
+        raise NotImplementedError(f"{type(self).__name__} must define run(graph, ctx) -> number of changes")
+
+
+@dataclass(frozen=True)
 class LossyPass(Pass):
     """Offers candidates; the planner chooses, the manager applies."""
 
@@ -195,6 +223,10 @@ class LossyPass(Pass):
 
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """The node whose second moments `apply` wants in `stats.moments`, measured on the graph as rewritten so far."""
+        return None
+
+    def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """How a value of `moments` becomes rows [groups, rows, features]; None: it is [..., features] already."""
         return None
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
@@ -224,14 +256,14 @@ def parse_pass(text: str, find: Callable[[str], type[Pass]]) -> Pass:
     return make_pass(kind, parse_options(inside or "", text))
 
 
-def parse_options(text: str, whole: str) -> dict[str, str]:
+def parse_options(text: str, whole: str, kind: str = "pass") -> dict[str, str]:
     """`a=1,b=(2,3)` as a dictionary of texts; commas inside brackets and quotes do not split."""
     options: dict[str, str] = {}
     parts = re.findall(r"(?:[^,\[\](){}'\"]|\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\")+", text)
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise InvalidOption(f"pass {whole!r}: {part.strip()!r} is not of the form option=value")
+            raise InvalidOption(f"{kind} {whole!r}: {part.strip()!r} is not of the form option=value")
         options[key.strip().replace("-", "_")] = value.strip()
     return options
 

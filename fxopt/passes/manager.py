@@ -21,7 +21,9 @@ from fxopt.ir.verify import (
     snapshot,
     verify_structure,
 )
-from fxopt.passes.base import Context, ExactPass
+from fxopt.passes.base import Context, ConvertingPass, ExactPass
+
+Step = ExactPass | ConvertingPass
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class PassRun:
 
 @dataclass
 class PassManager:
-    """Runs a literal list of exact passes until nothing changes.
+    """Runs a literal list of exact passes (or, without `check`, of converting ones) until nothing changes.
 
     Args:
         passes: in order; each pass's `after` is checked.
@@ -45,7 +47,7 @@ class PassManager:
         dumped: how many text forms the folder holds already, of a manager before this one.
     """
 
-    passes: Sequence[ExactPass]
+    passes: Sequence[Step]
     dump: Path | None = None
     rounds: int = 4
     dumped: int = 0
@@ -69,7 +71,7 @@ class PassManager:
         start = graph.copy() if check is not None else None
         if not self.dumped:
             self._dump(graph, "input")
-        done: list[ExactPass] = []
+        done: list[Step] = []
         total = 0
         for _ in range(self.rounds):
             changes = 0
@@ -85,7 +87,7 @@ class PassManager:
             self._check(start, graph, ctx, done, check)
         return total
 
-    def _step(self, step: ExactPass, graph: Graph, ctx: Context, done: list[str]) -> int:
+    def _step(self, step: Step, graph: Graph, ctx: Context, done: list[str]) -> int:
         """Run one pass on the graph, then on each body from outside to inside; no value crosses their boundary."""
         run = self._run_once(step, graph, ctx, done)
         for found in list(graph.subgraphs()) if step.enters_bodies else ():
@@ -103,7 +105,7 @@ class PassManager:
         self.runs.append(run)
         return run.changes
 
-    def _run_once(self, step: ExactPass, graph: Graph, ctx: Context, done: list[str]) -> PassRun:
+    def _run_once(self, step: Step, graph: Graph, ctx: Context, done: list[str]) -> PassRun:
         before = snapshot(graph)
         types = output_types(graph)
         at = f" in {ctx.where.rstrip('/')}" if ctx.where else ""
@@ -124,10 +126,11 @@ class PassManager:
                 check_output_types(graph, types)
             except VerificationError as error:
                 raise VerificationError(f"pass {step.name} (after {done}) broke the graph{at}: {error}") from error
-            self._record(step, graph, ctx, changes, [node for node in changed if node not in before])
+            if isinstance(step, ExactPass):
+                self._record(step, graph, ctx, changes, [node for node in changed if node not in before])
         return PassRun(step.name, changes, middle - begin, time.perf_counter() - middle)
 
-    def _record(self, step: ExactPass, graph: Graph, ctx: Context, changes: int, made: Sequence[fx.Node]) -> None:
+    def _record(self, step: Step, graph: Graph, ctx: Context, changes: int, made: Sequence[fx.Node]) -> None:
         mine = [node for node in made if step.name in (node.meta.get("provenance") or ())[1:]]
         for node in mine:
             if node.op != "call_function":
@@ -136,7 +139,7 @@ class PassManager:
         if not mine:
             ctx.ledger.add(Verdict(step.name, graph.name, "applied", f"{changes} changes"))
 
-    def _check(self, start: Graph, graph: Graph, ctx: Context, done: list[ExactPass], check: NumericCheck) -> None:
+    def _check(self, start: Graph, graph: Graph, ctx: Context, done: list[Step], check: NumericCheck) -> None:
         difference = check.difference(graph)
         if not difference:
             return
@@ -156,7 +159,7 @@ class PassManager:
         self.dumped += 1
 
 
-def first_bad_pass(start: Graph, steps: Sequence[ExactPass], ctx: Context, good: Callable[[Graph], bool]) -> str:
+def first_bad_pass(start: Graph, steps: Sequence[Step], ctx: Context, good: Callable[[Graph], bool]) -> str:
     """The first pass of `steps` after which `good` no longer holds, by bisection; each probe starts from `start`."""
     quiet = Context(ctx.target, capabilities=ctx.capabilities, include=ctx.include, exclude=ctx.exclude)
 

@@ -12,6 +12,7 @@ from fxopt.passes.fold_norm_scale import FoldNormScale
 from fxopt.passes.fuse_attention import FuseAttention
 from fxopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
 from fxopt.passes.quantize_between import QuantizeBetween
+from fxopt.passes.quantize_embedding import QuantizeEmbedding
 from fxopt.passes.quantize_linear import QuantizeLinear
 from fxopt.passes.remove_identities import RemoveIdentities
 
@@ -47,4 +48,5 @@ def lossy_passes() -> list[LossyPass]:
     return [
         QuantizeLinear(),
         QuantizeLinear(bits=4),  # where a linear waits for its weights
+        QuantizeEmbedding(),
     ]

@@ -5,7 +5,7 @@ Memory: the values that are alive at one place of the graph, of all calibration 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from fxopt.errors import InvalidInput
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator, constant_value, evaluate
 
+Rows = Callable[[torch.Tensor], torch.Tensor]
 WIDE_COLUMNS = 4096  # up to here in float64: it costs little, and no factorisation fails for rounding
 
 
@@ -39,27 +40,40 @@ class SequentialRun:
                 self._run(current)
         return [values[node] for values in self.values]
 
-    def moments(self, node: fx.Node) -> torch.Tensor:
-        """2 / n * sum of x x.T over all rows of the node's values [..., features]: [features, features].
+    def moments(self, node: fx.Node, rows: Rows | None = None) -> torch.Tensor:
+        """2 / n * sum of x x.T over all n rows of the node's values [..., features]: [features, features].
+
+        Args:
+            rows: makes rows [groups, n, features] of a value's items one by one; the result is then [groups, features,
+                features].
 
         Raises:
             InvalidInput: a value is infinite or NaN.
         """
-        if self._moments is not None and self._moments[0] is node:
+        if rows is None and self._moments is not None and self._moments[0] is node:
             return self._moments[1]
         self._moments = None
         total: torch.Tensor | None = None
         count = 0
-        for value in self.advance(node):
-            rows = value.reshape(-1, value.shape[-1])
-            rows = rows.double() if rows.shape[1] <= WIDE_COLUMNS else rows.float()
-            product = rows.t() @ rows
+        for found in self._rows(node, rows):
+            wide = found.double() if found.shape[-1] <= WIDE_COLUMNS else found.float()
+            product = wide.mT @ wide
             total = product if total is None else total.add_(product)
-            count += rows.shape[0]
+            count += found.shape[-2]
         if total is None or not bool(torch.isfinite(total).all()):
             raise InvalidInput(f"{node.name}: the calibration samples give infinite or NaN values here")
-        self._moments = node, total.mul_(2 / max(count, 1))
-        return self._moments[1]
+        total.mul_(2 / max(count, 1))
+        if rows is None:
+            self._moments = node, total
+        return total
+
+    def _rows(self, node: fx.Node, rows: Rows | None) -> Iterator[torch.Tensor]:
+        for value in self.advance(node):
+            if rows is None:
+                yield value.reshape(-1, value.shape[-1])
+                continue
+            for index in range(len(value)):  # patches are many times as large as an item
+                yield rows(value[index : index + 1])
 
     def _between(self, last: fx.Node) -> list[fx.Node]:
         """The operators up to `last` that have not run yet, in order."""

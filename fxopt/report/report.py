@@ -78,6 +78,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     instruction_sets: list[str] = field(default_factory=list)  # of the target
+    runtime: str = ""  # of the backend's runtimes, the one that was measured: "cpu", "openvino"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that every JSON writer takes: infinite and undefined numbers become texts."""

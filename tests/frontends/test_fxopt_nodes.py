@@ -15,6 +15,7 @@ from fxopt.frontends.torch_export import load as load_torch
 from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.export import to_model
 from fxopt.ir.op import all_ops
+from fxopt.ir.ops.embedding_w8 import embedding_w8
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
 from fxopt.ir.shapes import infer
 from fxopt.passes.base import Context
@@ -80,6 +81,25 @@ def test_emitted_in_the_forms_of_the_backend() -> None:
 
 def test_every_operator_has_a_translation() -> None:
     assert set(translations()) == {declared.target for declared in all_ops().values()}
+
+
+def test_an_embedding_is_exported_one_to_one() -> None:
+    """Its indices are integers."""
+    codes, scales = codes_of(torch.randn(9, 4, generator=torch.Generator().manual_seed(2)))
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", codes)
+            self.register_buffer("scales", scales[:, None])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return embedding_w8(self.codes, self.scales, x)
+
+    x = torch.tensor([[0, 8, 3], [1, 1, 7]])
+    graph, _ = to_onnx(Table().eval(), x)
+    assert [node.target for node in graph.calls()] == [embedding_w8.target]
+    assert torch.equal(graph.run([x])[0], Table()(x))
 
 
 def test_restoring_twice_changes_nothing() -> None:

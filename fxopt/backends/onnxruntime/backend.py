@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import onnx
 from torch import fx
 
 from fxopt.backends.base import Backend, Executable
+from fxopt.backends.onnxruntime.providers import CPU, PROVIDERS, find_provider, others
 from fxopt.backends.onnxruntime.session import OnnxExecutable
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph
@@ -29,9 +32,18 @@ _BESIDE_BYTES = 1 << 24  # weights of more bytes lie beside a temporary model: w
 
 
 class OnnxRuntime(Backend):
-    """ONNX Runtime on the CPU."""
+    """ONNX Runtime on the CPU, in its own kernels or in another provider of the installed build.
+
+    Options:
+        provider: "cpu", "openvino", or "auto": the result is measured in every one that is installed.
+    """
 
     needs = ("onnxruntime",)
+    options = ("provider",)
+
+    def __init__(self, provider: str = "auto") -> None:
+        self.measures = provider == "auto"
+        self.provider = CPU if self.measures else find_provider(provider)
 
     @property
     def name(self) -> str:
@@ -64,6 +76,21 @@ class OnnxRuntime(Backend):
             return ""
         return f"{op} of ONNX Runtime {'.'.join(map(str, version()))} is {since[1]}"
 
+    def alternatives(self, executable: Executable) -> Iterator[Callable[[], Executable]]:
+        """The other providers of the installed ONNX Runtime, unless one was asked for."""
+        if self.measures and isinstance(executable, OnnxExecutable):
+            for provider in others():
+                yield partial(executable.moved, provider)
+
+    @classmethod
+    def runtimes(cls) -> dict[str, str]:
+        """Its providers."""
+        return {name: provider.missing for name, provider in PROVIDERS.items()}
+
+    def open(self, path: Path, threads: int | None) -> Executable:
+        """A model file as it is."""
+        return OnnxExecutable(path, threads, provider=self.provider)
+
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Write the graph to a temporary file and open it; what exceeds half of the memory is never loaded whole."""
         from fxopt.backends.onnxruntime.forms import FORMS
@@ -83,7 +110,7 @@ class OnnxRuntime(Backend):
             from fxopt.backends.onnxruntime.library import SUFFIX, build_library
 
             build_library(onnx.load(path, load_external_data=False), path.with_suffix(SUFFIX))
-        return OnnxExecutable(path, threads, scratch)
+        return OnnxExecutable(path, threads, scratch, self.provider)
 
 
 def _fusion(op: str, dtype: str) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.backends.onnxruntime.conv_forms import CONV_FORMS
+from fxopt.backends.onnxruntime.embedding_forms import EMBEDDING_FORMS
 from fxopt.backends.onnxruntime.fused_forms import FUSED_FORMS
 from fxopt.ir.onnx.export import Emitter, Form, Forms
 from fxopt.ir.ops.concat_a8 import concat_a8
@@ -264,4 +266,6 @@ FORMS: Forms = {
     concat_a8.target: _concat,
     global_average_pool_a8.target: _global_average_pool,
     average_pool_a8.target: _average_pool,
+    **CONV_FORMS,
+    **EMBEDDING_FORMS,
 }

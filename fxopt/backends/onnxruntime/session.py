@@ -13,6 +13,7 @@ import torch
 
 from fxopt.backends.base import Executable
 from fxopt.backends.onnxruntime.library import library_of
+from fxopt.backends.onnxruntime.providers import CPU, Provider
 from fxopt.errors import InvalidInput, InvalidModel, OutputError
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 
 
 def make_session(
-    path: str | os.PathLike[str], threads: int | None = None, optimized_path: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    optimized_path: str | os.PathLike[str] | None = None,
+    provider: Provider = CPU,
 ) -> ort.InferenceSession:
     """A CPU session with default options; `optimized_path` receives the model after ONNX Runtime's own optimiser.
 
     The library of own kernels that a file needs is registered (`fxopt.backends.onnxruntime.library`).
 
     Raises:
-        InvalidModel: ONNX Runtime cannot load the model, or its library is not there.
+        InvalidModel: ONNX Runtime cannot load the model, or not in this provider, or its library is not there.
     """
     import onnxruntime
 
@@ -38,30 +42,47 @@ def make_session(
         options.intra_op_num_threads = threads
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+    where = "" if provider is CPU else f" in {provider.title}"
     library = library_of(path)
     try:
         if library is not None:
             options.register_custom_ops_library(str(library.resolve()))
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=provider.arguments(threads))
     except Exception as error:  # onnxruntime's exceptions share no public base class
         reason = " ".join(str(error).split())
-        raise InvalidModel(f"ONNX Runtime {onnxruntime.__version__} cannot load {Path(path).name}: {reason}") from error
+        name = f"{Path(path).name}{where}"
+        raise InvalidModel(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {reason}") from error
+    if session.get_providers()[0] != provider.full_name:
+        raise InvalidModel(f"ONNX Runtime {onnxruntime.__version__} fell back from {provider.title} to its own kernels")
+    return session
 
 
 class OnnxExecutable(Executable):
     """A model file in an ONNX Runtime session; the artifact is the file."""
 
     def __init__(
-        self, path: Path, threads: int | None, scratch: tempfile.TemporaryDirectory[str] | None = None
+        self,
+        path: Path,
+        threads: int | None,
+        scratch: tempfile.TemporaryDirectory[str] | None = None,
+        provider: Provider = CPU,
     ) -> None:
         self.path = path
         self.threads = threads
         self._scratch = scratch  # deleted with this object
+        self._borrowed: Any = None
+        self.runtime = provider.name
         self.library = library_of(path)
-        self.session = make_session(path, threads)
+        self.session = make_session(path, threads, provider=provider)
         self.input_names = [value.name for value in self.session.get_inputs()]
         shown = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
-        self.executed_on = f"onnxruntime CPU, {shown} thread{'' if shown == 1 else 's'}"
+        self.executed_on = f"onnxruntime {provider.title}, {shown} thread{'' if shown == 1 else 's'}"
+
+    def moved(self, provider: Provider) -> OnnxExecutable:
+        """The same file in another provider; either may be closed first."""
+        other = OnnxExecutable(self.path, self.threads, provider=provider)
+        other._borrowed = self._scratch or self._borrowed  # kept alive
+        return other
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs as tensors."""

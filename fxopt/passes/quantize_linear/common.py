@@ -13,6 +13,7 @@ from fxopt.ir.target import Cost, conv_kind
 from fxopt.ir.views.conv import Conv, conv
 from fxopt.ir.views.eight_bit import saturated, source, takers
 from fxopt.ir.views.linear import Linear
+from fxopt.passes.base import Context
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -91,3 +92,27 @@ def replaced(
     if not view.weight_node.users:
         graph.erase(view.weight_node)
     return node
+
+
+def float_conv(x: torch.Tensor, view: Conv, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What the convolution gives with this weight and bias, both of the type of x."""
+    rank = weight.dim() - 2
+    pads = [pad for axis in reversed(range(rank)) for pad in (view.padding[0][axis], view.padding[1][axis])]
+    padded = torch.nn.functional.pad(x, pads)
+    convolve = getattr(torch.nn.functional, f"conv{rank}d")
+    result: torch.Tensor = convolve(
+        padded, weight, None if bias is None else bias.float(), view.stride, 0, view.dilation, view.groups
+    )
+    return result
+
+
+def saturates(ctx: Context) -> bool:
+    """x86 without VNNI multiplies u8 by s8 into saturating 16-bit sums of two."""
+    if ctx.target.kind != "cpu" or not ctx.target.arch.startswith("x86"):
+        return False
+    return not ({"avx512_vnni", "avx_vnni", "amx_int8"} & ctx.target.features)
+
+
+def is_depthwise(view: Linear | Conv, weight: torch.Tensor) -> bool:
+    """One input and one output channel per group: ONNX Runtime's kernels for these multiply in 32 bits everywhere."""
+    return isinstance(view, Conv) and view.groups == weight.shape[0] and weight.shape[1] == 1

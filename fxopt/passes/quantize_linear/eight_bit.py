@@ -7,7 +7,7 @@ Weights are symmetric per output channel, activations asymmetric per tensor: wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,10 @@ from fxopt.passes.quantize_between import behind
 from fxopt.passes.quantize_linear.common import (
     FLOATS,
     float_cost,
+    is_depthwise,
     replaced,
     result_of,
+    saturates,
     value_of,
     with_conversions,
 )
@@ -44,6 +46,8 @@ from fxopt.passes.quantize_linear.on_sample import (
     lost_mean,
     scaled,
 )
+from fxopt.passes.quantize_linear.patches import patch_rows
+from fxopt.passes.quantize_linear.rounding import eight_bit_codes
 from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, smoothed
 from fxopt.passes.stats import Stats
 
@@ -60,6 +64,7 @@ class EightBit:
     smooth: str  # "on", "off", or "auto": both are offered for linears
     ranges: str  # of static activations: one of `grids.RANGES`
     correct_bias: str  # "on", "off", or "auto": of convolutions
+    rounding: str  # of the weights: "nearest" or "gptq"
 
     # ---- candidates
 
@@ -79,7 +84,7 @@ class EightBit:
             return
         weight = view.weight(graph)
         group = f"{op_name} {'x'.join(map(str, weight.shape))}"
-        sums = 16 if _saturates(ctx) and not _is_depthwise(view, weight) else 32
+        sums = 16 if saturates(ctx) and not is_depthwise(view, weight) else 32
         wanted = [kind for kind in kinds if self.activations in ("auto", kind)]
         if not wanted:
             refusal = Refusal("a convolution has no {} form that pays; use activations=static", self.activations)
@@ -88,7 +93,7 @@ class EightBit:
             name = f"{op_name}_dynamic" if kind == "dynamic" else op_name
             refused = self._refusal(graph, ctx, view, name)
             for smooth in self._smoothings(view) if refused is None else (False,):
-                values = self._settings(view, kind, smooth)
+                values = self._settings(view, kind, smooth, sums)
                 yield self._candidate(ctx, view.node, group, kind, refused, {"sums": sums, **values})
 
     def _smoothings(self, view: Linear | Conv) -> tuple[bool, ...]:
@@ -96,7 +101,7 @@ class EightBit:
             return (False,)
         return (True,) if self.smooth == "on" else (False, True)
 
-    def _settings(self, view: Linear | Conv, kind: str, smooth: bool) -> dict[str, Any]:
+    def _settings(self, view: Linear | Conv, kind: str, smooth: bool, sums: int) -> dict[str, Any]:
         """The parts of a setting that differ from the plainest form."""
         is_conv = isinstance(view, Conv)
         ranges = self.ranges if self.ranges != "auto" else "mse" if is_conv else "minmax"
@@ -105,6 +110,8 @@ class EightBit:
             values["ranges"] = ranges
         if self.correct_bias == "on" or (self.correct_bias == "auto" and is_conv):
             values["correct_bias"] = True
+        if self.rounding == "gptq" and sums == 32:
+            values["rounding"] = "gptq"
         return values
 
     def _candidate(
@@ -200,6 +207,9 @@ class EightBit:
         codes, scales, bias, *rest = operands
         stem, source = label(view.weight_node), (label(view.node), self.name)
         s = self._factors(graph, view, candidate.setting, stats)
+        if self._compensates(candidate):
+            codes = self._gptq(graph, view, scales, s, stats)
+            bias = self._bias(graph, view, candidate.setting, stats, s, (codes, scales, *rest[:2]))
         bias_node = view.bias_node
         if bias is not None and candidate.setting.get("correct_bias", False):
             bias_node = graph.add_constant(bias, f"{stem}_bias", source)
@@ -216,6 +226,28 @@ class EightBit:
             for value in behind(graph, node):
                 if value in stats:
                     value.meta["levels"] = self._levels(value, candidate.setting, stats)
+
+    def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
+        """GPTQ wants the second moments of the input, on the compressed graph."""
+        return _view(graph, candidate).x if self._compensates(candidate) else None
+
+    def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[Tensor], Tensor] | None:
+        """Of a convolution: the patches that its kernel sees."""
+        view = _view(graph, candidate)
+        return patch_rows(graph, view) if isinstance(view, Conv) else None
+
+    def _compensates(self, candidate: Candidate) -> bool:
+        """Codes whose neighbours share the room of a 16-bit sum are rounded to nearest: GPTQ would use it up."""
+        return bool(candidate.setting.get("rounding") == "gptq")
+
+    def _gptq(self, graph: Graph, view: Linear | Conv, scales: Tensor, s: Tensor | None, stats: Stats) -> Tensor:
+        """Codes whose rounding errors make up for each other, in the shape of the weight."""
+        weight, moments = scaled(view.weight(graph), s).float(), stats.moments[view.x.name]
+        if s is not None:
+            moments = moments / torch.outer(s, s).to(moments.dtype)
+        grouped = moments if isinstance(view, Conv) else moments[None]
+        codes = eight_bit_codes(weight.flatten(1), scales, grouped, view.node, stats)
+        return codes.reshape(weight.shape)
 
     def _operands(
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats
@@ -257,18 +289,15 @@ class EightBit:
         if not setting.get("correct_bias", False):
             return bias
         if isinstance(view, Conv):
-            key = ("lost mean", view.node.name, setting)
-            if key not in stats.cache:
-                stats.cache[key] = lost_mean(view, weight, self._sample(view, stats), rounded)
-            lost: Tensor = stats.cache[key]
+            lost = lost_mean(view, weight, self._sample(view, stats), rounded)
             return lost.to(weight.dtype) if bias is None else (bias.double() + lost.double()).to(bias.dtype)
         mean = stats[view.x].channel_mean
         if bias is None or mean is None:
             return bias
         mean = mean if s is None else mean / s
         codes, scales, *_ = rounded
-        lost = scaled(weight, s).float() - codes.float() * scales[:, None]
-        return (bias.double() + lost.double() @ mean.double()).to(bias.dtype)
+        taken: Tensor = scaled(weight, s).float() - codes.float() * scales[:, None]
+        return (bias.double() + taken.double() @ mean.double()).to(bias.dtype)
 
     def _factors(self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats) -> Tensor | None:
         """s of the value that the linear takes; None when it is not smoothed."""
@@ -302,18 +331,6 @@ def _smoothing_cost(graph: Graph, view: Linear) -> Cost:
         count *= hint(dim)
     share = max(1, len(shared))
     return Cost(count / share, 2 * count * x.itemsize / share, kind="elementwise", launches=1 if share == 1 else 0)
-
-
-def _saturates(ctx: Context) -> bool:
-    """x86 without VNNI multiplies u8 by s8 into saturating 16-bit sums of two."""
-    if ctx.target.kind != "cpu" or not ctx.target.arch.startswith("x86"):
-        return False
-    return not ({"avx512_vnni", "avx_vnni", "amx_int8"} & ctx.target.features)
-
-
-def _is_depthwise(view: Linear | Conv, weight: Tensor) -> bool:
-    """One input and one output channel per group: ONNX Runtime's kernels for these multiply in 32 bits everywhere."""
-    return isinstance(view, Conv) and view.groups == weight.shape[0] and weight.shape[1] == 1
 
 
 def _view(graph: Graph, candidate: Candidate) -> Linear | Conv:

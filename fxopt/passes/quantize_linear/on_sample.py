@@ -11,7 +11,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.views.common import argument, scalar_constant
 from fxopt.ir.views.conv import Conv
 from fxopt.ir.views.linear import Linear
-from fxopt.passes.quantize_linear.common import result_of
+from fxopt.passes.quantize_linear.common import float_conv, result_of
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight
 from fxopt.passes.quantize_linear.smoothing import Smoothing
 from fxopt.passes.stats import Extremes, ValueStats
@@ -121,15 +121,3 @@ def _saturated_like(graph: Graph, behind_it: fx.Node, node: fx.Node, value: Tens
         return value
     top = scalar_constant(graph, argument(behind_it, 2, "max"))
     return value.clamp(min=0.0, max=top)
-
-
-def float_conv(x: Tensor, view: Conv, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution with this weight and bias."""
-    rank = weight.dim() - 2
-    pads = [pad for axis in reversed(range(rank)) for pad in (view.padding[0][axis], view.padding[1][axis])]
-    padded = torch.nn.functional.pad(x, pads)
-    convolve = getattr(torch.nn.functional, f"conv{rank}d")
-    result: Tensor = convolve(
-        padded, weight, None if bias is None else bias.float(), view.stride, 0, view.dilation, view.groups
-    )
-    return result

@@ -12,17 +12,13 @@ from torch import Tensor, fx
 from fxopt.ir.error import noise_to_signal
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Refusal
-from fxopt.ir.ops.linear_nbits import group_count, linear_nbits, rounded_activations
-from fxopt.ir.packing import pack, packed_width
+from fxopt.ir.ops.linear_nbits import linear_nbits, rounded_activations
 from fxopt.ir.target import Cost
 from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
-from fxopt.passes.quantize_linear.gptq import DAMPING, gptq, nearest
-from fxopt.passes.quantize_linear.grids import Grid, group_grid
+from fxopt.passes.quantize_linear.rounding import Rounding
 from fxopt.passes.stats import Stats
-
-_SLAB = 1 << 21  # elements
 
 
 @dataclass(frozen=True)
@@ -86,20 +82,16 @@ class WeightOnly:
     def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost]:
         """Work of both forms."""
         view = _view(graph, candidate)
-        packed, scales, zeros = self._storage(graph, view, candidate)
-        columns, group = view.weight(graph).shape[1], candidate.setting["group"]
+        out, columns = view.weight(graph).shape
+        rounding = self._rounding(candidate)
         after = linear_nbits.cost_of(
-            value_of(view.x), packed, scales, zeros, None, columns, self.bits, group, self._activation_bits
-        )
+            value_of(view.x), *rounding.storage(out, columns), None, columns, self.bits, rounding.group,
+            self._activation_bits,
+        )  # fmt: skip
         return float_cost(view, view.weight(graph)), after
 
-    def _storage(self, graph: Graph, view: Linear, candidate: Candidate) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes, scales and zeros without their data."""
-        out, columns = view.weight(graph).shape
-        groups = group_count(columns, candidate.setting["group"])
-        packed = torch.empty(out, packed_width(columns, self.bits), dtype=torch.uint8, device="meta")
-        scales = torch.empty(out, groups, device="meta")
-        return packed, scales, None if self.symmetric else torch.empty_like(scales, dtype=torch.uint8)
+    def _rounding(self, candidate: Candidate) -> Rounding:
+        return Rounding(self.bits, candidate.setting["group"], self.symmetric, self.act_order)
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error of rounding to nearest on the calibration rows (GPTQ's is smaller), and the work of both forms."""
@@ -113,16 +105,13 @@ class WeightOnly:
         x = seen.sample.float()
         activations = rounded_activations(x, group) if self.activations == "int8" else x
         reference, result = (x.new_empty(len(x), len(weight)) for _ in range(2))
-        for rows in _slabs(weight):
-            part = weight[rows]
-            grid = group_grid(part, self.bits, group, self.symmetric, search=False)
-            rounded = grid.values(nearest(part, grid).float(), grid.groups(part.shape[1]))
-            reference[:, rows], result[:, rows] = x @ part.t(), activations @ rounded.t()
+        rounding = self._rounding(candidate)
+        for rows, rounded in rounding.nearest(weight):
+            reference[:, rows], result[:, rows] = x @ weight[rows].t(), activations @ rounded.t()
         error = noise_to_signal(reference, result)
-        packed, scales, zeros = self._storage(graph, view, candidate)
         only = len(view.weight_node.users) == 1
-        stored = packed.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
-        return Estimate(error, before, after, (view.weight(graph).nbytes if only else 0) - stored)
+        saved = (view.weight(graph).nbytes if only else 0) - rounding.stored_bytes(*weight.shape)
+        return Estimate(error, before, after, saved)
 
     @property
     def _activation_bits(self) -> int:
@@ -132,7 +121,8 @@ class WeightOnly:
         """Replace the linear."""
         view = _view(graph, candidate)
         weight, group = view.weight(graph).float(), candidate.setting["group"]
-        packed, scales, zero_codes = self._rounded(weight, group, view, stats)
+        moments = stats.moments[view.x.name] if self.method == "gptq" else None
+        packed, scales, zero_codes = self._rounding(candidate).packed(weight, moments, view.node, stats)
         stem, source = label(view.weight_node), (label(view.node), self.name)
         zeros: Any = None
         if not self.symmetric:
@@ -149,32 +139,6 @@ class WeightOnly:
             self._activation_bits,
         )
         replaced(graph, view, view.node, linear_nbits.target, arguments, self.name)
-
-    def _rounded(self, weight: Tensor, group: int, view: Linear, stats: Stats) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed codes, scales and zeros; a few outputs at a time, which are independent of each other."""
-        grids = [group_grid(weight[rows], self.bits, group, self.symmetric) for rows in _slabs(weight)]
-        scales, zeros = (torch.cat([getattr(grid, name) for grid in grids]) for name in ("scales", "zeros"))
-        if self.method == "gptq":
-            packed = pack(self._gptq(weight, Grid(self.bits, group, scales, zeros), view, stats), self.bits)
-        else:
-            pairs = zip(_slabs(weight), grids, strict=True)
-            packed = torch.cat([pack(nearest(weight[rows], grid), self.bits) for rows, grid in pairs])
-        return packed, scales, zeros.to(torch.uint8)
-
-    def _gptq(self, weight: Tensor, grid: Grid, view: Linear, stats: Stats) -> Tensor:
-        found = gptq(weight, stats.moments[view.x.name], grid, act_order=self.act_order)
-        if found.damping > DAMPING:
-            stats.notes.append(
-                f"GPTQ at {label(view.node)!r}: the second moments of its input are not positive definite;"
-                f" damping raised to {found.damping:g} of their mean"
-            )
-        return found.codes
-
-
-def _slabs(weight: Tensor) -> list[slice]:
-    """The outputs of a weight [out, in], as many at a time as keep temporary values small."""
-    step = max(1, _SLAB // max(1, weight.shape[1]))
-    return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
 def _view(graph: Graph, candidate: Candidate) -> Linear:

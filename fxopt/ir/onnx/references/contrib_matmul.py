@@ -111,16 +111,32 @@ def matmul_n_bits(
     if 0 in b.shape:  # an omitted projection
         y = a.new_zeros([*a.shape[:-1], N])
         return y if bias is None else y + bias
+    weight = n_bits_weight(b, scales, zero_points, g_idx, a.dtype, K, N, block_size, bits)
+    return F.linear(a, weight.to(a.dtype), bias)
+
+
+def n_bits_weight(
+    b: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    g_idx: Tensor | None,
+    dtype: torch.dtype,
+    K: int,
+    N: int,
+    block_size: int,
+    bits: int,
+) -> Tensor:
+    """(b - zero_points) * scales as [N, K], at least in `dtype`."""
     blocks = (K + block_size - 1) // block_size
-    dtype = torch.promote_types(a.dtype, scales.dtype)
+    dtype = torch.promote_types(dtype, scales.dtype)
     numbers = unpack(b.reshape(N, blocks, -1), bits).to(dtype).reshape(N, -1)[:, :K]
     zero: Any = float(2 ** (bits - 1))
     if zero_points is not None:
         packed = zero_points.dtype == torch.uint8
         zero = unpack(zero_points.reshape(N, -1), bits)[:, :blocks] if packed else zero_points.reshape(N, blocks)
         zero = _per_column(zero.to(dtype), K, block_size, g_idx)
-    weight = (numbers - zero) * _per_column(scales.reshape(N, blocks), K, block_size, g_idx)
-    return F.linear(a, weight.to(a.dtype), bias)
+    weight: Tensor = (numbers - zero) * _per_column(scales.reshape(N, blocks), K, block_size, g_idx)
+    return weight
 
 
 def _per_column(parameter: Tensor, columns: int, block_size: int, g_idx: Tensor | None) -> Tensor:
