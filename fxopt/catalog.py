@@ -41,7 +41,9 @@ class _Place:
     others: frozenset[str] = frozenset()
 
 
-_NO_PASSES = frozenset({"base", "histogram", "manager", "pipelines", "rules", "sequential", "stats", "stats_file"})
+_NO_PASSES = frozenset(
+    {"base", "crossings", "histogram", "manager", "pipelines", "rules", "sequential", "stats", "stats_file"}
+)
 _PLACES: dict[Kind, _Place] = {
     "pass": _Place("fxopt.passes", "fxopt.passes", _NO_PASSES),
     "target": _Place("fxopt.cost_model.targets", "fxopt.targets"),

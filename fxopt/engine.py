@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from fxopt.backends.base import Executable
+from fxopt.budget import within_budget
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.elsewhere import fastest
@@ -182,7 +183,7 @@ class Optimizer:
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""
         priced = self._candidates(exact)
-        found = None if priced is None else self._within_budget(exact, *priced)
+        found = None if priced is None else within_budget(self, exact, *priced)
         return self._conversion(exact) if found is None and self.is_converted else found
 
     def _conversion(self, exact: Graph) -> Lossy | None:
@@ -213,9 +214,10 @@ class Optimizer:
         legal = [(step, item) for step, item in offered if item.refusal is None and item not in unpaid]
         with self.stage("calibration"):
             nodes = {node for step, candidate in legal for node in step.observed(exact, candidate)}
+            counted = {node for step, candidate in legal for node in step.clipped(exact, candidate)}
             stats = collect(
                 exact, self.calibration, nodes, evaluator=self.evaluator, progress=self.request.progress,
-                histograms=any(step.histograms for step, _ in legal), state=self.request.resume,
+                histograms=counted, state=self.request.resume,
             )  # fmt: skip
         with self.stage("estimates"):
             candidates, prices = self._priced(exact, offered, unpaid, stats)
@@ -277,46 +279,11 @@ class Optimizer:
                 self.request.progress("estimating", index + 1, len(offered))
         return candidates, prices
 
-    def _within_budget(
-        self,
-        exact: Graph,
-        candidates: list[Candidate],
-        prices: dict[Candidate, Price],
-        owner: dict[Candidate, LossyPass],
-        stats: Stats,
-    ) -> Lossy | None:
-        """Everything that pays first; while the measured loss exceeds the budget, a smaller plan."""
-        budget = self.request.budget
-        chosen = plan(candidates, None, prices, objective=self.request.objective)
-        scale = 1.0
-        for attempt in range(2 + math.ceil(math.log2(max(2, len(chosen.chosen))))):
-            if not chosen.chosen:
-                break
-            lossy = self.applied(exact, chosen, owner, stats)
-            if budget is None or lossy.loss <= budget:
-                record(self.ledger, chosen, prices)
-                return lossy
-            lossy.executable.close()
-            predicted = sum(prices[candidate].error for candidate in chosen.chosen)
-            measured = lossy.loss / max(predicted, 1e-12)
-            if not math.isfinite(measured):
-                scale *= 4
-            else:
-                scale = max(scale * 1.25, measured) if attempt else measured
-            chosen = plan(candidates, budget, prices, objective=self.request.objective, error_scale=scale)
-            self.ledger.note(
-                f"a plan with measured loss {lossy.loss:.3g} exceeds the budget {budget:g}; planned again with"
-                f" {len(chosen.chosen)} changes"
-            )
-        over = tuple((candidate, Refusal("over budget")) for candidate in chosen.chosen)
-        record(self.ledger, Plan((), (*chosen.refused, *over), 0.0, 0.0), prices)
-        return None
-
     def applied(self, exact: Graph, chosen: Plan, owner: dict[Candidate, LossyPass], stats: Stats) -> Lossy:
         with self.stage("rewriting"):
             graph = exact.copy()
             graph.store = spilled if is_large(exact) else None
-            self._apply(graph, chosen.chosen, owner, stats)
+            self.apply(graph, chosen.chosen, owner, stats)
             for tidy in tidying_pipeline():
                 tidy.run(graph, self.context)
             graph.prune()
@@ -331,9 +298,7 @@ class Optimizer:
             error, loss = self.measured_error(executable)
         return Lossy(graph, executable, chosen, error, loss)
 
-    def _apply(
-        self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats
-    ) -> None:
+    def apply(self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats) -> None:
         """Apply the candidates; those that want second moments come in the order of the graph, the others before."""
         later: list[Candidate] = []
         for candidate in chosen:

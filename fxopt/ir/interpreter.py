@@ -51,7 +51,7 @@ def run(
     given = list(map(_widened, inputs)) if widen else list(inputs)
     with torch.no_grad():
         results = GraphRun(graph, evaluator, widen, observer).run(given)
-    return [_tensor(value) for value in results]
+    return [plain_tensor(value) for value in results]
 
 
 class GraphRun:
@@ -149,7 +149,7 @@ def evaluate(
     if target is operator.getitem:
         return args[0][args[1]]
     if graph.origin == "onnx" and not hasattr(target, "op_type"):
-        args, kwargs = map_aggregate(args, _tensor), map_aggregate(kwargs, _tensor)
+        args, kwargs = map_aggregate(args, plain_tensor), map_aggregate(kwargs, plain_tensor)
     if widen:
         args, kwargs = _widened_casts(target, args, kwargs)
     try:
@@ -194,7 +194,8 @@ def constant_value(graph: Graph, node: fx.Node) -> Any:
     return value.numpy() if value.numel() <= HOST_LIMIT else value
 
 
-def _tensor(value: Any) -> Any:
+def plain_tensor(value: Any) -> Any:
+    """The tensor of a host array; other values as they are."""
     if not isinstance(value, np.ndarray):
         return value
     from fxopt.ir.onnx.lane import to_tensor

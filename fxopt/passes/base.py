@@ -205,10 +205,9 @@ class LossyPass(Pass):
         """Everything the pass could do, and what it cannot do with the reason."""
         raise NotImplementedError(f"{type(self).__name__} must define candidates(graph, ctx)")
 
-    @property
-    def histograms(self) -> bool:
-        """Whether `estimate` and `apply` want histograms of the observed values."""
-        return False
+    def clipped(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """The observed nodes of which `estimate` and `apply` want histograms too."""
+        return ()
 
     def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost] | None:
         """Work before and after, when it is known without statistics: what does not pay is then not estimated."""
@@ -217,6 +216,10 @@ class LossyPass(Pass):
     def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The nodes whose values `estimate` and `apply` want statistics of."""
         return ()
+
+    def fixed_levels(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, fx.Node | None] | None:
+        """The value that is rounded to fixed 8-bit levels, and the one given on such levels; None without such."""
+        return None
 
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """The node whose second moments `apply` wants in `stats.moments`, measured on the graph as rewritten so far."""

@@ -38,7 +38,7 @@ class QuantizeBetween(ExactPass):
         useful = _useful(graph)
         changes = 0
         for node in list(graph.calls()):
-            if not _is_between(graph, node):
+            if not is_between(graph, node):
                 continue
             name = label(node)
             found = ctx.excluded(name) or self._rewritten(graph, ctx, node, useful)
@@ -53,7 +53,7 @@ class QuantizeBetween(ExactPass):
 
     def _rewritten(self, graph: Graph, ctx: Context, node: fx.Node, useful: set[fx.Node]) -> fx.Node | Refusal | None:
         """The integer operator in the place of `node`; None where no operand is on 8-bit levels."""
-        operands = _operands(node)
+        operands = operands_of(node)
         found = [levels(operand) for operand in operands]
         if not any(found):
             return None
@@ -86,19 +86,20 @@ def behind(graph: Graph, node: fx.Node) -> list[fx.Node]:
     pending = [node]
     while pending:
         for user, _ in takers(pending.pop()):
-            result = saturated(graph, user) if _is_between(graph, user) else None
+            result = saturated(graph, user) if is_between(graph, user) else None
             if result is not None and result not in found:
                 found[result] = None
                 pending.append(result)
     return list(found)
 
 
-def _is_between(graph: Graph, node: fx.Node) -> bool:
+def is_between(graph: Graph, node: fx.Node) -> bool:
+    """Whether this pass changes the operator where its neighbours are computed in 8 bits."""
     value = tensor_value(node)
     if value is None or not value.is_floating_point():
         return False
     if is_onnx(node, "Add", "Mul", "Concat"):
-        return all(operand.op != "get_attr" for operand in _operands(node))
+        return all(operand.op != "get_attr" for operand in operands_of(node))
     return _is_pool(graph, node)
 
 
@@ -125,7 +126,7 @@ def _spatial_mean(graph: Graph, node: fx.Node) -> bool | None:
     return bool(keeps) if rank == 4 and sorted(axis % 4 for axis in axes) == [2, 3] else None
 
 
-def _operands(node: fx.Node) -> list[fx.Node]:
+def operands_of(node: fx.Node) -> list[fx.Node]:
     """The values that an operator computes with."""
     count = 2 if is_onnx(node, "Add", "Mul") else len(node.args) if is_onnx(node, "Concat") else 1
     return [value for value in node.args[:count] if isinstance(value, fx.Node)]
@@ -164,4 +165,4 @@ def _is_useful_to(graph: Graph, user: fx.Node, value: fx.Node, useful: set[fx.No
         return user in useful
     if taken(user, value) is not None or _is_pool(graph, user):
         return True
-    return _is_between(graph, user) and saturated(graph, user) in useful
+    return is_between(graph, user) and saturated(graph, user) in useful

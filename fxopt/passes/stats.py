@@ -149,12 +149,13 @@ def collect(
     *,
     evaluator: Evaluator | None = None,
     progress: Progress | None = None,
-    histograms: bool = False,
+    histograms: Iterable[fx.Node] = (),
     state: Path | None = None,
 ) -> Stats:
-    """Run the graph on every sample (flat inputs) and keep statistics of `nodes`, with histograms when asked.
+    """Run the graph on every sample (flat inputs) and keep statistics of `nodes`.
 
     Args:
+        histograms: those of the nodes that get a histogram too.
         state: a file from which an earlier run that was cut off goes on, and that is written as this one proceeds.
 
     Raises:
@@ -163,7 +164,10 @@ def collect(
     """
     wanted = {node.name for node in nodes}
     share = max(1, ROWS // max(1, len(samples)))
-    stats = Stats({name: ValueStats(histogram=Histogram() if histograms else None, _share=share) for name in wanted})
+    counted = {node.name for node in histograms}
+    stats = Stats(
+        {name: ValueStats(histogram=Histogram() if name in counted else None, _share=share) for name in wanted}
+    )
 
     def observe(node: fx.Node, value: object) -> None:
         if node.name in wanted and isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -173,7 +177,7 @@ def collect(
         return stats
     from fxopt.passes import stats_file  # it imports this file
 
-    key = "" if state is None else stats_file.fingerprint(graph, samples, sorted(wanted), histograms)
+    key = "" if state is None else stats_file.fingerprint(graph, samples, sorted(wanted), sorted(counted))
     earlier = None if state is None else stats_file.load(state, key)
     if earlier is not None:
         stats.samples, stats.values = earlier

@@ -23,10 +23,10 @@ _SCALARS = ("minimum", "maximum", "mean_minimum", "mean_maximum", "calls", "_row
 _TENSORS = ("sample", "sample_half", "channel_minimum", "channel_maximum", "channel_mean")
 
 
-def fingerprint(graph: Graph, samples: Sequence[Sequence[Any]], names: Sequence[str], histograms: bool) -> str:
+def fingerprint(graph: Graph, samples: Sequence[Sequence[Any]], names: Sequence[str], counted: Sequence[str]) -> str:
     """Of everything that the statistics depend on: the graph, the data, and what is observed."""
     digest = hashlib.sha256(structural_hash(graph).encode())
-    digest.update(json.dumps([sorted(names), histograms]).encode())
+    digest.update(json.dumps([names, counted]).encode())
     for sample in samples:
         for value in sample:
             tensor = torch.as_tensor(value).contiguous()

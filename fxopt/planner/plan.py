@@ -53,7 +53,6 @@ def plan(
     prices: Mapping[Candidate, Price],
     *,
     objective: str = "latency",
-    error_scale: float = 1.0,
 ) -> Plan:
     """Choose at most one candidate per node so that predicted errors stay within the budget.
 
@@ -62,7 +61,6 @@ def plan(
         budget: largest accepted sum of errors; None accepts every error.
         prices: of every candidate without a refusal.
         objective: what must improve: "latency" (seconds) or "size" (bytes).
-        error_scale: measured over predicted error of an earlier plan.
     """
     refused: list[tuple[Candidate, Refusal]] = []
     worth: list[tuple[float, Candidate]] = []
@@ -71,7 +69,7 @@ def plan(
             refused.append((candidate, candidate.refusal))
             continue
         price = prices[candidate]
-        gain = _gain(price, objective)
+        gain = gain_of(price, objective)
         if not pays(price, objective):
             refused.append((candidate, _does_not_pay(price, objective)))
         elif math.isnan(price.error):
@@ -79,26 +77,26 @@ def plan(
         else:
             worth.append((gain / max(price.error, _MINIMUM_ERROR), candidate))
     worth.sort(key=lambda item: -item[0])
-    taken = _greedy([candidate for _, candidate in worth], budget, prices, error_scale)
-    _upgrade(taken, [candidate for _, candidate in worth], budget, prices, objective, error_scale)
-    total = sum(prices[candidate].error * error_scale for candidate in taken.values())
+    taken = _greedy([candidate for _, candidate in worth], budget, prices)
+    _upgrade(taken, [candidate for _, candidate in worth], budget, prices, objective)
+    total = sum(prices[candidate].error for candidate in taken.values())
     for _, candidate in worth:
         other = taken.get(candidate.node)
         if other != candidate:
-            error = prices[candidate].error * error_scale
+            error = prices[candidate].error
             refused.append((candidate, _left_out(error, total, budget, other)))
     chosen = tuple(candidate for candidate in dict.fromkeys(candidates) if taken.get(candidate.node) == candidate)
     return Plan(chosen, tuple(refused), total, sum(prices[candidate].gain for candidate in chosen))
 
 
 def _greedy(
-    ranked: Sequence[Candidate], budget: float | None, prices: Mapping[Candidate, Price], scale: float
+    ranked: Sequence[Candidate], budget: float | None, prices: Mapping[Candidate, Price]
 ) -> dict[str, Candidate]:
     """The first candidate of each node that fits, in this order."""
     taken: dict[str, Candidate] = {}
     total = 0.0
     for candidate in ranked:
-        error = prices[candidate].error * scale
+        error = prices[candidate].error
         if candidate.node not in taken and (budget is None or total + error <= budget):
             taken[candidate.node] = candidate
             total += error
@@ -111,7 +109,6 @@ def _upgrade(
     budget: float | None,
     prices: Mapping[Candidate, Price],
     objective: str,
-    scale: float,
 ) -> None:
     """Exchange chosen candidates for clearly better ones of the same node while the budget lasts, best steps first."""
     while True:
@@ -120,17 +117,17 @@ def _upgrade(
             current = taken.get(candidate.node)
             if current is None or not _is_clearly_better(prices[candidate], prices[current], objective):
                 continue
-            gain = _gain(prices[candidate], objective) - _gain(prices[current], objective)
-            error = (prices[candidate].error - prices[current].error) * scale
+            gain = gain_of(prices[candidate], objective) - gain_of(prices[current], objective)
+            error = prices[candidate].error - prices[current].error
             steps.append((gain / max(error, _MINIMUM_ERROR), candidate))
         steps.sort(key=lambda item: -item[0])
         changed = False
-        total = sum(prices[item].error * scale for item in taken.values())
+        total = sum(prices[item].error for item in taken.values())
         for _, candidate in steps:
             current = taken[candidate.node]
             if not _is_clearly_better(prices[candidate], prices[current], objective):
                 continue
-            more = (prices[candidate].error - prices[current].error) * scale
+            more = prices[candidate].error - prices[current].error
             if budget is None or total + more <= budget * (1 - _ROUNDING):
                 taken[candidate.node] = candidate
                 total += more
@@ -146,7 +143,8 @@ def pays(price: Price, objective: str) -> bool:
     return price.saved_bytes > 0
 
 
-def _gain(price: Price, objective: str) -> float:
+def gain_of(price: Price, objective: str) -> float:
+    """What a candidate gives: predicted seconds, or bytes."""
     return price.gain if objective == "latency" else float(price.saved_bytes)
 
 

@@ -183,7 +183,9 @@ def test_neutral_setting_offers_nothing() -> None:
     assert list(QuantizeLinear(bits=None).candidates(load(mlp()), Context(VNNI))) == []
 
 
-@pytest.mark.parametrize("options", [{"bits": 5}, {"activations": "sometimes"}])
+@pytest.mark.parametrize(
+    "options", [{"bits": 5}, {"activations": "sometimes"}, {"correct_bias": "perhaps"}, {"ranges": "some"}]
+)
 def test_illegal_options(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidOption, match="expected"):
         QuantizeLinear(**options)
@@ -275,3 +277,65 @@ def test_fake_rules_agree_with_the_definition(name: str) -> None:
             fake = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]
             shaped = declared(*fake)
         assert (shaped.shape, shaped.dtype) == (result.shape, result.dtype)
+
+
+def biased(outputs: int = 8) -> onnx.ModelProto:
+    """x [n, 4, 9, 9] -> Conv (with a bias unless outputs is 6) -> y, whose channels rounding shifts: x is far from 0."""
+    weight = np.random.default_rng(5).normal(size=(outputs, 4, 3, 3)).astype(np.float32)
+    names = ["x", "w", "b"] if outputs != 6 else ["x", "w"]
+    body = helper.make_graph(
+        [helper.make_node("Conv", names, ["y"], name="conv")],
+        "cnn",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, 9, 9])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", outputs, 7, 7])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.ones(outputs, np.float32), "b")],
+    )
+    return helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("outputs", [8, 6])
+def test_the_bias_of_a_convolution_makes_up_for_a_shifted_mean(outputs: int) -> None:
+    shifts = {}
+    for switch in ("on", "off", "auto"):
+        step = QuantizeLinear(correct_bias=switch, ranges="minmax")
+        graph = load(biased(outputs))
+        infer(graph, {"n": 3})
+        candidate = next(iter(step.candidates(graph, Context(VNNI))))
+        given = [[(value + 4) * 2 for value in sample] for sample in samples(graph)]
+        stats = collect(graph, given, step.observed(graph, candidate))
+        before = graph.run(given[0])[0]
+        step.apply(graph, candidate, stats)
+        shifts[switch] = (graph.run(given[0])[0] - before).mean((0, 2, 3)).abs().mean().item()
+    assert shifts["auto"] == shifts["on"] < 0.3 * shifts["off"]
+
+
+def test_outliers_of_a_convolution_are_clipped_by_least_squares() -> None:
+    """Normal values, whose rare extremes would waste levels."""
+    step = QuantizeLinear()
+    graph = load(cnn())
+    infer(graph, {"n": 3})
+    candidate = next(iter(step.candidates(graph, Context(VNNI))))
+    assert candidate.setting["ranges"] == "mse"
+    nodes = step.observed(graph, candidate)
+    assert step.clipped(graph, candidate) == nodes
+    given = samples(graph, 40)
+    stats = collect(graph, given, nodes, histograms=nodes)
+    step.apply(graph, candidate, stats)
+    made = next(iter(graph.calls()))
+    assert made.args[4] < 0.97 * (stats[nodes[0]].maximum - stats[nodes[0]].minimum) / 255  # type: ignore[operator]
+    plain = QuantizeLinear(ranges="minmax")
+    assert not plain.clipped(load(cnn()), next(iter(plain.candidates(load(cnn()), Context(VNNI)))))
+
+
+def test_a_convolution_along_one_axis_is_refused() -> None:
+    info, weight = helper.make_tensor_value_info, np.ones((4, 4, 3), np.float32)
+    body = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], name="conv")],
+        "one",
+        [info("x", TensorProto.FLOAT, [1, 4, 9])],
+        [info("y", TensorProto.FLOAT, [1, 4, 7])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    found = list(QuantizeLinear().candidates(load(model), Context(VNNI)))
+    assert "moves along one axis" in str(found[0].refusal)

@@ -26,7 +26,7 @@ _ACTIVATIONS = {8: ("auto", "dynamic", "static", "int8", "float")}
 _WEIGHT_ONLY = ("auto", "int8", "float")
 _METHODS = ("gptq", "rtn")
 _ROUNDINGS = ("nearest", "gptq")
-_SMOOTH = ("auto", "on", "off")
+_SWITCH = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class QuantizeLinear(LossyPass):
         method: weight-only: "gptq", or "rtn" (round to nearest).
         smooth: with 8 bits "on", "off", or "auto": moving outliers of activations into the weights is offered, with the
             strength chosen on the calibration data.
-        ranges: of static activations: "minmax", "percentile" (99.99 %), "entropy" or "mse" clip outliers.
-        correct_bias: with 8 bits: add what rounding the weights takes from the mean output.
+        ranges: of static activations: "minmax", or "percentile" (99.99 %), "entropy" and "mse" (least squares), which
+            clip outliers. "auto": "mse" for convolutions, "minmax" for linears.
+        correct_bias: with 8 bits "on", "off", or "auto" (of convolutions only): the bias makes up for what rounding
+            takes from the mean output.
         act_order: GPTQ rounds the inputs with the largest second moments first.
         rounding: with 8 bits: "nearest", or "gptq": a smaller error at the same speed, for a longer calibration (x86
             without VNNI keeps "nearest").
@@ -59,8 +61,8 @@ class QuantizeLinear(LossyPass):
     method: str = "gptq"
     act_order: bool = True
     smooth: str = "auto"
-    ranges: str = "minmax"
-    correct_bias: bool = False
+    ranges: str = "auto"
+    correct_bias: str = "auto"
     rounding: str = "nearest"
 
     def __post_init__(self) -> None:
@@ -75,10 +77,12 @@ class QuantizeLinear(LossyPass):
             raise InvalidOption(f"quantize-linear: method={self.method!r}; expected one of {_METHODS}")
         if self.rounding not in _ROUNDINGS:
             raise InvalidOption(f"quantize-linear: rounding={self.rounding!r}; expected one of {_ROUNDINGS}")
-        if self.smooth not in _SMOOTH:
-            raise InvalidOption(f"quantize-linear: smooth={self.smooth!r}; expected one of {_SMOOTH}")
-        if self.ranges not in RANGES:
-            raise InvalidOption(f"quantize-linear: ranges={self.ranges!r}; expected one of {RANGES}")
+        if self.smooth not in _SWITCH:
+            raise InvalidOption(f"quantize-linear: smooth={self.smooth!r}; expected one of {_SWITCH}")
+        if self.ranges not in ("auto", *RANGES):
+            raise InvalidOption(f"quantize-linear: ranges={self.ranges!r}; expected one of {('auto', *RANGES)}")
+        if self.correct_bias not in _SWITCH:
+            raise InvalidOption(f"quantize-linear: correct_bias={self.correct_bias!r}; expected one of {_SWITCH}")
         if self.group < 0 or 0 < self.group < 16:
             raise InvalidOption(f"quantize-linear: group={self.group}; expected at least 16, or 0 for one per output")
 
@@ -106,14 +110,19 @@ class QuantizeLinear(LossyPass):
                 if candidate.node not in already:
                     yield candidate
 
-    @property
-    def histograms(self) -> bool:
-        """Clipped ranges need histograms."""
-        return self.ranges != "minmax"
+    def clipped(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """Values on static levels that are not simply their extremes."""
+        part = self._part_of(graph, candidate)
+        return part.clipped(graph, candidate) if isinstance(part, EightBit) else ()
 
     def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The input; for an 8-bit convolution also the output, whose range is quantised too."""
         return self._part_of(graph, candidate).observed(graph, candidate)
+
+    def fixed_levels(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, fx.Node | None] | None:
+        """Those of static activations."""
+        part = self._part_of(graph, candidate)
+        return part.fixed_levels(graph, candidate) if isinstance(part, EightBit) else None
 
     def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost] | None:
         """Of weight-only forms: those of linears pay only for few rows, those of convolutions never in time."""

@@ -25,6 +25,11 @@ def value_of(node: fx.Node) -> torch.Tensor:
     return value
 
 
+def result_of(graph: Graph, view: Linear | Conv) -> fx.Node:
+    """The node whose value the integer operator replaces: the ReLU or clip behind a convolution is part of it."""
+    return saturated(graph, view.node) if isinstance(view, Conv) else view.node
+
+
 def float_cost(view: Linear | Conv, weight: torch.Tensor) -> Cost:
     """Work of the float form: 2 operations per weight and position."""
     y = shape_of(view.node)

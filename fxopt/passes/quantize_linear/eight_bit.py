@@ -21,28 +21,35 @@ from fxopt.ir.op import Op
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
 from fxopt.ir.target import Cost
-from fxopt.ir.views.common import argument, scalar_constant
 from fxopt.ir.views.conv import Conv, conv, convs
-from fxopt.ir.views.eight_bit import saturated, source
+from fxopt.ir.views.eight_bit import source
 from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes import fold_linear_scale, fold_norm_scale
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_between import behind
 from fxopt.passes.quantize_linear.common import (
     FLOATS,
-    float_conv,
     float_cost,
     is_depthwise,
     replaced,
+    result_of,
     saturates,
     value_of,
     with_conversions,
 )
 from fxopt.passes.quantize_linear.grids import affine, quantize_weight, static_range
+from fxopt.passes.quantize_linear.on_sample import (
+    channel_range,
+    conv_on_kept,
+    float_result,
+    linear_on_kept,
+    lost_mean,
+    scaled,
+)
 from fxopt.passes.quantize_linear.patches import patch_rows
 from fxopt.passes.quantize_linear.rounding import eight_bit_codes
 from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, smoothed
-from fxopt.passes.stats import Extremes, Stats, ValueStats
+from fxopt.passes.stats import Stats
 
 _OUTPUTS = 64  # on which strengths of smoothing are compared
 _JUDGED = 192  # outputs of a linear by which its error is estimated
@@ -56,7 +63,7 @@ class EightBit:
     activations: str  # "dynamic", "static", or "auto": both are offered where both exist
     smooth: str  # "on", "off", or "auto": both are offered for linears
     ranges: str  # of static activations: one of `grids.RANGES`
-    correct_bias: bool
+    correct_bias: str  # "on", "off", or "auto": of convolutions
     rounding: str  # of the weights: "nearest" or "gptq"
 
     # ---- candidates
@@ -86,12 +93,26 @@ class EightBit:
             name = f"{op_name}_dynamic" if kind == "dynamic" else op_name
             refused = self._refusal(graph, ctx, view, name)
             for smooth in self._smoothings(view) if refused is None else (False,):
-                yield self._candidate(ctx, view.node, group, kind, refused, smooth, sums)
+                values = self._settings(view, kind, smooth, sums)
+                yield self._candidate(ctx, view.node, group, kind, refused, {"sums": sums, **values})
 
     def _smoothings(self, view: Linear | Conv) -> tuple[bool, ...]:
         if isinstance(view, Conv) or self.smooth == "off":
             return (False,)
         return (True,) if self.smooth == "on" else (False, True)
+
+    def _settings(self, view: Linear | Conv, kind: str, smooth: bool, sums: int) -> dict[str, Any]:
+        """The parts of a setting that differ from the plainest form."""
+        is_conv = isinstance(view, Conv)
+        ranges = self.ranges if self.ranges != "auto" else "mse" if is_conv else "minmax"
+        values: dict[str, Any] = {"smooth": True} if smooth else {}
+        if ranges != "minmax" and kind == "static":
+            values["ranges"] = ranges
+        if self.correct_bias == "on" or (self.correct_bias == "auto" and is_conv):
+            values["correct_bias"] = True
+        if self.rounding == "gptq" and sums == 32:
+            values["rounding"] = "gptq"
+        return values
 
     def _candidate(
         self,
@@ -100,19 +121,10 @@ class EightBit:
         group: str,
         kind: str,
         refusal: Refusal | None,
-        smooth: bool = False,
-        sums: int = 32,
+        values: dict[str, Any] | None = None,
     ) -> Candidate:
-        values: dict[str, Any] = {"activations": kind, "sums": sums}
-        if smooth:
-            values["smooth"] = True
-        if self.ranges != "minmax" and kind == "static":
-            values["ranges"] = self.ranges
-        if self.correct_bias:
-            values["correct_bias"] = True
-        if self.rounding == "gptq" and sums == 32:
-            values["rounding"] = "gptq"
-        return Candidate(self.name, node.name, label(node), Setting.of(self.name, **values), refusal, group)
+        setting = Setting.of(self.name, activations=kind, **(values or {"sums": 32}))
+        return Candidate(self.name, node.name, label(node), setting, refusal, group)
 
     def _refusal(self, graph: Graph, ctx: Context, view: Linear | Conv, op_name: str) -> Refusal | None:
         excluded = ctx.excluded(label(view.node))
@@ -123,6 +135,8 @@ class EightBit:
             return Refusal("the weight has type {}; expected a floating-point type", weight.dtype)
         if weight.numel() == 0:
             return Refusal("the weight is empty")
+        if isinstance(view, Conv) and weight.dim() < 4:
+            return Refusal("it moves along one axis; convolutions are computed in 8 bits where they have two or three")
         if not bool(torch.isfinite(weight).all()):
             return Refusal("the weight holds infinite or NaN values")
         if graph.model is not None and graph.model.opsets.get("", 0) < 13:
@@ -139,8 +153,20 @@ class EightBit:
         view = _view(graph, candidate)
         if isinstance(view, Linear):
             return (view.x,)
-        result = _result(graph, view)
+        result = result_of(graph, view)
         return (view.x, source(view.x), result, *behind(graph, result))
+
+    def clipped(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """What is observed, unless ranges are the extremes."""
+        plain = candidate.setting.get("ranges", "minmax") == "minmax"
+        return () if plain else self.observed(graph, candidate)
+
+    def fixed_levels(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, fx.Node | None] | None:
+        """The input and, of a convolution, the output, where ranges are calibrated."""
+        if candidate.setting["activations"] != "static":
+            return None
+        view = _view(graph, candidate)
+        return view.x, result_of(graph, view) if isinstance(view, Conv) else None
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error on the calibration rows, and the work of both forms."""
@@ -149,13 +175,13 @@ class EightBit:
         x = self._sample(view, stats)
         operator, operands = self._operands(graph, view, candidate.setting, stats)
         if ("reference", candidate.node) not in stats.cache:
-            stats.cache["reference", candidate.node] = _float_result(graph, view, x)
+            stats.cache["reference", candidate.node] = float_result(graph, view, x)
         reference = stats.cache["reference", candidate.node]
         after = operator.cost_of(value_of(view.x), *operands)
         before = float_cost(view, weight)
         if isinstance(view, Conv):
-            before = with_conversions(graph, view, _result(graph, view), before)
-            result = operator.function(x, *operands)
+            before = with_conversions(graph, view, result_of(graph, view), before)
+            result = conv_on_kept(graph, view, x, operands)
         else:
             smoothing = self._smoothing(graph, view, candidate.setting, stats)
             after = after if smoothing is None else after + _smoothing_cost(graph, view)
@@ -163,7 +189,7 @@ class EightBit:
             codes, scales, bias, *fixed = operands
             some = (codes[::every], scales[::every], None if bias is None else bias[::every], *fixed)
             sums = candidate.setting["sums"]
-            result = _on_sample(x, some, weight[::every], stats[view.x], smoothing, sums)
+            result = linear_on_kept(x, some, weight[::every], stats[view.x], smoothing, sums)
             reference = reference[:, ::every]
         return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel())
 
@@ -183,7 +209,7 @@ class EightBit:
         s = self._factors(graph, view, candidate.setting, stats)
         if self._compensates(candidate):
             codes = self._gptq(graph, view, scales, s, stats)
-            bias = self._bias(graph, view, candidate.setting, stats, s, (codes, scales))
+            bias = self._bias(graph, view, candidate.setting, stats, s, (codes, scales, *rest[:2]))
         bias_node = view.bias_node
         if bias is not None and candidate.setting.get("correct_bias", False):
             bias_node = graph.add_constant(bias, f"{stem}_bias", source)
@@ -194,12 +220,12 @@ class EightBit:
             bias_node,
             *rest,
         )
-        result = _result(graph, view)
+        result = result_of(graph, view)
         node = replaced(graph, view, result, operator.target, arguments, self.name)
         if isinstance(view, Conv):
             for value in behind(graph, node):
                 if value in stats:
-                    value.meta["levels"] = static_range(stats[value], _ranges(candidate.setting))
+                    value.meta["levels"] = self._levels(value, candidate.setting, stats)
 
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """GPTQ wants the second moments of the input, on the compressed graph."""
@@ -216,7 +242,7 @@ class EightBit:
 
     def _gptq(self, graph: Graph, view: Linear | Conv, scales: Tensor, s: Tensor | None, stats: Stats) -> Tensor:
         """Codes whose rounding errors make up for each other, in the shape of the weight."""
-        weight, moments = _scaled(view.weight(graph), s).float(), stats.moments[view.x.name]
+        weight, moments = scaled(view.weight(graph), s).float(), stats.moments[view.x.name]
         if s is not None:
             moments = moments / torch.outer(s, s).to(moments.dtype)
         grouped = moments if isinstance(view, Conv) else moments[None]
@@ -230,35 +256,48 @@ class EightBit:
         s = self._factors(graph, view, setting, stats)
         key = ("codes", view.weight_node.name, setting["sums"], "" if s is None else stats.key(view.x))
         if key not in stats.cache:
-            stats.cache[key] = quantize_weight(_scaled(view.weight(graph), s), setting["sums"])
+            stats.cache[key] = quantize_weight(scaled(view.weight(graph), s), setting["sums"])
         codes, scales = stats.cache[key]
-        bias = self._bias(graph, view, setting, stats, s, (codes, scales))
         if setting["activations"] == "dynamic":
-            return linear_w8a8_dynamic, (codes, scales, bias)
-        ranges = _ranges(setting)
+            return linear_w8a8_dynamic, (codes, scales, self._bias(graph, view, setting, stats, s, (codes, scales)))
         if s is not None:
-            x_scale, x_zero = affine(*_channel_range(stats[view.x], s))
+            levels = affine(*channel_range(stats[view.x], s))
         else:
-            x_scale, x_zero = static_range(stats[_ranged(view)], ranges)
+            levels = self._levels(_ranged(view), setting, stats)
+        bias = self._bias(graph, view, setting, stats, s, (codes, scales, *levels))
         if isinstance(view, Linear):
-            return linear_w8a8, (codes, scales, bias, x_scale, x_zero)
-        y_scale, y_zero = static_range(stats[_result(graph, view)], ranges)
+            return linear_w8a8, (codes, scales, bias, *levels)
+        given = self._levels(result_of(graph, view), setting, stats)
         pads = [*view.padding[0], *view.padding[1]]
         shape = (list(view.stride), pads, list(view.dilation), view.groups)
-        return conv_w8a8, (codes, scales, bias, x_scale, x_zero, y_scale, y_zero, *shape)
+        return conv_w8a8, (codes, scales, bias, *levels, *given, *shape)
+
+    def _levels(self, node: fx.Node, setting: Setting, stats: Stats) -> tuple[float, int]:
+        """Scale and zero point of a value: one pair per value and method, for neighbours share them."""
+        method = setting.get("ranges", "minmax")
+        key = ("levels", stats.key(node), method)
+        if key not in stats.cache:
+            stats.cache[key] = static_range(stats[node], method)
+        found: tuple[float, int] = stats.cache[key]
+        return found
 
     def _bias(
         self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats, s: Tensor | None, rounded: Any
     ) -> Tensor | None:
-        """The bias; with `correct_bias`, plus what rounding the weight takes from the mean output."""
-        bias = view.bias(graph)
+        """The bias; where it is corrected, plus what rounding takes from the mean output."""
+        bias, weight = view.bias(graph), view.weight(graph)
+        if not setting.get("correct_bias", False):
+            return bias
+        if isinstance(view, Conv):
+            lost = lost_mean(view, weight, self._sample(view, stats), rounded)
+            return lost.to(weight.dtype) if bias is None else (bias.double() + lost.double()).to(bias.dtype)
         mean = stats[view.x].channel_mean
-        if bias is None or not setting.get("correct_bias", False) or mean is None or isinstance(view, Conv):
+        if bias is None or mean is None:
             return bias
         mean = mean if s is None else mean / s
-        codes, scales = rounded
-        lost: Tensor = _scaled(view.weight(graph), s).float() - codes.float() * scales[:, None]
-        return (bias.double() + lost.double() @ mean.double()).to(bias.dtype)
+        codes, scales, *_ = rounded
+        taken: Tensor = scaled(weight, s).float() - codes.float() * scales[:, None]
+        return (bias.double() + taken.double() @ mean.double()).to(bias.dtype)
 
     def _factors(self, graph: Graph, view: Linear | Conv, setting: Setting, stats: Stats) -> Tensor | None:
         """s of the value that the linear takes; None when it is not smoothed."""
@@ -273,59 +312,11 @@ class EightBit:
         def error(found: Linear, smoothing: Smoothing) -> float:
             x, weight = self._sample(found, stats), found.weight(graph)
             weight = weight[:: max(1, len(weight) // _OUTPUTS)]
-            operands = (*quantize_weight(_scaled(weight, smoothing.s), sums), None)
-            result = _on_sample(x, operands, weight, stats[found.x], smoothing, sums)
+            operands = (*quantize_weight(scaled(weight, smoothing.s), sums), None)
+            result = linear_on_kept(x, operands, weight, stats[found.x], smoothing, sums)
             return noise_to_signal(x @ weight.float().t(), result)
 
         return chosen(graph, view, stats, error)
-
-
-def _on_sample(
-    x: Tensor, operands: tuple[Any, ...], weight: Tensor, seen: ValueStats, smoothing: Smoothing | None, sums: int
-) -> Tensor:
-    """The integer linear on the kept rows, each with what the half of the calls without that row calibrates.
-
-    A range, or factors, that were taken from a row fit it better than they will fit new data.
-    """
-    codes, scales, bias, *fixed = operands
-    s = None if smoothing is None else smoothing.s
-    if seen.calls < 2 or seen.sample_half is None or not (fixed or smoothing):
-        return _linear_on_sample(x if s is None else x / s, operands, _run_time_range(seen, s))
-    result = x.new_empty(len(x), len(weight))
-    for half in (0, 1):
-        rows, other = seen.sample_half == half, seen.halves[1 - half]
-        if smoothing is not None and smoothing.halves is not None:
-            s = smoothing.halves[1 - half]
-            codes, scales = quantize_weight(_scaled(weight, s), sums)
-        low, high = _extremes(other) if s is None else _channel_range(other, s)
-        run_time = affine(low, high) if fixed else _run_time_range(seen, s)
-        result[rows] = _linear_on_sample(x[rows] if s is None else x[rows] / s, (codes, scales, bias), run_time)
-    return result
-
-
-def _scaled(weight: Tensor, s: Tensor | None) -> Tensor:
-    return weight if s is None else weight.float() * s
-
-
-def _extremes(seen: Extremes) -> tuple[float, float]:
-    """The range, zero included."""
-    return min(seen.minimum, 0.0), max(seen.maximum, 0.0)
-
-
-def _channel_range(seen: Extremes, s: Tensor) -> tuple[float, float]:
-    """The range of x / s over all calibration samples, zero included."""
-    assert seen.channel_minimum is not None and seen.channel_maximum is not None
-    return min(float((seen.channel_minimum / s).min()), 0.0), max(float((seen.channel_maximum / s).max()), 0.0)
-
-
-def _run_time_range(seen: ValueStats, s: Tensor | None) -> tuple[float, int]:
-    """Scale and zero point of an activation as a whole, on average over the calls."""
-    low, high = min(seen.mean_minimum, 0.0), max(seen.mean_maximum, 0.0)
-    if s is not None:
-        widest = _channel_range(seen, s)
-        low = widest[0] * (low / min(seen.minimum, -1e-30)) if seen.minimum < 0 else 0.0
-        high = widest[1] * (high / max(seen.maximum, 1e-30)) if seen.maximum > 0 else 0.0
-    return affine(low, high)
 
 
 def _smoothing_cost(graph: Graph, view: Linear) -> Cost:
@@ -350,47 +341,6 @@ def _view(graph: Graph, candidate: Candidate) -> Linear | Conv:
     return view
 
 
-def _result(graph: Graph, view: Linear | Conv) -> fx.Node:
-    """The node whose value the integer operator replaces: the ReLU or clip behind a convolution is part of it."""
-    return saturated(graph, view.node) if isinstance(view, Conv) else view.node
-
-
 def _ranged(view: Linear | Conv) -> fx.Node:
     """The value whose range the input is given: max pooling and the like keep the levels of what they select from."""
     return view.x if isinstance(view, Linear) else source(view.x)
-
-
-def _ranges(setting: Setting) -> str:
-    """How ranges of static activations are found."""
-    method: str = setting.get("ranges", "minmax")
-    return method
-
-
-def _linear_on_sample(x: Tensor, operands: tuple[Any, ...], run_time: tuple[float, int]) -> Tensor:
-    """The integer linear on sampled rows; `run_time` is the range that a dynamic one finds.
-
-    In float32: the rounding of the sum is far below the quantisation error that is estimated here.
-    """
-    codes, scales, bias, *fixed = operands
-    x_scale, x_zero = fixed or run_time
-    levels = (torch.round(x / x_scale) + x_zero).clamp(0, 255) - x_zero
-    return torch.nn.functional.linear(
-        levels, codes.float() * scales[:, None] * x_scale, None if bias is None else bias.float()
-    )
-
-
-def _float_result(graph: Graph, view: Linear | Conv, x: Tensor) -> Tensor:
-    """What the view computes from x."""
-    weight, bias = view.weight(graph).float(), view.bias(graph)
-    if isinstance(view, Linear):
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
-    result = float_conv(x, view, weight, bias)
-    return _saturated_like(graph, _result(graph, view), view.node, result)
-
-
-def _saturated_like(graph: Graph, behind_it: fx.Node, node: fx.Node, value: Tensor) -> Tensor:
-    """The value after the ReLU or clip that `saturated` found behind `node`."""
-    if behind_it is node:
-        return value
-    top = scalar_constant(graph, argument(behind_it, 2, "max"))
-    return value.clamp(min=0.0, max=top)

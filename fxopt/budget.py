@@ -1,0 +1,157 @@
+"""The fastest plan within the error budget: everything that pays first, then a search along smaller plans.
+
+Which errors reach the outputs is measured on the calibration samples (`planner/sensitivity.py`); whether a plan keeps
+to the budget, on the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from fxopt.cost_model.roofline import predict
+from fxopt.ir.graph import Graph
+from fxopt.ir.ledger import Refusal
+from fxopt.ir.memory import is_large
+from fxopt.ir.target import Cost
+from fxopt.passes.base import Candidate, LossyPass
+from fxopt.passes.crossings import Crossings, crossings
+from fxopt.passes.stats import Stats
+from fxopt.planner.path import Path, Taken
+from fxopt.planner.plan import Plan, Price, pays, plan
+from fxopt.planner.sensitivity import measure_errors, priced
+from fxopt.request import Lossy
+from fxopt.verdicts import record
+
+if TYPE_CHECKING:
+    from fxopt.engine import Optimizer
+
+_FULL = 0.93  # share of the budget that ends the search
+_GUESSES = 5  # by predicted errors, before the interval is halved
+
+Prices = dict[Candidate, Price]
+Owners = dict[Candidate, LossyPass]
+
+
+def within_budget(
+    job: Optimizer, exact: Graph, candidates: list[Candidate], prices: Prices, owner: Owners, stats: Stats
+) -> Lossy | None:
+    """The lossy result whose measured loss is within the budget, recorded in the ledger; None when there is none."""
+    budget = job.request.budget
+    first = plan(candidates, None, prices, objective=job.request.objective)
+    if not first.chosen:
+        record(job.ledger, first, prices)
+        return None
+    lossy = job.applied(exact, first, owner, stats)
+    if budget is None or lossy.loss <= budget:
+        record(job.ledger, first, prices)
+        return lossy
+    lossy.executable.close()
+    prices = _measured(job, exact, first.chosen, prices, owner, stats)
+    job.priced = candidates, prices, owner, stats
+    path = Path(first.chosen, prices, job.request.objective, _crossings(job, exact, first.chosen, owner))
+
+    def applied(taken: Taken) -> Lossy:
+        return job.applied(exact, _plan(taken, first, path, prices), owner, stats)
+
+    found = _search(job, path, budget, lossy.loss, applied)
+    record(job.ledger, _plan({}, first, path, prices) if found is None else found.plan, prices)
+    return found
+
+
+def _search(job: Optimizer, path: Path, budget: float, loss: float, applied: Callable[[Taken], Lossy]) -> Lossy | None:
+    """The first plan of the path within the budget, as far as a few trials find it."""
+    over, best, within = 0, None, len(path.states) - 1
+    seen = [(path.errors[0], loss)]  # predicted errors and measured losses of the plans over budget, the last one last
+    for trial in range(_GUESSES + math.ceil(math.log2(len(path.states)))):
+        if within - over > 1:
+            known = seen if best is None else [*seen, (path.errors[within], best.loss)]
+            index = _guess(path.errors, over, within, budget, known) if trial < _GUESSES else (over + within) // 2
+        elif best is not None:
+            break
+        else:
+            index = within  # nothing is left
+        if best is None:
+            job.ledger.note(
+                f"a plan with measured loss {seen[-1][1]:.3g} exceeds the budget {budget:g}; planned again with"
+                f" {len(path.states[index])} changes"
+            )
+        if not path.states[index]:
+            break
+        lossy = applied(path.states[index])
+        if not lossy.loss <= budget:
+            lossy.executable.close()
+            over = index
+            seen.append((path.errors[index], lossy.loss))
+            continue
+        if best is not None:
+            best.executable.close()
+        best, within = lossy, index
+        if lossy.loss >= budget * _FULL:
+            break
+    return best
+
+
+def _guess(errors: Sequence[float], over: int, within: int, budget: float, known: Sequence[tuple[float, float]]) -> int:
+    """The first plan between two whose loss should be within the budget, from predicted errors and losses so far.
+
+    Losses grow like a power of predicted errors: with the power 1 at first, then with that between the last two plans.
+    """
+    (error, loss), power = known[-1], 1.0
+    if not all(0.0 < value < math.inf for pair in known for value in pair):
+        return (over + within) // 2
+    if len(known) > 1 and known[-2][1] != loss:
+        before, loss_before = known[-2]
+        power = min(max(math.log(error / before) / math.log(loss / loss_before), 0.5), 4.0)
+    wanted = error * (budget * (1 + _FULL) / 2 / loss) ** power
+    index = next((index for index in range(over + 1, within) if errors[index] <= wanted), within - 1)
+    return index
+
+
+def _plan(taken: Taken, first: Plan, path: Path, prices: Prices) -> Plan:
+    """A plan of the path; what the first plan had and this one lacks is refused for its error."""
+    offered = {item.node for item in first.chosen}
+    refused: list[tuple[Candidate, Refusal]] = []
+    for item, reason in (*first.refused, *((item, None) for item in first.chosen)):
+        other = taken.get(item.node)
+        if item == other:
+            continue
+        if reason is not None and not (item.node in offered and item in prices and pays(prices[item], path.objective)):
+            refused.append((item, reason))
+        elif other is not None:
+            refused.append((item, Refusal("{} gives more within the budget", other.setting)))
+        else:
+            refused.append((item, Refusal("over budget: alone it adds {:.2g} to the noise", prices[item].error)))
+    chosen = tuple(taken[item.node] for item in first.chosen if item.node in taken)
+    return Plan(chosen, tuple(refused), path.error(taken), sum(prices[item].gain for item in chosen))
+
+
+def _measured(
+    job: Optimizer, exact: Graph, chosen: Sequence[Candidate], prices: Prices, owner: Owners, stats: Stats
+) -> Prices:
+    """Prices with what each change adds to the error of the outputs; as they are where measuring takes too long."""
+    if is_large(exact) or any(owner[item].moments(exact, item) is not None for item in chosen):
+        job.ledger.note("over budget: the errors of the layers' own outputs decide what is left out")
+        return prices
+
+    def apply(graph: Graph, group: Sequence[Candidate]) -> None:
+        job.apply(graph, group, owner, stats)
+
+    with job.stage("output errors"):
+        errors, runs, samples = measure_errors(exact, chosen, job.calibration, apply, prices, job.evaluator)
+    job.ledger.note(
+        f"over budget: what each of {len(chosen)} changes alone adds to the error of the outputs was measured: {runs}"
+        f" partial runs on {samples} calibration samples"
+    )
+    return priced(prices, chosen, errors)
+
+
+def _crossings(job: Optimizer, exact: Graph, chosen: Sequence[Candidate], owner: Owners) -> Crossings | None:
+    levels = {item.node: owner[item].fixed_levels(exact, item) for item in chosen}
+    target = job.request.target
+
+    def seconds(cost: Cost) -> float:
+        return predict(cost, target).seconds
+
+    return crossings(exact, {name: found for name, found in levels.items() if found is not None}, seconds)
