@@ -18,6 +18,7 @@ from torch import fx
 from fxopt.backends.onnxruntime.conv_forms import CONV_FORMS
 from fxopt.backends.onnxruntime.embedding_forms import EMBEDDING_FORMS
 from fxopt.backends.onnxruntime.fused_forms import FUSED_FORMS
+from fxopt.ir.graph import shape_of
 from fxopt.ir.onnx.export import Emitter, Form, Forms
 from fxopt.ir.ops.concat_a8 import concat_a8
 from fxopt.ir.ops.conv_w8a8 import conv_w8a8
@@ -104,6 +105,8 @@ def _weight(emitter: Emitter, codes_name: str, scales: Any, axis: int) -> str:
 
 def _linear_static(emitter: Emitter, node: fx.Node) -> str:
     x, x_scale, x_zero = node.args[0], *node.args[4:]
+    if _beside_convolutions(emitter, x):
+        return _linear_standard(emitter, node)
     x_name = emitter.value(x)
     scale, zero = _range(emitter, x_scale, x_zero, x_name)  # type: ignore[arg-type]
     key = ("quantized", x_name, x_scale, x_zero)
@@ -111,6 +114,32 @@ def _linear_static(emitter: Emitter, node: fx.Node) -> str:
         emitter.shared[key] = emitter.fresh(f"{x_name}_quantized")
         emitter.node("QuantizeLinear", [x_name, scale, zero], [emitter.shared[key]])
     return _product(emitter, node, emitter.shared[key], scale, zero)
+
+
+def _beside_convolutions(emitter: Emitter, x: Any) -> bool:
+    """The linear behind a network of 8-bit convolutions: in the standard's form other runtimes take the file whole.
+
+    With an operator of ONNX Runtime in it, OpenVINO's provider computes all convolutions in floats.
+    """
+    if "has 8-bit convolutions" not in emitter.shared:
+        emitter.shared["has 8-bit convolutions"] = any(
+            node.target is conv_w8a8.target for node in emitter.graph.calls()
+        )
+    shape = shape_of(x)
+    return bool(emitter.shared["has 8-bit convolutions"]) and shape is not None and len(shape) == 2
+
+
+def _linear_standard(emitter: Emitter, node: fx.Node) -> str:
+    """Q/DQ around MatMul, and a sum: MatMul and Add of matrices would become a float Gemm first."""
+    x, codes, scales, bias, x_scale, x_zero = node.args
+    levels = _requantized(emitter, emitter.value(x), x_scale, x_zero)  # type: ignore[arg-type]
+    weight = _weight(emitter, _transposed_codes(emitter, codes), scales, axis=1)
+    y = emitter.output(node)
+    product = y if bias is None else emitter.fresh(f"{y}_product")
+    emitter.node("MatMul", [levels, weight], [product])
+    if bias is not None:
+        emitter.node("Sum", [product, emitter.value(bias)], [y])
+    return y
 
 
 def _conv(emitter: Emitter, node: fx.Node) -> str:
