@@ -369,6 +369,8 @@ EMBEDDING = """g (int64[n, 4] i) => (float[n, 4, 32] y, float[n, 32, 4] z) {
 
 def test_a_table_of_codes_becomes_one_of_floats() -> None:
     graph = graph_of(EMBEDDING, wz=np.int8(3))
+    (view,) = quantized_operators(graph)
+    assert str(view) == "int8 weights, asymmetric per tensor; a table that is looked up (QDQ)"
     after = converted(graph)
     assert operators(after) == ["Gather", "Tanh", "Transpose"]
     rows = torch.arange(8).reshape(2, 4)
@@ -377,6 +379,14 @@ def test_a_table_of_codes_becomes_one_of_floats() -> None:
     (table,) = [after.constant(node) for node in after.fx.find_nodes(op="get_attr")]
     assert table is not None and table.shape == (32, 32) and table.dtype == torch.float32
     assert operators(converted(graph, weights=False)) == operators(graph)
+
+
+def test_a_table_that_is_dequantised_first_is_recognised() -> None:
+    text = "f = DequantizeLinear<axis=0>(w, ws, wz) y = Gather(f, i)"
+    graph = graph_of(f"g (int64[n, 4] i) => (float[n, 4, 32] y) {{ {text} }}")
+    (view,) = quantized_operators(graph)
+    assert str(view) == "int8 weights, symmetric per channel; a table that is looked up (QDQ)"
+    assert operators(converted(graph)) == ["Gather"] and not list(quantized_operators(converted(graph)))
 
 
 def in_a_branch(inside: bool) -> Graph:

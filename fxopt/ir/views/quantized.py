@@ -80,6 +80,8 @@ def quantized(graph: Graph, node: fx.Node) -> Quantized | None:
         return _few_bits(node)
     if key[0] == _CONTRIB and key[1] in _OTHERS:
         return Quantized(node, key[1], None, "quantised weights", "activations as the operator takes them")
+    if is_onnx(node, "Gather"):
+        return _table(graph, node)
     return _behind(graph, node) if is_onnx(node, *_BEHIND) else None
 
 
@@ -164,6 +166,24 @@ def evaluated(graph: Graph, value: Any) -> Any:
 
 
 # ---- descriptions
+
+
+def _table(graph: Graph, node: fx.Node) -> Quantized | None:
+    """Rows of a constant table, dequantised before or after they are looked up."""
+    table: Any = node.args[0]
+    behind = table
+    if not is_onnx(behind, "DequantizeLinear"):
+        behind = next((user for user in node.users if is_onnx(user, "DequantizeLinear") and user.args[0] is node), None)
+    if behind is None:
+        return None
+    source = constant_source(graph, table.args[0] if behind is table else table)
+    codes = None if source is None else codes_of(graph, source)
+    if codes is None or "float32" in str(codes.dtype):
+        return None
+    block: Any = behind.kwargs.get("block_size", 0)
+    name = _type_name(codes)
+    text = _weights(name, _zeros(graph, argument(behind, 2)), _per(graph, argument(behind, 1), block))
+    return Quantized(node, "QDQ", _bits(name), text, "a table that is looked up")
 
 
 def _behind(graph: Graph, node: fx.Node) -> Quantized | None:
