@@ -132,7 +132,7 @@ def _mask(graph: Graph, view: Attention) -> _Mask | Refusal:
     choice: Any = read(graph, view.mask, "where")
     numbers = [] if choice is None else [scalar_constant(graph, value) for value in choice[1:]]
     known = [value for value in numbers if value is not None]
-    if len(known) == 2 and max(known) == 0.0:
+    if choice is not None and len(known) == 2 and max(known) == 0.0:
         return _defined(view, _Mask("boolean", choice[0], known[0] == 0.0, min(known)))
     if view.nan_to_zero:
         return Refusal("its mask {} is computed, so that it is unknown whether rows without keys give 0", view.mask)
@@ -262,7 +262,7 @@ def _mask_node(b: Builder, plan: _Plan, masks: dict[Any, fx.Node]) -> fx.Node | 
     mask, view = plan.mask, plan.view
     if mask.value is None:
         return None
-    sizes = [(shape_of(view.q) or ())[2], (shape_of(view.v) or ())[2]]
+    sizes = [_length(view.q), _length(view.v)]
     key = (view.mask, mask.kind, mask.keeps, mask.hidden, str(sizes))
     if key not in masks:
         node = mask.value if isinstance(mask.value, fx.Node) else b.const(mask.value, "attention_mask")
@@ -278,6 +278,13 @@ def _mask_node(b: Builder, plan: _Plan, masks: dict[Any, fx.Node]) -> fx.Node | 
             node = b.expand(node, _mask_shape(b, plan, sizes))
         masks[key] = node
     return masks[key]
+
+
+def _length(value: fx.Node) -> Any:
+    """Of [batch, heads, length, width]."""
+    shape = shape_of(value)
+    assert shape is not None, "planned() has looked at it"
+    return shape[2]
 
 
 def _mask_shape(b: Builder, plan: _Plan, sizes: list[Any]) -> fx.Node | list[Any]:

@@ -45,7 +45,9 @@ class FuseInt8(ExactPass):
                 ctx.ledger.add(Verdict(self.name, label(node), "refused", str(refusal)))
         for node in list(graph.calls()):
             if node.target is linear_u8s8.target:
-                self._with_activation(graph, node) or self._with_residual(graph, node)
+                done = self._with_activation(graph, node)
+                if not done:
+                    self._with_residual(graph, node)
         for node in list(graph.calls()):
             self._rounded_norm(graph, node)
         if changes:
