@@ -175,7 +175,8 @@ def write_encoder(encoder: Any, feeds: Sequence[Feed], folder: Path, *, pooled: 
     if pooled:
         node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT)
         node("Sub", ["m", constant("one", np.float32(1))], ["hidden"])
-        mask = [node("Mul", ["hidden", constant("large", np.float32(1e30))], ["mask"])]
+        node("Mul", ["hidden", constant("large", np.float32(1e30))], ["scores"])
+        mask = [node("Unsqueeze", ["scores", constant("inner", np.array([1, 2], np.int64))], ["mask"])]
     layers = encoder.encoder.layer
     for index, layer in enumerate(layers):
         p, attention = f"l{index}_", layer.attention

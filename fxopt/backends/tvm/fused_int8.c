@@ -11,7 +11,7 @@
      inputs: x float [..., n], inverse, gamma, beta float [n]; attributes: zero (int), eps (float)
    AttentionInt8: codes = clamp(round(softmax((q - 128) (k - 128)^T * factor + mask) (v - 128) * inverse) + zero)
      inputs: q uint8 [batch, queries, n], k, v uint8 [batch, keys, n], inverse float [n] (scale of v over that of the
-             result, per channel), optionally mask float [batch, ..., keys], which is added to the scores of all queries
+             result, per channel), optionally mask float [1 or batch, 1, 1 or queries, keys], which is added to the scores
      attributes: num_heads (int), factor (float, scales of q and k and that of the scores), zero (int)
 
    The kernels of a model are the tables of kernels.h (generated); the best of those that this CPU runs is taken when a
@@ -331,7 +331,7 @@ typedef struct {
 typedef struct {
   const AttentionKernel *kernel;
   const AttentionForm *form;
-  i64 queries, keys;
+  i64 queries, keys, mask_batch, mask_step; /* steps of the mask: 0 where it is shared */
   void *in[ATTENTION_INPUTS];
   u8 *codes;
   i32 failed;
@@ -359,7 +359,7 @@ static void head(void *given, usize index) {
   i64 batch = (i64)index / work->kernel->heads, column = (i64)index % work->kernel->heads * form->width;
   i64 padded = (work->keys + form->columns - 1) / form->columns * form->columns;
   usize packed = (usize)(2 * padded * form->width) * (form->group == 4 ? 1 : 2);
-  usize floats = (usize)(padded * (form->rows + 2) + form->rows), bytes = (usize)(form->rows * (padded + form->width));
+  usize floats = (usize)(padded * (2 * form->rows + 1) + form->rows), bytes = (usize)(form->rows * (padded + form->width));
   packed = (packed + 63) / 64 * 64, floats = (floats + 15) / 16 * 16;
   char *space = malloc(packed + (floats + (usize)padded) * sizeof(float) + bytes);
   if (!space) {
@@ -368,11 +368,11 @@ static void head(void *given, usize index) {
   }
   float *values = (float *)(space + packed), *mask = values + floats;
   if (work->in[MASK])
-    mask = (float *)work->in[MASK] + batch * work->keys;
+    mask = (float *)work->in[MASK] + batch * work->mask_batch;
   else
     for (i64 i = 0; i < padded; i++) mask[i] = 0;
   i64 from = batch * work->queries * form->stride + column, key = batch * work->keys * form->stride + column;
-  i32 sizes[2] = {(i32)work->queries, (i32)work->keys};
+  i32 sizes[3] = {(i32)work->queries, (i32)work->keys, (i32)work->mask_step};
   form->run(sizes, (u8 *)work->in[Q] + from, (u8 *)work->in[K] + key, (u8 *)work->in[V] + key, mask,
             &work->kernel->factor, (float *)work->in[FACTORS] + column, &work->kernel->zero, work->codes + from, space,
             values, (u8 *)(values + floats + padded));
@@ -400,10 +400,12 @@ static Status *compute_attention(void *given, void *context) {
   i64 batch = sizes[Q][0], stride = sizes[Q][2];
   work.queries = sizes[Q][1], work.keys = sizes[K][1];
   if (work.in[MASK]) {
-    i64 count = 1;
-    for (usize d = 0; d < rank[MASK]; d++) count *= sizes[MASK][d];
-    if (count != batch * work.keys)
-      return CreateStatus(ORT_INVALID_ARGUMENT, "AttentionInt8: the mask has not one value per batch and key");
+    const i64 *size = sizes[MASK];
+    fit = rank[MASK] == 4 && (size[0] == 1 || size[0] == batch) && size[1] == 1 && size[3] == work.keys;
+    if (!fit || (size[2] != 1 && size[2] != work.queries))
+      return CreateStatus(ORT_INVALID_ARGUMENT, "AttentionInt8: the mask is not [1 or batch, 1, 1 or queries, keys]");
+    work.mask_step = size[2] == 1 ? 0 : work.keys;
+    work.mask_batch = size[0] == 1 ? 0 : size[2] * work.keys;
   }
   for (i32 i = 0; i < ATTENTION_COUNT; i++) {
     const AttentionForm *form = &ATTENTION_KERNELS[i];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,15 @@ def test_attention(build: Builder, target: str) -> None:
     random = np.random.default_rng(0)
     for form in FORMS:
         tile, width = attention_tile(form, made_for), form.width
-        for queries, keys in LENGTHS:
+        for (queries, keys), mask_rows in product(LENGTHS, (False, True)):
             rows = (queries, keys, keys)
             q, k, v = (random.integers(0, 256, (n, form.stride)).astype(np.uint8) for n in rows)
-            mask = np.where(random.random(keys) < 0.2, -np.inf, random.standard_normal(keys)).astype(np.float32)
-            mask[0] = 0
+            shape = (queries, keys) if mask_rows else (keys,)
+            mask = np.where(random.random(shape) < 0.2, -np.inf, random.standard_normal(shape)).astype(np.float32)
+            mask[..., 0] = 0
             packed, floats, count = scratch(form, tile, keys)
             given: dict[str, Any] = {
-                "sizes": np.array([queries, keys], np.int32), "q": q, "k": k, "v": v, "mask": mask,
+                "sizes": np.array([queries, keys, keys * mask_rows], np.int32), "q": q, "k": k, "v": v, "mask": mask,
                 "factor": np.array([1 / 8000 / np.sqrt(width)], np.float32), "zero": np.array([ZERO], np.float32),
                 "inverse": random.uniform(0.5, 1.5, width).astype(np.float32),
                 "codes": np.full((queries, form.stride), 7, np.uint8),
@@ -74,7 +76,7 @@ def test_hidden_keys_only(build: Builder) -> None:
     k = np.full((keys, 32), 90, np.uint8)
     codes, ones = np.zeros((3, 32), np.uint8), np.ones(32, np.float32)
     arrays = [
-        np.array([3, keys], np.int32),
+        np.array([3, keys, 0], np.int32),
         q,
         k,
         k,

@@ -237,23 +237,26 @@ def attention_session(library: Path, masked: bool, threads: int = 1, heads: int 
 def attended(q: Any, k: Any, v: Any, mask: Any) -> Any:
     """In float64, with probabilities that are codes."""
     heads = [(x.astype(np.float64) - 128).reshape(*x.shape[:2], 3, 32).transpose(0, 2, 1, 3) for x in (q, k, v)]
-    scores = heads[0] @ heads[1].transpose(0, 1, 3, 2) * np.float64(np.float32(2e-4)) + mask[:, None, None, :]
+    scores = heads[0] @ heads[1].transpose(0, 1, 3, 2) * np.float64(np.float32(2e-4)) + mask
     codes = np.rint(255 * np.exp(scores - scores.max(-1, keepdims=True)))
     y = (codes / codes.sum(-1, keepdims=True)) @ heads[2]
     return y.transpose(0, 2, 1, 3).reshape(q.shape) * np.linspace(0.5, 1.5, 96) + Y_ZERO
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention(library: Path, masked: bool, threads: int) -> None:
-    made = attention_session(library, masked, threads)
+@pytest.mark.parametrize("masked", ["", "keys", "queries", "shared"])
+def test_attention(library: Path, masked: str, threads: int) -> None:
+    made = attention_session(library, bool(masked), threads)
     random = np.random.default_rng(0)
     for batch, queries, keys in ((1, 1, 1), (2, 5, 3), (0, 4, 4), (1, 0, 4), (2, 13, 33), (1, 64, 70)):
         q, k, v = (random.integers(0, 256, (batch, n, 96)).astype(np.uint8) for n in (queries, keys, keys))
-        mask = np.where(random.random((batch, keys)) < 0.3, -1e30, random.standard_normal((batch, keys)))
-        mask = (mask if masked else np.zeros_like(mask)).astype(np.float32)
-        mask[:, :1] = 0
-        feed = {"q": q, "k": k, "v": v, **({"mask": mask[:, None, None]} if masked else {})}
+        shape = (batch if masked == "keys" else 1, 1, 1 if masked == "keys" else queries, keys)
+        mask = np.where(random.random(shape) < 0.3, -1e30, random.standard_normal(shape)).astype(np.float32)
+        mask[..., :1] = 0
+        if masked == "queries":
+            mask = np.repeat(mask, batch, 0)
+        feed = {"q": q, "k": k, "v": v, **({"mask": mask} if masked else {})}
+        mask = mask if masked else 0 * mask
         found = made.run(None, feed)[0]
         assert found.shape == q.shape
         if q.size:  # a probability near a tie may get the next code: one value of v in some hundreds
@@ -265,11 +268,11 @@ def test_attention_refuses(library: Path) -> None:
     q, k = np.zeros((1, 4, 96), np.uint8), np.zeros((1, 6, 96), np.uint8)
     made = attention_session(library, True)
     with pytest.raises(Exception, match="sizes of q, k, v and inverse do not agree"):
-        made.run(None, {"q": q, "k": k, "v": q, "mask": np.zeros((1, 6), np.float32)})
-    with pytest.raises(Exception, match="not one value per batch and key"):
-        made.run(None, {"q": q, "k": k, "v": k, "mask": np.zeros((4, 6), np.float32)})
+        made.run(None, {"q": q, "k": k, "v": q, "mask": np.zeros((1, 1, 1, 6), np.float32)})
+    with pytest.raises(Exception, match="mask is not"):
+        made.run(None, {"q": q, "k": k, "v": k, "mask": np.zeros((1, 3, 1, 6), np.float32)})
     with pytest.raises(Exception, match="there are no keys"):
-        made.run(None, {"q": q, "k": k[:, :0], "v": k[:, :0], "mask": np.zeros((1, 0), np.float32)})
+        made.run(None, {"q": q, "k": k[:, :0], "v": k[:, :0], "mask": np.zeros((1, 1, 1, 0), np.float32)})
     with pytest.raises(Exception, match="no kernel for these heads"):
         attention_session(library, False, heads=2).run(None, {"q": q, "k": k, "v": k})
     with pytest.raises(Exception, match="num_heads is not positive"):

@@ -21,7 +21,8 @@ from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 from fxopt.errors import Unsupported
 
-# Of the C function, all pointers. sizes: int32 [queries, keys]; mask: float32 [keys], added to the scores; factor:
+# Of the C function, all pointers. sizes: int32 [queries, keys, mask_step]; mask: float32 [keys], or
+# [queries, keys] with mask_step = keys (else 0), added to the scores; factor:
 # float32 [1], scale of the scores; inverse: float32 [width], scale of v over that of the result; zero: float32 [1].
 ATTENTION_PARAMETERS = (
     "sizes",
@@ -71,7 +72,7 @@ def attention_tile(form: AttentionForm, machine: Machine) -> Tile:
 def scratch(form: AttentionForm, tile: Tile, keys: int) -> tuple[int, int, int]:
     """Sizes of the work space: elements of `packed` (weights of the tile's kind), floats, bytes."""
     padded = -(-keys // tile.columns) * tile.columns
-    return 2 * padded * form.width, padded * (tile.rows + 2) + tile.rows, tile.rows * (padded + form.width)
+    return 2 * padded * form.width, padded * (2 * tile.rows + 1) + tile.rows, tile.rows * (padded + form.width)
 
 
 def attention_int8(name: str, form: AttentionForm, machine: Machine) -> Any:
@@ -88,7 +89,7 @@ class _Writer:
         self.kernel, self.form, self.tile = Kernel(name), form, tile
         anything = ANY_ROWS * form.stride
         sizes = {
-            "sizes": (2, "int32"), "mask": (ANY_ROWS, "float32"), "factor": (1, "float32"), "zero": (1, "float32"),
+            "sizes": (3, "int32"), "mask": (ANY_ROWS, "float32"), "factor": (1, "float32"), "zero": (1, "float32"),
             "inverse": (form.width, "float32"), "packed": (anything, "int8" if tile.group == 4 else "int16"),
             "floats": (anything, "float32"),
         }  # fmt: skip
@@ -96,14 +97,18 @@ class _Writer:
 
     def function(self) -> Any:
         kernel, tile, width = self.kernel, self.tile, self.form.width
-        queries, keys = (kernel.let(kernel.load(self.at["sizes"], index)) for index in (0, 1))
+        queries, keys, step = (kernel.let(kernel.load(self.at["sizes"], index)) for index in range(3))
         panels = kernel.let(tirx.floordiv(keys + (tile.columns - 1), int32(tile.columns)))
         self.padded = kernel.let(panels * tile.columns)
-        # floats: mask [padded], starts [padded], scores [rows, padded], reciprocals [rows]
-        self.scores = kernel.let(self.padded * 2)
-        self.reciprocals = kernel.let(self.padded * (tile.rows + 2))
+        # floats: mask [rows, padded] (its first row when all queries share it), starts [padded], scores [rows, padded],
+        # reciprocals [rows]
+        self.mask_step = kernel.let(tirx.Select(step > int32(0), self.padded, int32(0)))
+        self.starts = kernel.let(self.padded * tile.rows)
+        self.scores = kernel.let(self.padded * (tile.rows + 1))
+        self.reciprocals = kernel.let(self.padded * (2 * tile.rows + 1))
         self.values = kernel.let(self.padded * width)  # in packed
         self.pack(keys)
+        self.place_mask(int32(0), int32(0), keys)
         with kernel.loop(tirx.floordiv(queries + (tile.rows - 1), int32(tile.rows)), "block") as block:
             first = kernel.let(tirx.Max(tirx.Min(block * tile.rows, queries - tile.rows), int32(0)))
             rows = [kernel.let(tirx.Min(first + r, queries - 1) * self.form.stride) for r in range(tile.rows)]
@@ -112,6 +117,8 @@ class _Writer:
                     kernel.store(
                         self.at["bytes"], r * width + c, kernel.load(self.at["q"], row + c, tile.lanes), tile.lanes
                     )
+            with kernel.when(step > int32(0)), kernel.loop(tile.rows, "row") as r:
+                self.place_mask(r, tirx.Min(first + r, queries - 1) * step, keys)
             with kernel.loop(panels, "panel") as panel:
                 self.score(panel)
             with kernel.loop(tile.rows, "row") as r:
@@ -126,8 +133,6 @@ class _Writer:
         group, columns, packed = tile.group, tile.columns, self.at["packed"]
         with kernel.loop(self.padded, "key") as key:
             source = kernel.let(tirx.Min(key, keys - 1) * stride)
-            outside = tirx.Select(key < keys, kernel.load(self.at["mask"], tirx.Min(key, keys - 1)), float32(-math.inf))
-            kernel.store(self.at["floats"], key, outside * float32(1 / math.log(2)))
             place = tirx.floordiv(key, int32(columns)) * (width * columns) + tirx.floormod(key, int32(columns)) * group
             place = kernel.let(place)
             for c in range(0, width, group):
@@ -157,8 +162,21 @@ class _Writer:
                     x = spread(_MIDDLE if group == 4 else _WIDE_MIDDLE, group * tile.lanes)
                     kernel.store(total, 0, dot(tile, kernel.load(total, 0, tile.lanes), x, w), tile.lanes)
                 negative = spread(tirx.IntImm("int32", 0), tile.lanes) - kernel.load(total, 0, tile.lanes)
-                place = self.padded + panel * columns + v
+                place = self.starts + panel * columns + v
                 kernel.store(self.at["floats"], place, reinterpret(typed("float32", tile.lanes), negative), tile.lanes)
+
+    def place_mask(self, r: Expr, source: Expr, keys: Expr) -> None:
+        """A row of the mask as exponents of two; there are no keys beyond the last."""
+        kernel, lanes = self.kernel, self.tile.lanes
+        factor, start = float32(1 / math.log(2), lanes), kernel.let(r * self.padded)
+        full = kernel.let(tirx.floordiv(keys, int32(lanes)))
+        with kernel.loop(full, "v") as index:
+            value = kernel.load(self.at["mask"], source + index * lanes, lanes) * factor
+            kernel.store(self.at["floats"], start + index * lanes, value, lanes)
+        with kernel.loop(self.padded - full * lanes, "v") as index:
+            key = kernel.let(full * lanes + index)
+            value = kernel.load(self.at["mask"], source + tirx.Min(key, keys - 1)) * float32(1 / math.log(2))
+            kernel.store(self.at["floats"], start + key, tirx.Select(key < keys, value, float32(-math.inf)))
 
     def signed(self, value: Expr, n: int) -> Expr:
         """Bytes less 128, in the type of the packed ones."""
@@ -175,7 +193,7 @@ class _Writer:
         sums = kernel.local(tile.rows * columns, "int32")
         starts = [
             kernel.let(
-                reinterpret(typed("int32", lanes), kernel.load(floats, self.padded + panel * columns + v, lanes))
+                reinterpret(typed("int32", lanes), kernel.load(floats, self.starts + panel * columns + v, lanes))
             )
             for v in vectors
         ]
@@ -188,8 +206,8 @@ class _Writer:
             self.products(sums, lambda r: r * width + g * group, loaded)
         factor = kernel.let(spread(kernel.load(self.at["factor"], 0) * float32(1 / math.log(2)), lanes))
         for v in vectors:
-            mask = kernel.let(kernel.load(floats, panel * columns + v, lanes))
             for r in range(tile.rows):
+                mask = kernel.load(floats, r * self.mask_step + panel * columns + v, lanes)
                 score = cast(typed("float32", lanes), kernel.load(sums, r * columns + v, lanes)) * factor + mask
                 kernel.store(floats, self.scores + r * self.padded + panel * columns + v, score, lanes)
 
