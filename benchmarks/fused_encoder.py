@@ -2,11 +2,12 @@
 
     python -m benchmarks.fused_encoder [--models minilm_b1,minilm_b8,bert4] [--threads 1] [--seconds 20]
 
-The file is written from the PyTorch model: queries, keys and values (float results), output projection with residual
-and layer norm, feed-forward with GELU and with residual and layer norm. Scales are static, found on the samples that
-calibrate all models of benchmarks.cpu_int8, after SmoothQuant (strength 0.8; Xiao et al., 2022), whose factors lie in
-the roundings and in the weights. Attention is ONNX Runtime's MultiHeadAttention. Speed is over ONNX Runtime fp32 on the
-exported model, the error on samples that calibrated nothing. Writes benchmarks/results/fused_encoder.json.
+The file is written from the PyTorch model: queries, keys and values, attention on their bytes, output projection with
+residual and layer norm, feed-forward with GELU and with residual and layer norm. Scales are static, found on the
+samples that calibrate all models of benchmarks.cpu_int8, after SmoothQuant (strength 0.8; Xiao et al., 2022), whose
+factors lie in the roundings and in the weights; channels of queries and keys are evened out in the same way. Speed is
+over ONNX Runtime fp32 on the exported model, the error on samples that calibrated nothing. Writes
+benchmarks/results/fused_encoder.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from benchmarks.common import write
 from benchmarks.cpu_int8 import errors, names, samples
 from benchmarks.models import MODELS, Feed
 from fxopt.backends.onnxruntime.session import make_session
-from fxopt.backends.tvm.custom_ops import DOMAIN, OPERATOR, attributes, build_custom_ops
+from fxopt.backends.tvm.custom_ops import ATTENTION, DOMAIN, OPERATOR, attributes, build_custom_ops
+from fxopt.backends.tvm.kernels.attention_int8 import AttentionForm
 from fxopt.backends.tvm.kernels.fused_int8 import Form
 
 STRENGTH = 0.8  # of smoothing
@@ -65,7 +67,7 @@ class Writer:
         inputs = [x, self.constant(f"{name}_w", codes)]
         inputs.append(self.constant(f"{name}_s", (scales * source.scale).astype(np.float32)))
         inputs.append(self.constant(f"{name}_b", bias))
-        grid: Grid | None = after.get("grid")
+        grid: Grid | Middle | None = after.get("grid")
         inputs.append(self.constant(f"{name}_i", grid.inverse) if grid else "")
         if "residual" in after:
             inputs.append(after["residual"])
@@ -95,6 +97,20 @@ class Grid:
         return (1 / (self.scale * self.smooth)).astype(np.float32)
 
 
+class Middle:
+    """The bytes of a tensor around 128: value = (code - 128) * steps, `steps` per channel."""
+
+    zero = 128
+
+    def __init__(self, peaks: Array) -> None:
+        self.steps = (np.maximum(peaks, 1e-5) / 127).astype(np.float32)
+
+    @property
+    def inverse(self) -> Array:
+        """What a value is multiplied with."""
+        return 1 / self.steps
+
+
 def _array(tensor: torch.Tensor) -> Array:
     return tensor.detach().float().numpy()
 
@@ -103,9 +119,10 @@ def _linear(module: Any) -> tuple[Array, Array]:
     return _array(module.weight), _array(module.bias)
 
 
-def _grids(encoder: Any, feeds: Sequence[Feed]) -> dict[str, Grid]:
-    """The grids of the inputs of every layer's products: qkv, out, up, down."""
+def _grids(encoder: Any, feeds: Sequence[Feed]) -> tuple[dict[str, Grid], dict[str, Array]]:
+    """The grids of the inputs of every layer's products: qkv, out, up, down; peaks per channel of query, key, value."""
     seen: dict[str, list[Array]] = {}
+    results: dict[str, list[Array]] = {}
     weights: dict[str, Array] = {}
     hooks = []
     for index, layer in enumerate(encoder.encoder.layer):
@@ -117,6 +134,10 @@ def _grids(encoder: Any, feeds: Sequence[Feed]) -> dict[str, Grid]:
             weights[key] = _array(module.weight)
             kept = seen.setdefault(key, [])
             hooks.append(module.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(_array(given[0]))))
+        for name in ("query", "key", "value"):
+            found = results.setdefault(f"{index}.{name}", [])
+            module = getattr(heads, name)
+            hooks.append(module.register_forward_hook(lambda _, __, y, found=found: found.append(_array(y.abs()))))
         weights[f"{index}.qkv"] = np.concatenate([_linear(m)[0] for m in (heads.query, heads.key, heads.value)])
     with torch.no_grad():
         for feed in feeds:
@@ -126,13 +147,16 @@ def _grids(encoder: Any, feeds: Sequence[Feed]) -> dict[str, Grid]:
                 encoder(**{name: torch.from_numpy(value) for name, value in feed.items()})
     for hook in hooks:
         hook.remove()
-    return {key: Grid(values, weights[key]) for key, values in seen.items()}
+    peaks = {
+        key: np.max([each.reshape(-1, each.shape[-1]).max(0) for each in values], 0) for key, values in results.items()
+    }
+    return {key: Grid(values, weights[key]) for key, values in seen.items()}, peaks
 
 
 def write_encoder(encoder: Any, feeds: Sequence[Feed], folder: Path, *, pooled: bool) -> Path:
     """`model.onnx` and `model.so`; with `pooled`, mean over the tokens of the mask and unit length."""
     config, writer = encoder.config, Writer()
-    grids = _grids(encoder, feeds)
+    grids, peaks = _grids(encoder, feeds)
     size, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
     sequence = feeds[0]["input_ids" if pooled else "x"].shape[1]
     tokens = "input_ids" if pooled else "x"
@@ -147,21 +171,33 @@ def write_encoder(encoder: Any, feeds: Sequence[Feed], folder: Path, *, pooled: 
     node("Mul", [x, constant("x0_i", 1 / first.smooth)], ["x0_m"])
     scale, zero = constant("x0_s", np.float32(first.scale)), constant("x0_z", np.uint8(first.zero))
     codes = node("QuantizeLinear", ["x0_m", scale, zero], ["x0_q"])
-    mask = [node("Cast", ["attention_mask"], ["mask"], to=TensorProto.INT32)] if pooled else []
+    mask = []
+    if pooled:
+        node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT)
+        node("Sub", ["m", constant("one", np.float32(1))], ["hidden"])
+        node("Mul", ["hidden", constant("large", np.float32(1e30))], ["scores"])
+        mask = [node("Unsqueeze", ["scores", constant("inner", np.array([1, 2], np.int64))], ["mask"])]
     layers = encoder.encoder.layer
     for index, layer in enumerate(layers):
         p, attention = f"l{index}_", layer.attention
         grid = {name: grids[f"{index}.{name}"] for name in ("qkv", "out", "up", "down")}
-        for name in ("query", "key", "value"):
+        # factors that even out the channels: of queries and keys, of values and the product of the output
+        even = np.sqrt(np.maximum(peaks[f"{index}.query"], 1e-5) / np.maximum(peaks[f"{index}.key"], 1e-5))
+        factors = {"query": 1 / even, "key": even, "value": 1 / grid["out"].smooth}
+        middles = {}
+        for name, by in factors.items():
             weight, bias = _linear(getattr(attention.self, name))
-            if name == "value":  # its channels are those of the attention's result, which is then smooth
-                weight, bias = weight / grid["out"].smooth[:, None], bias / grid["out"].smooth
-            writer.product(p + name, Form(size, size), grid["qkv"], codes, weight, bias)
-        given = [p + "query", p + "key", p + "value", *(["", *mask] if pooled else [])]
-        node("MultiHeadAttention", given, [p + "a"], "com.microsoft", num_heads=config.num_attention_heads)
-        scale = constant(p + "as", np.float32(grid["out"].scale))
-        zero = constant(p + "az", np.uint8(grid["out"].zero))
-        node("QuantizeLinear", [p + "a", scale, zero], [p + "a_q"])
+            peak = peaks[f"{index}.{name}"] * by
+            middles[name] = Middle(peak if name == "value" else np.full_like(peak, peak.max()))
+            made = Form(size, size, "none", False, True)
+            writer.product(p + name, made, grid["qkv"], codes, weight * by[:, None], bias * by, grid=middles[name])
+        inverse = constant(p + "ai", middles["value"].steps / grid["out"].scale)
+        width = size // config.num_attention_heads
+        factor = float(middles["query"].steps[0] * middles["key"].steps[0] / np.sqrt(width))
+        given = [p + "query_q", p + "key_q", p + "value_q", inverse, *mask]
+        heads = config.num_attention_heads
+        node(ATTENTION, given, [p + "a_q"], DOMAIN, num_heads=heads, factor=factor, zero=grid["out"].zero)
+        writer.forms.append(AttentionForm(width, size))
         norm = Form(size, size, "layer_norm", True, True, eps)
         done = attention.output.LayerNorm
         writer.product(
@@ -179,7 +215,6 @@ def write_encoder(encoder: Any, feeds: Sequence[Feed], folder: Path, *, pooled: 
         x, codes = p + "y", p + "y_q"
     if pooled:
         axes, last = constant("axes", np.array([1], np.int64)), constant("last", np.array([-1], np.int64))
-        node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT)
         node("Unsqueeze", ["m", last], ["m3"])
         node("Mul", [x, "m3"], ["kept"])
         node("ReduceSum", ["kept", axes], ["sum"], keepdims=0)

@@ -10,13 +10,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torch import fx
+
+from fxopt import own_attention
 from fxopt.backends.base import Backend
 from fxopt.errors import InvalidOption, MissingDependency
 from fxopt.guard import Timing, measure
 from fxopt.ir.graph import label
 from fxopt.ir.ledger import Verdict
+from fxopt.ir.shapes import infer
 from fxopt.ir.target import Target
 from fxopt.passes.fuse_int8 import FuseInt8
+from fxopt.passes.stats import collect
 from fxopt.request import Lossy, Sample
 
 if TYPE_CHECKING:
@@ -78,7 +83,47 @@ def with_own_kernels(job: Optimizer, lossy: Lossy, sample: Sample | None, second
     for node in done:
         job.ledger.add(Verdict(name, node, "applied", why))
     lossy.executable.close()
-    return replace(fused, plan=lossy.plan)
+    return _with_attention(job, replace(fused, plan=lossy.plan), sample, seconds)
+
+
+def _with_attention(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: float) -> Lossy:
+    """The same with attention on bytes, under the same conditions."""
+    graph = lossy.graph.copy()
+    infer(graph, lossy.graph.sizes)
+    for node in graph.nodes:
+        node.meta.pop("stands_for", None)  # statistics are collected on this graph
+    found = own_attention.places(graph, job.context)
+    if not found:
+        return lossy
+    nodes = [label(place.node) for place in found]
+    with job.stage("own kernels"):
+        linears = [linear for place in found for linear in place.linears]
+        stats = collect(graph, job.calibration, linears, evaluator=job.evaluator)
+        scores: dict[fx.Node, fx.Node] = {}
+        for place in found:
+            own_attention.on_bytes(graph, place, stats, scores)
+        graph.prune()
+        fused = job.measured(graph, lossy.plan)
+    return _chosen(job, own_attention.NAME, nodes, lossy, fused, sample, seconds)
+
+
+def _chosen(
+    job: Optimizer, name: str, nodes: list[str], lossy: Lossy, fused: Lossy, sample: Sample | None, seconds: float
+) -> Lossy:
+    """`fused` where it is within the budget and faster, else `lossy`; the other one is closed."""
+    budget = job.request.budget
+    why = "not measured (--force)"
+    left = ""
+    if budget is not None and not fused.loss <= budget:
+        left = f"over budget: measured loss {fused.loss:.3g}"
+    elif sample is not None:
+        timing = _compared(lossy, fused, sample, seconds)
+        why = f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f}) over what it replaces"
+        left = f"{why}: not surely faster" if timing.low < 1.0 else ""
+    for node in nodes:
+        job.ledger.add(Verdict(name, node, "rolled-back" if left else "applied", left or why))
+    (fused if left else lossy).executable.close()
+    return lossy if left else fused
 
 
 def _compared(lossy: Lossy, fused: Lossy, sample: Sample, seconds: float) -> Timing:

@@ -12,10 +12,12 @@ import torch
 from torch import fx
 
 from fxopt.ir.onnx.export import Emitter, Forms
+from fxopt.ir.ops.attention_u8 import attention_u8
 from fxopt.ir.ops.linear_u8s8 import EPILOGUES, layer_norm_u8, linear_u8s8, quantize_u8
 
 DOMAIN = "fxopt"
 LINEAR, QUANTIZE, NORM = "FusedLinearInt8", "QuantizeRows", "LayerNormQuantizeRows"
+ATTENTION = "AttentionInt8"
 
 
 def _key(node: fx.Node) -> tuple[Any, ...]:
@@ -72,7 +74,17 @@ def _norm(emitter: Emitter, node: fx.Node) -> str:
     return y
 
 
+def _attention(emitter: Emitter, node: fx.Node) -> str:
+    *operands, mask, heads, factor, zero = node.args
+    y = emitter.output(node)
+    inputs = [emitter.value(operand) for operand in operands]
+    inputs += [] if mask is None else [emitter.value(mask)]
+    emitter.node(ATTENTION, inputs, [y], domain=DOMAIN, num_heads=heads, factor=factor, zero=zero)
+    return y
+
+
 FUSED_FORMS: Forms = {
+    attention_u8.target: _attention,
     linear_u8s8.target: _linear,
     quantize_u8.target: _quantize,
     layer_norm_u8.target: _norm,

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
-from fxopt.backends.onnxruntime.fused_forms import DOMAIN, LINEAR
+from fxopt.backends.onnxruntime.fused_forms import ATTENTION, DOMAIN, LINEAR
 from fxopt.errors import InvalidModel
 
 KEY = "fxopt.library"
@@ -35,11 +35,12 @@ def build_library(model: ModelProto, path: Path) -> Path:
         OutputError: the compiler or the linker refuses, or the file cannot be written.
     """
     from fxopt.backends.tvm.custom_ops import EPILOGUES, build_custom_ops
+    from fxopt.backends.tvm.kernels.attention_int8 import AttentionForm
     from fxopt.backends.tvm.kernels.fused_int8 import Form
     from fxopt.backends.tvm.kernels.rows_u8 import RowForm
 
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    forms: list[Form | RowForm] = []
+    forms: list[Form | RowForm | AttentionForm] = []
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
@@ -48,6 +49,9 @@ def build_library(model: ModelProto, path: Path) -> Path:
             outputs, inner = sizes[node.input[1]]
             epilogue: Any = EPILOGUES[values["epilogue"]]
             forms.append(Form(inner, outputs, epilogue, bool(values["floats"]), bool(values["codes"]), values["eps"]))
+        elif node.op_type == ATTENTION:
+            (size,) = sizes[node.input[3]]
+            forms.append(AttentionForm(size // values["num_heads"], size))
         else:
             forms.append(RowForm(sizes[node.input[1]][0], values.get("eps")))
     return build_custom_ops(forms, path)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from fxopt.backends.tvm.kernels.attention_int8 import AttentionForm, attention_int8, attention_tile
 from fxopt.backends.tvm.kernels.fused_int8 import Epilogue, Form, Tile, fused_int8, tile_for
 from fxopt.backends.tvm.kernels.rows_u8 import RowForm, rows_u8
 from fxopt.backends.tvm.link import compile_c, link
@@ -23,7 +24,7 @@ from fxopt.backends.tvm.machine import machine_for
 from fxopt.cost_model.targets import get_target
 
 DOMAIN, OPERATOR = "fxopt", "FusedLinearInt8"
-QUANTIZE, NORM_QUANTIZE = "QuantizeRows", "LayerNormQuantizeRows"
+QUANTIZE, NORM_QUANTIZE, ATTENTION = "QuantizeRows", "LayerNormQuantizeRows", "AttentionInt8"
 EPILOGUES: tuple[str, ...] = get_args(Epilogue)
 LEVELS = {"x86-avx2": 1, "x86-avx-vnni": 2, "x86-avx512-vnni": 3}  # targets, and their places in fused_int8.c
 _SOURCES = ("fused_int8.c", "ort_abi.h")
@@ -41,7 +42,7 @@ def attributes(form: Form, x_zero: int, y_zero: int = 0) -> dict[str, int | floa
     }
 
 
-def build_custom_ops(forms: Iterable[Form | RowForm], path: Path) -> Path:
+def build_custom_ops(forms: Iterable[Form | RowForm | AttentionForm], path: Path) -> Path:
     """Write the library of the forms, each once.
 
     Raises:
@@ -51,7 +52,7 @@ def build_custom_ops(forms: Iterable[Form | RowForm], path: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         unique = list(dict.fromkeys(forms))
-        objects, products, rows = [], [], []
+        objects, products, rows, attentions = [], [], [], []
         for target, level in LEVELS.items():
             machine = machine_for(get_target(target))
             functions = []
@@ -60,11 +61,16 @@ def build_custom_ops(forms: Iterable[Form | RowForm], path: Path) -> Path:
                 if isinstance(form, Form):
                     functions.append(fused_int8(name, form, machine))
                     products.append(_product(name, form, level, tile_for(form.outputs, machine)))
+                elif isinstance(form, AttentionForm):
+                    functions.append(attention_int8(name, form, machine))
+                    tile = attention_tile(form, machine)
+                    attentions.append((level, form.width, form.stride, tile.rows, tile.columns, tile.group, name))
                 else:
                     functions.append(rows_u8(name, form, machine))
                     rows.append((level, form.size, int(form.eps is not None), _literal(form.eps or 0.0), name))
             objects.append(write_object(functions, machine, scratch / f"level{level}.o"))
-        (scratch / "kernels.h").write_text(_table("", products) + _table("Row", rows), encoding="utf-8")
+        tables = [_table("", products), _table("Row", rows), _table("Attention", attentions)]
+        (scratch / "kernels.h").write_text("".join(tables), encoding="utf-8")
         for source in _SOURCES:
             shutil.copyfile(Path(__file__).with_name(source), scratch / source)
         host = machine_for(get_target("x86-avx2"))

@@ -24,7 +24,17 @@ if "avx2" not in get_target("host").features:
     pytest.skip("this computer has no AVX2", allow_module_level=True)
 
 from fxopt.backends.tvm import fused_cpu  # isort: skip
-from fxopt.backends.tvm.custom_ops import DOMAIN, NORM_QUANTIZE, OPERATOR, QUANTIZE, attributes, build_custom_ops  # isort: skip
+from fxopt.backends.tvm.custom_ops import (
+    ATTENTION,
+    DOMAIN,
+    NORM_QUANTIZE,
+    OPERATOR,
+    QUANTIZE,
+    attributes,
+    build_custom_ops,
+)  # isort: skip
+
+from fxopt.backends.tvm.kernels.attention_int8 import AttentionForm  # isort: skip
 from fxopt.backends.tvm.kernels.fused_int8 import Form  # isort: skip
 from fxopt.backends.tvm.kernels.rows_u8 import RowForm  # isort: skip
 
@@ -102,7 +112,9 @@ ROW_FORMS = [RowForm(OUT), RowForm(OUT, EPS), RowForm(64)]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_custom_ops([*FORMS.values(), *ROW_FORMS], tmp_path_factory.mktemp("ops") / "ops.so")
+    return build_custom_ops(
+        [*FORMS.values(), *ROW_FORMS, AttentionForm(32, 96)], tmp_path_factory.mktemp("ops") / "ops.so"
+    )
 
 
 def operands() -> dict[str, Any]:
@@ -208,6 +220,63 @@ def test_rows_refuse(library: Path) -> None:
         row_session(library, OUT, 1e-3).run(None, {"x": np.zeros((2, OUT), np.float32)})
     with pytest.raises(Exception, match="one value per channel"):
         row_session(library, OUT, None).run(None, {"x": np.zeros((2, 64), np.float32)})
+
+
+def attention_session(library: Path, masked: bool, threads: int = 1, heads: int = 3) -> ort.InferenceSession:
+    inverse = numpy_helper.from_array(np.linspace(0.5, 1.5, 96, dtype=np.float32), "inverse")
+    names = ["q", "k", "v", "inverse", *(["mask"] if masked else [])]
+    node = helper.make_node(ATTENTION, names, ["codes"], domain=DOMAIN, num_heads=heads, factor=2e-4, zero=Y_ZERO)
+    value = helper.make_tensor_value_info
+    inputs = [value(name, TensorProto.UINT8, None) for name in "qkv"]
+    inputs += [value("mask", TensorProto.FLOAT, None)] if masked else []
+    graph = helper.make_graph([node], "g", inputs, [value("codes", TensorProto.UINT8, None)], [inverse])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    return loaded(helper.make_model(graph, opset_imports=opsets), library, threads)
+
+
+def attended(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """In float64, with probabilities that are codes."""
+    heads = [(x.astype(np.float64) - 128).reshape(*x.shape[:2], 3, 32).transpose(0, 2, 1, 3) for x in (q, k, v)]
+    scores = heads[0] @ heads[1].transpose(0, 1, 3, 2) * np.float64(np.float32(2e-4)) + mask
+    codes = np.rint(255 * np.exp(scores - scores.max(-1, keepdims=True)))
+    y = (codes / codes.sum(-1, keepdims=True)) @ heads[2]
+    return y.transpose(0, 2, 1, 3).reshape(q.shape) * np.linspace(0.5, 1.5, 96) + Y_ZERO
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("masked", ["", "keys", "queries", "shared"])
+def test_attention(library: Path, masked: str, threads: int) -> None:
+    made = attention_session(library, bool(masked), threads)
+    random = np.random.default_rng(0)
+    for batch, queries, keys in ((1, 1, 1), (2, 5, 3), (0, 4, 4), (1, 0, 4), (2, 13, 33), (1, 64, 70)):
+        q, k, v = (random.integers(0, 256, (batch, n, 96)).astype(np.uint8) for n in (queries, keys, keys))
+        shape = (batch if masked == "keys" else 1, 1, 1 if masked == "keys" else queries, keys)
+        mask = np.where(random.random(shape) < 0.3, -1e30, random.standard_normal(shape)).astype(np.float32)
+        mask[..., :1] = 0
+        if masked == "queries":
+            mask = np.repeat(mask, batch, 0)
+        feed = {"q": q, "k": k, "v": v, **({"mask": mask} if masked else {})}
+        mask = mask if masked else 0 * mask
+        found = made.run(None, feed)[0]
+        assert found.shape == q.shape
+        if q.size:  # a probability near a tie may get the next code: one value of v in some hundreds
+            levels = attended(q, k, v, mask.astype(np.float64))
+            assert np.abs(found - np.clip(levels, 0, 255)).max() < 1.5
+
+
+def test_attention_refuses(library: Path) -> None:
+    q, k = np.zeros((1, 4, 96), np.uint8), np.zeros((1, 6, 96), np.uint8)
+    made = attention_session(library, True)
+    with pytest.raises(Exception, match="sizes of q, k, v and inverse do not agree"):
+        made.run(None, {"q": q, "k": k, "v": q, "mask": np.zeros((1, 1, 1, 6), np.float32)})
+    with pytest.raises(Exception, match="mask is not"):
+        made.run(None, {"q": q, "k": k, "v": k, "mask": np.zeros((1, 3, 1, 6), np.float32)})
+    with pytest.raises(Exception, match="there are no keys"):
+        made.run(None, {"q": q, "k": k[:, :0], "v": k[:, :0], "mask": np.zeros((1, 1, 1, 0), np.float32)})
+    with pytest.raises(Exception, match="no kernel for these heads"):
+        attention_session(library, False, heads=2).run(None, {"q": q, "k": k, "v": k})
+    with pytest.raises(Exception, match="num_heads is not positive"):
+        attention_session(library, False, heads=0)
 
 
 def test_custom_operator_refuses(library: Path) -> None:

@@ -119,6 +119,25 @@ def starts_of(codes: Codes, zero: int, tile: Tile) -> npt.NDArray[np.int32]:
     return found
 
 
+def spread_codes(kernel: Kernel, tile: Tile, q: Any, offset: Expr) -> Expr:
+    """One group of bytes of q in the 32 bits of every lane."""
+    some = kernel.load(q, offset, tile.group)
+    if tile.group == 4:
+        word = spread(reinterpret("int32", some), tile.lanes)
+        return kernel.let(reinterpret(typed("uint8", 4 * tile.lanes), word))
+    pair = reinterpret("int32", cast("int16x2", some))
+    return kernel.let(reinterpret(typed("int16", 2 * tile.lanes), spread(pair, tile.lanes)))
+
+
+def dot(tile: Tile, sums: Expr, x: Expr, w: Expr) -> Expr:
+    """sums + the products of each lane's group, of unsigned x and signed w."""
+    n = tile.lanes
+    if tile.group == 4:
+        return intrinsic(typed("int32", n), f"llvm.x86.avx512.vpdpbusd.{32 * n}", sums, x, w)
+    name = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}[n]
+    return sums + intrinsic(typed("int32", n), name, x, w)
+
+
 def fused_int8(name: str, form: Form, machine: Machine) -> Any:
     """`void NAME(...)` with the pointers `PARAMETERS`.
 
@@ -207,34 +226,17 @@ class _Writer:
             if count > 1:
                 kernel.prefetch(self.at["w"], ahead + g * self.line)
             for r in range(count):
-                value = self.spread_codes((row * form.inner + g * group) + r * form.inner)
+                at = (row * form.inner + g * group) + r * form.inner
+                value = spread_codes(kernel, tile, self.at["q"], at)
                 for v, weight in zip(vectors, weights, strict=True):
                     old = kernel.load(sums, r * width + v, lanes)
-                    kernel.store(sums, r * width + v, self.dot(old, value, weight), lanes)
+                    kernel.store(sums, r * width + v, dot(tile, old, value, weight), lanes)
         for v, n in tail(columns, lanes):
             at = kernel.let(panel * width + v)
             scale, bias = (kernel.let(kernel.load(self.at[key], at, n)) for key in ("scales", "bias"))
             for r in range(count):
                 value = cast(typed("float32", n), kernel.load(sums, r * width + v, n)) * scale + bias
                 self.finish(kernel.let(value), (row + r) * form.outputs + at, at, n)
-
-    def spread_codes(self, offset: Expr) -> Expr:
-        """One group of a row of q in the 32 bits of every lane."""
-        kernel, tile = self.kernel, self.tile
-        some = kernel.load(self.at["q"], offset, tile.group)
-        if tile.group == 4:
-            return kernel.let(
-                reinterpret(typed("uint8", 4 * tile.lanes), spread(reinterpret("int32", some), tile.lanes))
-            )
-        pair = reinterpret("int32", cast("int16x2", some))
-        return kernel.let(reinterpret(typed("int16", 2 * tile.lanes), spread(pair, tile.lanes)))
-
-    def dot(self, sums: Expr, x: Expr, w: Expr) -> Expr:
-        n = self.tile.lanes
-        if self.tile.group == 4:
-            return intrinsic(typed("int32", n), f"llvm.x86.avx512.vpdpbusd.{32 * n}", sums, x, w)
-        name = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}[n]
-        return sums + intrinsic(typed("int32", n), name, x, w)
 
     def finish(self, value: Expr, place: Expr, at: Expr, n: int) -> None:
         """Everything after the bias for `n` outputs of a row."""
@@ -268,4 +270,6 @@ class _Writer:
             norm_row(kernel, self.tile.lanes, form.outputs, form.eps, self.at, y, start, write)
 
 
-__all__ = ["PARAMETERS", "Epilogue", "Form", "Tile", "fused_int8", "pack", "starts_of", "tile_for"]
+__all__ = [
+    "PARAMETERS", "Epilogue", "Form", "Tile", "dot", "fused_int8", "pack", "spread_codes", "starts_of", "tile_for",
+]  # fmt: skip

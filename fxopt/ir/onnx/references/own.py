@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fxopt.ir.onnx.registry import Call, Operators
+from fxopt.ir.ops.attention_u8 import attention_u8
 from fxopt.ir.ops.linear_u8s8 import EPILOGUES, layer_norm_u8, linear_u8s8, quantize_u8
 
 operators = Operators("fxopt")
@@ -48,3 +49,19 @@ def layer_norm_quantize_rows(
 ) -> Tensor:
     """`layer_norm_u8`."""
     return layer_norm_u8.function(x, gamma, beta, eps, inverse, zero)
+
+
+@operators.reference("AttentionInt8")
+def attention_int8(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inverse: Tensor,
+    mask: Tensor | None = None,
+    num_heads: int = 1,
+    factor: float = 1.0,
+    zero: int = 0,
+) -> Tensor:
+    """`attention_u8`."""
+    return attention_u8.function(q, k, v, inverse, mask, num_heads, factor, zero)
