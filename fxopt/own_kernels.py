@@ -71,19 +71,8 @@ def with_own_kernels(job: Optimizer, lossy: Lossy, sample: Sample | None, second
         fused = job.measured(graph, lossy.plan)
     refused = {verdict.node for verdict in job.ledger.select(pass_name=name, outcome="refused")}
     done = [node for node in nodes if node not in refused]
-    budget = job.request.budget
-    if budget is not None and not fused.loss <= budget:
-        return _left(job, done, lossy, fused, f"over budget: measured loss {fused.loss:.3g}")
-    why = "not measured (--force)"
-    if sample is not None:
-        timing = _compared(lossy, fused, sample, seconds)
-        why = f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f}) over ONNX Runtime's kernels"
-        if timing.low < 1.0:
-            return _left(job, done, lossy, fused, f"{why}: not surely faster")
-    for node in done:
-        job.ledger.add(Verdict(name, node, "applied", why))
-    lossy.executable.close()
-    return _with_attention(job, replace(fused, plan=lossy.plan), sample, seconds)
+    found = _chosen(job, name, done, lossy, replace(fused, plan=lossy.plan), sample, seconds)
+    return found if found is lossy else _with_attention(job, found, sample, seconds)
 
 
 def _with_attention(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: float) -> Lossy:
@@ -131,10 +120,3 @@ def _compared(lossy: Lossy, fused: Lossy, sample: Sample, seconds: float) -> Tim
         return lambda: one.executable.run(sample)
 
     return measure(running(lossy), running(fused), seconds)
-
-
-def _left(job: Optimizer, nodes: list[str], lossy: Lossy, fused: Lossy, why: str) -> Lossy:
-    for node in nodes:
-        job.ledger.add(Verdict(FuseInt8().name, node, "rolled-back", why))
-    fused.executable.close()
-    return lossy
