@@ -74,8 +74,9 @@ def files(folder: Path, model: Model, calibration: Sequence[Feed]) -> dict[str, 
     for name in (OURS, OWN) if has_own_kernels() else (OURS,):
         begin = time.perf_counter()
         made = fxopt.optimize(
-            source, calibration=list(calibration), threads=1, budget=model.budget, custom_ops=name == OWN
-        )
+            source, calibration=list(calibration), threads=1, budget=model.budget, passes=model.passes,
+            custom_ops=name == OWN,
+        )  # fmt: skip
         reports[name] = {**made.report.to_json(), "seconds": time.perf_counter() - begin}
         made.save(folder / f"{name}.onnx")
     return reports
@@ -141,7 +142,10 @@ def measured(
     for rival in rivals.values():
         versions |= rival.versions
         rival.close()
-    return {"title": model.title, "competitors": rows, "reports": reports, "peer_versions": versions}
+    asked = f"budget {model.budget:g}" + (f", passes {', '.join(model.passes)}" if model.passes else "")
+    return {
+        "title": model.title, "asked": asked, "competitors": rows, "reports": reports, "peer_versions": versions
+    }  # fmt: skip
 
 
 _COST = r"""

@@ -77,7 +77,9 @@ def _int8_model(found: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {' | '.join([NOT_MEASURED] * len(counts))} | | |{' |' if retrieves else ''} |")
         lines += ["", f"{name}: {reason}."]
     versions = ", ".join(f"{name} {version}" for name, version in found.get("peer_versions", {}).items())
-    return [*lines, "", f"Peers: {versions}."] if versions else lines
+    asked = [f"fxopt: {found['asked']}."] if "asked" in found else []
+    said = [*asked, *([f"Peers: {versions}."] if versions else [])]
+    return [*lines, "", " ".join(said)] if said else lines
 
 
 def _speed(row: dict[str, Any] | None) -> str:
