@@ -128,10 +128,12 @@ _LEAST_ERROR = ("quantize-linear{rounding=gptq}",)
 _NO_CACHE = {"use_cache": False}
 MODELS: dict[str, Model] = {
     "minilm_b1": Model(
-        "all-MiniLM-L6-v2, batch 1, sequence 128", True, _write_minilm, _sentences(1), calibration=64, passes=_LEAST_ERROR
+        "all-MiniLM-L6-v2, batch 1, sequence 128", True, _write_minilm, _sentences(1), calibration=64,
+        passes=_LEAST_ERROR,
     ),
     "minilm_b8": Model(
-        "all-MiniLM-L6-v2, batch 8, sequence 128", True, _write_minilm, _sentences(8), calibration=64, passes=_LEAST_ERROR
+        "all-MiniLM-L6-v2, batch 8, sequence 128", True, _write_minilm, _sentences(8), calibration=64,
+        passes=_LEAST_ERROR,
     ),
     "bert4": Model(
         "BERT, 4 layers of 768, sequence 128",
