@@ -57,7 +57,7 @@ def _(
     batch, queries, size = (hint(dim) for dim in q.shape)
     keys = hint(k.shape[1])
     pairs, moved = float(batch * queries * keys), float(2 * batch * (queries + keys) * size)
-    # the softmax, in operations of the products' own rate per score: from benchmarks/fused_encoder.py
+    # the softmax, in operations of the products' own rate per score: from whole encoders (benchmarks/cpu_int8.py)
     return Cost(4 * pairs * size + 60 * pairs * heads, moved, "int8", "attention", 1, 2 * pairs * size)
 
 
