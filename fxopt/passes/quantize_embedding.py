@@ -89,7 +89,7 @@ class QuantizeEmbedding(LossyPass):
         codes = torch.empty(table.shape, dtype=torch.int8, device="meta")
         scales = torch.empty(table.shape[0], 1, device="meta")
         pairs = [
-            (_float_cost(found.node), embedding_w8.cost_of(codes, scales, value_of(found.indices)))
+            (_float_cost(found.node), embedding_w8.cost_of(codes, scales, _indices(found.node)))
             for found in _lookups(graph, view)
         ]
         before, after = pairs[0]
@@ -135,6 +135,11 @@ def _rounded(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     step = max(1, _SLAB // max(1, table.shape[1]))
     parts = [quantize_weight(table[start : start + step]) for start in range(0, len(table), step)]
     return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])[:, None]
+
+
+def _indices(node: fx.Node) -> torch.Tensor:
+    """As many as the lookup gives rows: where they are computed from shapes, they have no tensor as their type."""
+    return torch.empty([hint(dim) for dim in value_of(node).shape[:-1]], dtype=torch.int64, device="meta")
 
 
 def _float_cost(node: fx.Node) -> Cost:

@@ -271,3 +271,18 @@ def test_neutral_and_options() -> None:
     with pytest.raises(InvalidOption, match="bits=4; expected 8"):
         QuantizeEmbedding(bits=4)
     assert QuantizeEmbedding() in lossy_passes()
+
+
+def test_indices_that_are_computed_from_shapes() -> None:
+    """Positions have no tensor as their type while types are derived; the lookup has a price all the same."""
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (int64[b, s] ids) => (float[s, 16] y) <float[64, 16] table = {0}> {'
+        " zero = Constant <value_int = 0> () one = Constant <value_int = 1> ()"
+        " shape = Shape (ids) length = Gather (shape, one) positions = Range (zero, length, one)"
+        " y = Gather (table, positions) }"
+    )
+    table = numpy_helper.from_array(np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32), "table")
+    proto.graph.initializer[0].CopyFrom(table)
+    samples = [{"ids": np.zeros((2, length), np.int64)} for length in (3, 5, 8, 9)]
+    result = fxopt.optimize(proto, calibration=samples, passes=["quantize-embedding"], objective="size")
+    assert [row.outcome for row in result.ledger.select(pass_name="quantize-embedding")] == ["applied"]

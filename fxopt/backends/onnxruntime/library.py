@@ -20,6 +20,7 @@ from fxopt.errors import InvalidModel
 
 KEY = "fxopt.library"
 SUFFIX = ".so"
+_END = 1 << 18  # bytes of a file in which its metadata lie: behind the graph
 
 
 def needs_library(model: ModelProto) -> bool:
@@ -80,5 +81,9 @@ def library_of(path: str | os.PathLike[str]) -> Path | None:
 
 
 def _may_need_one(path: Path) -> bool:
-    """Whether the name of our main operator is in the file: a small part of the time that parsing takes."""
-    return path.is_file() and LINEAR.encode() in path.read_bytes()
+    """Whether the end of the file, where the metadata are, names a library: files may be large."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _END))
+        return KEY.encode() in file.read()
