@@ -24,6 +24,7 @@ from fxopt.ir.ops import linear_w8a8 as integer
 _ROWS, _INTEGER, _FLOAT8 = 17, 8, 16  # the least number of rows, and the multiples that axes must be
 _CAPABILITY = (8, 9)
 _LONGEST = (2**31 - 1) // (255 * 127)  # sums of more products may not fit 32 bits
+_ATEN = torch.ops.aten
 _MIDDLE = 128  # from codes 0 ... 255 to -128 ... 127
 
 
@@ -79,7 +80,8 @@ def _int_mm(levels: Tensor, codes: Tensor) -> Tensor:
     columns = _multiple(levels.shape[1], _INTEGER)
     levels = _filled(levels, max(rows, _ROWS), columns)
     codes = _filled(codes, _multiple(out, _INTEGER), columns)
-    return torch._int_mm(levels, codes.t())[:rows, :out]
+    product: Tensor = _ATEN._int_mm(levels, codes.t())
+    return product[:rows, :out]
 
 
 def linear_fp8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, x_scale: float | None) -> Tensor:
@@ -98,12 +100,12 @@ def linear_fp8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, x_
     if x.dtype == torch.bfloat16:
         scales = torch.nn.functional.pad(scales, (0, outputs - out))[None]
         added = None if bias is None else torch.nn.functional.pad(bias.to(x.dtype), (0, outputs - out))
-        y = torch._scaled_mm(
+        y: Tensor = _ATEN._scaled_mm(
             levels, weight, scale_a=steps, scale_b=scales, bias=added, out_dtype=x.dtype, use_fast_accum=False
         )[:, :out]
     else:
         one = torch.ones((), device=x.device)
-        sums = torch._scaled_mm(
+        sums: Tensor = _ATEN._scaled_mm(
             levels, weight, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False
         )[:, :out]
         y = sums * steps * scales

@@ -108,9 +108,9 @@ class QuantizeLinear(LossyPass):
     @property
     def _of_int8(self) -> tuple[str, ...]:
         """The options that are set to what only the int8 form has."""
-        values = {"smooth": ("auto", "off"), "ranges": ("auto", "minmax"), "correct_bias": ("auto", "off")}
-        neutral = {**values, "rounding": ("nearest",)}
-        return tuple(f"{name}={getattr(self, name)}" for name, fine in neutral.items() if getattr(self, name) not in fine)
+        plain = {"smooth": "off", "ranges": "minmax", "correct_bias": "off", "rounding": "nearest"}
+        values = {name: getattr(self, name) for name in plain}
+        return tuple(f"{name}={value}" for name, value in values.items() if value not in ("auto", plain[name]))
 
     @property
     def _parts(self) -> tuple[_Part, ...]:
@@ -120,7 +120,8 @@ class QuantizeLinear(LossyPass):
             how = self.activations, self.smooth, self.ranges, self.correct_bias, self.rounding
             integer = EightBit(self.name, *how)
             float8 = Float8(self.name, self.activations, self.format == "fp8", self._of_int8)
-            return {"int8": (integer,), "fp8": (float8,), "auto": (integer, float8)}[self.format]
+            parts: dict[str, tuple[_Part, ...]] = {"int8": (integer,), "fp8": (float8,), "auto": (integer, float8)}
+            return parts[self.format]
         activations = "int8" if self.activations == "auto" else self.activations
         options = self.name, self.bits, self.group, self.symmetric, self.method, self.act_order
         return WeightOnly(*options, activations), ConvWeights(*options)
