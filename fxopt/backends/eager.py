@@ -6,9 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.backends.base import Backend, Executable
+from fxopt.backends.eager_cuda import register
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
@@ -22,6 +24,8 @@ class EagerExecutable(Executable):
     executed_on = "eager (reference)"
 
     def __init__(self, graph: Graph, evaluator: Evaluator | None = None) -> None:
+        if torch.cuda.is_available():
+            register()
         self.graph = graph
         self.evaluator = evaluator
 

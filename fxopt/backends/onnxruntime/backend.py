@@ -65,6 +65,8 @@ class OnnxRuntime(Backend):
         known = {target.name().removeprefix("fxopt::") for target in FORMS}
         if op == "linear_nbits":
             return _nbits(dtype, pattern)
+        if op == "linear_fp8":
+            return "ONNX Runtime on the CPU has no fp8 kernel"
         if op in _FAST_FUSIONS:
             return _fusion(op, dtype)
         return "" if op in known else f"operator {op} has no ONNX form that ONNX Runtime runs fast"

@@ -75,7 +75,8 @@ def linear_w8a8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, x
 _ROUNDING = {"dynamic": 64.0, "static": 43.0}
 
 
-def _cost(x: Tensor, codes: Tensor, kind: str) -> Cost:
+def eight_bit_cost(x: Tensor, codes: Tensor, kind: str, dtype: str = "int8") -> Cost:
+    """Work of a linear whose operands have 8 bits each; `kind` is "dynamic" or "static"."""
     from fxopt.ir.graph import hint
 
     rows = 1
@@ -85,17 +86,17 @@ def _cost(x: Tensor, codes: Tensor, kind: str) -> Cost:
     size = x.dtype.itemsize
     moved = rows * inner * (size + 1) + out * inner + rows * out * size
     macs = float(rows * out * inner)
-    return Cost(2 * macs + _ROUNDING[kind] * rows * inner, moved, "int8", "linear", 2, macs)
+    return Cost(2 * macs + _ROUNDING[kind] * rows * inner, moved, dtype, "linear", 2, macs)
 
 
 @linear_w8a8_dynamic.cost
 def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Cost:
-    return _cost(x, codes, "dynamic")
+    return eight_bit_cost(x, codes, "dynamic")
 
 
 @linear_w8a8.cost
 def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, x_scale: float, x_zero: int) -> Cost:
-    return _cost(x, codes, "static")
+    return eight_bit_cost(x, codes, "static")
 
 
 def _operands() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:

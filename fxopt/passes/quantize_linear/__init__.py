@@ -16,6 +16,7 @@ from fxopt.ir.views.quantized import quantized_operators
 from fxopt.passes.base import Candidate, Context, Estimate, LossyPass, Setting
 from fxopt.passes.quantize_linear.conv_weights import ConvWeights
 from fxopt.passes.quantize_linear.eight_bit import EightBit
+from fxopt.passes.quantize_linear.float8 import Float8
 from fxopt.passes.quantize_linear.grids import RANGES, quantize_weight, static_range
 from fxopt.passes.quantize_linear.weight_only import WeightOnly
 from fxopt.passes.stats import Stats
@@ -27,6 +28,8 @@ _WEIGHT_ONLY = ("auto", "int8", "float")
 _METHODS = ("gptq", "rtn")
 _ROUNDINGS = ("nearest", "gptq")
 _SWITCH = ("auto", "on", "off")
+_FORMATS = ("auto", "int8", "fp8")
+_Part = EightBit | Float8 | WeightOnly | ConvWeights
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class QuantizeLinear(LossyPass):
         act_order: GPTQ rounds the inputs with the largest second moments first.
         rounding: with 8 bits: "nearest", or "gptq": a smaller error at the same speed, for a longer calibration (x86
             without VNNI keeps "nearest").
+        format: with 8 bits "int8", or "fp8" (e4m3, of linears: activations are scaled per row, or, with "static", per
+            tensor), or "auto": on CUDA targets both are offered, elsewhere int8.
     """
 
     bits: int | None = 8
@@ -64,6 +69,7 @@ class QuantizeLinear(LossyPass):
     ranges: str = "auto"
     correct_bias: str = "auto"
     rounding: str = "nearest"
+    format: str = "auto"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8, None):
@@ -83,16 +89,39 @@ class QuantizeLinear(LossyPass):
             raise InvalidOption(f"quantize-linear: ranges={self.ranges!r}; expected one of {('auto', *RANGES)}")
         if self.correct_bias not in _SWITCH:
             raise InvalidOption(f"quantize-linear: correct_bias={self.correct_bias!r}; expected one of {_SWITCH}")
+        if self.format not in _FORMATS:
+            raise InvalidOption(f"quantize-linear: format={self.format!r}; expected one of {_FORMATS}")
+        if self.format == "fp8" and self.bits is not None and not self._both_operands:
+            raise InvalidOption(
+                f"quantize-linear: format='fp8' with bits={self.bits} and activations={self.activations!r}; expected "
+                "bits=8 and activations auto, dynamic or static"
+            )
+        if self.format == "fp8" and self._of_int8:
+            raise InvalidOption(f"quantize-linear: format='fp8' has no {', '.join(self._of_int8)}; use format=int8")
         if self.group < 0 or 0 < self.group < 16:
             raise InvalidOption(f"quantize-linear: group={self.group}; expected at least 16, or 0 for one per output")
 
     @property
-    def _parts(self) -> tuple[EightBit | WeightOnly | ConvWeights, ...]:
+    def _both_operands(self) -> bool:
+        return self.bits == 8 and self.activations not in _WEIGHT_ONLY[1:]
+
+    @property
+    def _of_int8(self) -> tuple[str, ...]:
+        """The options that are set to what only the int8 form has."""
+        plain = {"smooth": "off", "ranges": "minmax", "correct_bias": "off", "rounding": "nearest"}
+        values = {name: getattr(self, name) for name in plain}
+        return tuple(f"{name}={value}" for name, value in values.items() if value not in ("auto", plain[name]))
+
+    @property
+    def _parts(self) -> tuple[_Part, ...]:
         if self.bits is None:
             return ()
-        if self.bits == 8 and self.activations not in _WEIGHT_ONLY[1:]:
+        if self._both_operands:
             how = self.activations, self.smooth, self.ranges, self.correct_bias, self.rounding
-            return (EightBit(self.name, *how),)
+            integer = EightBit(self.name, *how)
+            float8 = Float8(self.name, self.activations, self.format == "fp8", self._of_int8)
+            parts: dict[str, tuple[_Part, ...]] = {"int8": (integer,), "fp8": (float8,), "auto": (integer, float8)}
+            return parts[self.format]
         activations = "int8" if self.activations == "auto" else self.activations
         options = self.name, self.bits, self.group, self.symmetric, self.method, self.act_order
         return WeightOnly(*options, activations), ConvWeights(*options)
@@ -127,7 +156,7 @@ class QuantizeLinear(LossyPass):
     def work(self, graph: Graph, candidate: Candidate) -> tuple[Cost, Cost] | None:
         """Of weight-only forms: those of linears pay only for few rows, those of convolutions never in time."""
         part = self._part_of(graph, candidate)
-        return None if isinstance(part, EightBit) else part.work(graph, candidate)
+        return part.work(graph, candidate) if isinstance(part, (WeightOnly, ConvWeights)) else None
 
     def moments(self, graph: Graph, candidate: Candidate) -> fx.Node | None:
         """GPTQ wants the second moments of the input."""
@@ -136,7 +165,7 @@ class QuantizeLinear(LossyPass):
     def moment_rows(self, graph: Graph, candidate: Candidate) -> Callable[[Tensor], Tensor] | None:
         """Of a convolution: the patches that its kernel sees."""
         part = self._part_of(graph, candidate)
-        return None if isinstance(part, WeightOnly) else part.moment_rows(graph, candidate)
+        return part.moment_rows(graph, candidate) if isinstance(part, (EightBit, ConvWeights)) else None
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
         """The error on the calibration rows, and the work of both forms."""
@@ -146,9 +175,11 @@ class QuantizeLinear(LossyPass):
         """Replace the linear or convolution (in 8 bits with the ReLU behind it)."""
         self._part_of(graph, candidate).apply(graph, candidate, stats)
 
-    def _part_of(self, graph: Graph, candidate: Candidate) -> EightBit | WeightOnly | ConvWeights:
+    def _part_of(self, graph: Graph, candidate: Candidate) -> _Part:
         parts = self._parts
         assert parts, "a neutral pass has no candidates"
+        if self._both_operands:
+            return parts[-1 if candidate.setting.get("format") == "fp8" else 0]
         node = graph.find(candidate.node)
         is_conv = node is not None and isinstance(conv(graph, node), Conv)
         return parts[-1] if is_conv else parts[0]

@@ -16,6 +16,7 @@ from fxopt.ir.views.linear import Linear
 from fxopt.passes.base import Context
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+JUDGED = 192  # outputs of a linear by which its error is estimated
 
 
 def value_of(node: fx.Node) -> torch.Tensor:

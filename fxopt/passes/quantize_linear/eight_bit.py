@@ -29,6 +29,7 @@ from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_between import behind
 from fxopt.passes.quantize_linear.common import (
     FLOATS,
+    JUDGED,
     float_cost,
     is_depthwise,
     replaced,
@@ -52,7 +53,6 @@ from fxopt.passes.quantize_linear.smoothing import Smoothing, chosen, siblings, 
 from fxopt.passes.stats import Stats
 
 _OUTPUTS = 64  # on which strengths of smoothing are compared
-_JUDGED = 192  # outputs of a linear by which its error is estimated
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ class EightBit:
             return Refusal("the model has opset {}; per-channel quantisation needs 13", graph.model.opsets.get("", 0))
         if graph.origin == "onnx" and weight.dtype != torch.float32:
             return Refusal("ONNX integer operators give float32; the weight has type {}", weight.dtype)
+        if ctx.target.kind == "cuda" and "int8" not in ctx.target.peak:
+            return Refusal("{} lists no rate of int8", ctx.target.name)
         unsupported = ctx.supports(op_name, "int8")
         return Refusal(unsupported) if unsupported else None
 
@@ -185,7 +187,7 @@ class EightBit:
         else:
             smoothing = self._smoothing(graph, view, candidate.setting, stats)
             after = after if smoothing is None else after + _smoothing_cost(graph, view)
-            every = max(1, len(weight) // _JUDGED)
+            every = max(1, len(weight) // JUDGED)
             codes, scales, bias, *fixed = operands
             some = (codes[::every], scales[::every], None if bias is None else bias[::every], *fixed)
             sums = candidate.setting["sums"]
