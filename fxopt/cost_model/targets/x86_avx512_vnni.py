@@ -9,8 +9,8 @@ TARGET = Target(
     backend="onnxruntime",
     source=(
         "peak: 2 fused multiply-adds of 16 floats per cycle at 4.4 GHz, 8-bit dot products at 4 times that; the rest "
-        "fitted to times of ONNX Runtime 1.32 on one core of an AMD EPYC, Zen 5, by benchmarks/host_rates.py; parallel: "
-        "as x86-avx2"
+        "fitted to times of ONNX Runtime 1.32 on one core of an AMD EPYC, Zen 5, by benchmarks/host_rates.py; "
+        "parallel: as x86-avx2"
     ),
     error=(
         "mean 16 % over 91 held-out operators and models (90 % of them within 37 %), 10 % over whole models; measured "
