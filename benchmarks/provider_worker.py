@@ -6,6 +6,7 @@ The commands and answers are those of openvino_worker.py: ["compile", THREADS, F
 ["run", INPUTS.npz, OUTPUTS.npz].
 """
 
+import json
 import sys
 
 from openvino_worker import answer, serve
@@ -20,7 +21,8 @@ def main():
     def compiled(threads):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        settings = {"device_type": "CPU", "num_of_threads": str(threads)} if "OpenVINO" in provider else {}
+        config = json.dumps({"CPU": {"INFERENCE_NUM_THREADS": str(threads)}})
+        settings = {"device_type": "CPU", "load_config": config} if "OpenVINO" in provider else {}
         session = onnxruntime.InferenceSession(model, options, providers=[(provider, settings)])
         if session.get_providers()[0] != provider:
             raise SystemExit(f"{provider} is not among {onnxruntime.get_available_providers()}")
