@@ -19,8 +19,11 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from fxopt.errors import InvalidModel, InvalidOption, Unsupported, VerificationError
 from fxopt.frontends.comparison import first_line, made_up, noise_to_signal, run
 from fxopt.frontends.onnx import load
+from fxopt.ir.builder import since_version
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
+from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.onnx.records import NodeRecord
 
 _SMALL = 1024  # bytes; constants up to here are shown to the converter, which may turn them into attributes or back
 _SAME_MEANING = {"If", "Loop"}  # their versions differ in element types only
@@ -139,12 +142,46 @@ def convert_graph(graph: Graph, opset: int, ledger: Ledger | None = None) -> Gra
     """
     from fxopt.ir.onnx.export import to_model
 
+    kept = _kept(graph, opset)
+    if kept is not None and graph.model is not None:
+        if ledger is not None:
+            ledger.note(f"converted from opset {graph.model.opsets['']} to {opset}: every operator stays what it is")
+        return kept
     result = convert(to_model(graph), opset)
     if ledger is not None:
         ledger.note(str(result))
         for line in result.changed:
             ledger.note(line)
     return load(result.model)
+
+
+def _kept(graph: Graph, opset: int) -> Graph | None:
+    """A copy of the graph at `opset`, with the same weights, where no node has to be rewritten; else None."""
+    from fxopt.ir.onnx.export import outline
+
+    if graph.model is None or graph.model.proto.functions or any(graph.subgraphs()):
+        return None
+    try:
+        if convert(outline(graph), opset, verify=False).changed:
+            return None
+    except Unsupported:  # only running both can tell
+        return None
+    made = graph.copy()
+    proto = ModelProto.FromString(graph.model.proto.SerializeToString())
+    for entry in proto.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = opset
+    proto.ir_version = max(
+        proto.ir_version, helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
+    )
+    made.model = replace(graph.model, proto=proto)
+    for node in made.calls():
+        old, record = node.target, node.meta.get("onnx")
+        if isinstance(old, OnnxOp) and not old.domain:
+            node.target = OnnxOp("", old.op_type, since_version(old.op_type, opset))
+            if isinstance(record, NodeRecord) and record.target is old:
+                node.meta["onnx"] = replace(record, target=node.target)
+    return made
 
 
 def _scope_of(model: ModelProto, opset: int, changed: list[str], doubtful: list[str]) -> _Scope:

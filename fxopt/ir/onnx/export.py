@@ -18,7 +18,7 @@ from fxopt.ir.onnx.external_writer import write_external
 
 INLINE_LIMIT = 1_900_000_000  # bytes of weights up to which one file is written (protobuf's limit is 2^31 - 1)
 _SMALL = 1024  # bytes; smaller tensors always lie in the file: shape inference must read shapes
-__all__ = ["INLINE_LIMIT", "Emitter", "Form", "Forms", "save", "to_model"]
+__all__ = ["INLINE_LIMIT", "Emitter", "Form", "Forms", "outline", "save", "to_model"]
 
 
 def _emit(
@@ -58,6 +58,15 @@ def to_model(graph: Graph, forms: Forms | None = None) -> ModelProto:
         raise Unsupported(f"{total} bytes of weights do not fit into one protobuf message; save the graph to a file")
     for tensor, value in pending:
         tensor.raw_data = to_numpy(value).tobytes()
+    return proto
+
+
+def outline(graph: Graph) -> ModelProto:
+    """The graph as a `ModelProto` of which only small tensors have their bytes: for what looks at operators alone."""
+    proto, pending = _emit(graph, {})
+    for tensor, value in pending:
+        if tensor.data_location != TensorProto.EXTERNAL and value.nbytes < _SMALL:
+            tensor.raw_data = to_numpy(value).tobytes()
     return proto
 
 
