@@ -91,7 +91,7 @@ def test_the_file_and_its_library(tmp_path: Path) -> None:
     x = samples()[0]["x"]
     here = result(torch.from_numpy(x)).numpy()
     expected = np.asarray(fxopt.optimize(network(), passes=[])(torch.from_numpy(x)))
-    assert np.square(here - expected).sum() / np.square(expected).sum() < 1e-3
+    assert np.square(here - expected).sum() / np.square(expected).sum() < 4e-3  # with seven-bit codes, too
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(tmp_path / "model.so"))
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
