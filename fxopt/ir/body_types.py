@@ -151,6 +151,10 @@ def _scan(owner: _Owner) -> list[Any]:
         owner.reason = "the type of what is scanned is unknown"
         return []
     axes = owner.kwargs.get("scan_input_axes") or [1 if old else 0] * count
+    if len(axes) != len(scanned) or not scanned:
+        owner.infer(body, [UNKNOWN] * len(args))
+        owner.reason = f"num_scan_inputs={count} and {len(axes)} scan_input_axes do not fit its {len(args)} inputs"
+        return []
     slices = [owner.fake(_without(value, axis, old), value.dtype) for value, axis in zip(scanned, axes, strict=True)]
     length, batch = scanned[0].shape[axes[0]], [scanned[0].shape[0]] if old else []
     entries = [_entry(owner, value) if old else value for value in initial]

@@ -21,6 +21,7 @@ from fxopt import onnx_backend
 from fxopt.errors import InvalidInput, InvalidModel, MissingReference
 from fxopt.frontends.onnx import load
 from fxopt.ir.graph import Graph
+from fxopt.ir.shapes import infer
 from tests.onnx import flows
 
 
@@ -360,3 +361,20 @@ def test_nothing_of_onnx_evaluates() -> None:
         "assert not {'onnx.reference', 'onnxruntime'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_types_of_a_scan_that_scans_more_than_it_takes() -> None:
+    body = helper.make_graph(
+        [helper.make_node("Add", ["a", "v"], ["b"]), helper.make_node("Identity", ["b"], ["e"])],
+        "body",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "av"],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "be"],
+    )
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3, 2]) for name in ("s", "x")]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "z")]
+    node = helper.make_node("Scan", ["s", "x"], ["y", "z"], body=body, num_scan_inputs=4)
+    main = helper.make_graph([node], "main", values, results)
+    graph = load(helper.make_model(main, opset_imports=[helper.make_opsetid("", 17)]), check=False)
+    infer(graph)
+    (scan,) = graph.calls()
+    assert "num_scan_inputs=4" in str(scan.meta)
