@@ -3,6 +3,8 @@
 ONNX's own converter takes whole models, and refuses those with functions or operators of other domains. Here it sees
 one node at a time: a node whose operator did not change between the versions is kept as it is, byte for byte, one that
 did is converted alone and put in its place; operators of other domains, functions and sub-graphs stay.
+
+Longer than most files here: whether a node may be kept, and how that is proved, are one argument.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from onnx import ModelProto
 
 from fxopt.backends.onnxruntime.fused_forms import ATTENTION, DOMAIN, LINEAR
 from fxopt.errors import InvalidModel
+from fxopt.ir.ops.linear_u8s8 import EPILOGUES
 
 KEY = "fxopt.library"
 SUFFIX = ".so"
@@ -35,7 +36,7 @@ def build_library(model: ModelProto, path: Path) -> Path:
         MissingDependency: a package of fxopt[tvm] is not installed.
         OutputError: the compiler or the linker refuses, or the file cannot be written.
     """
-    from fxopt.backends.tvm.custom_ops import EPILOGUES, build_custom_ops
+    from fxopt.backends.tvm.custom_ops import build_custom_ops
     from fxopt.backends.tvm.kernels.attention_int8 import AttentionForm
     from fxopt.backends.tvm.kernels.fused_int8 import Form
     from fxopt.backends.tvm.kernels.rows_u8 import RowForm

@@ -13,19 +13,19 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from fxopt.backends.tvm.kernels.attention_int8 import AttentionForm, attention_int8, attention_tile
-from fxopt.backends.tvm.kernels.fused_int8 import Epilogue, Form, Tile, fused_int8, tile_for
+from fxopt.backends.tvm.kernels.fused_int8 import Form, Tile, fused_int8, tile_for
 from fxopt.backends.tvm.kernels.rows_u8 import RowForm, rows_u8
 from fxopt.backends.tvm.link import compile_c, link
 from fxopt.backends.tvm.lower import write_object
 from fxopt.backends.tvm.machine import machine_for
 from fxopt.cost_model.targets import get_target
+from fxopt.ir.ops.linear_u8s8 import EPILOGUES
 
 DOMAIN, OPERATOR = "fxopt", "FusedLinearInt8"
 QUANTIZE, NORM_QUANTIZE, ATTENTION = "QuantizeRows", "LayerNormQuantizeRows", "AttentionInt8"
-EPILOGUES: tuple[str, ...] = get_args(Epilogue)
 LEVELS = {"x86-avx2": 1, "x86-avx-vnni": 2, "x86-avx512-vnni": 3}  # targets, and their places in fused_int8.c
 _SOURCES = ("fused_int8.c", "ort_abi.h")
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.ir.graph import Graph, hint, shape_of
+from fxopt.ir.graph import Graph, hint, label, shape_of
+from fxopt.ir.ledger import Refusal
 from fxopt.ir.target import Cost, conv_kind
 from fxopt.ir.views.conv import Conv, conv
 from fxopt.ir.views.eight_bit import saturated, source, takers
@@ -17,6 +18,21 @@ from fxopt.passes.base import Context
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 JUDGED = 192  # outputs of a linear by which its error is estimated
+
+
+def unfit(graph: Graph, ctx: Context, view: Linear | Conv) -> Refusal | None:
+    """Why no form is offered: the user left the node out, or its weight holds nothing that can be quantised."""
+    excluded = ctx.excluded(label(view.node))
+    if excluded is not None:
+        return excluded
+    weight = view.weight(graph)
+    if weight.dtype not in FLOATS:
+        return Refusal("the weight has type {}; expected a floating-point type", weight.dtype)
+    if weight.numel() == 0:
+        return Refusal("the weight is empty")
+    if not bool(torch.isfinite(weight).all()):
+        return Refusal("the weight holds infinite or NaN values")
+    return None
 
 
 def value_of(node: fx.Node) -> torch.Tensor:

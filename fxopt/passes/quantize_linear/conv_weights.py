@@ -19,7 +19,7 @@ from fxopt.ir.ops.conv_nbits import conv_nbits
 from fxopt.ir.target import Cost
 from fxopt.ir.views.conv import Conv, conv, convs
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
-from fxopt.passes.quantize_linear.common import FLOATS, float_conv, float_cost, replaced, value_of
+from fxopt.passes.quantize_linear.common import float_conv, float_cost, replaced, unfit, value_of
 from fxopt.passes.quantize_linear.patches import patch_rows
 from fxopt.passes.quantize_linear.rounding import Rounding
 from fxopt.passes.stats import Stats
@@ -58,16 +58,10 @@ class ConvWeights:
         return Candidate(self.name, node.name, label(node), setting, refusal, group_name)
 
     def _refusal(self, graph: Graph, ctx: Context, view: Conv) -> Refusal | None:
-        excluded = ctx.excluded(label(view.node))
-        if excluded is not None:
-            return excluded
+        refusal = unfit(graph, ctx, view)
+        if refusal is not None:
+            return refusal
         weight = view.weight(graph)
-        if weight.dtype not in FLOATS:
-            return Refusal("the weight has type {}; expected a floating-point type", weight.dtype)
-        if weight.numel() == 0:
-            return Refusal("the weight is empty")
-        if not bool(torch.isfinite(weight).all()):
-            return Refusal("the weight holds infinite or NaN values")
         if graph.model is not None and graph.model.opsets.get("", 0) < _OPSET:
             return Refusal("the model has opset {}; unpacking codes needs {}", graph.model.opsets.get("", 0), _OPSET)
         if not all(isinstance(node.meta.get("val"), Tensor) for node in (view.x, view.node)):

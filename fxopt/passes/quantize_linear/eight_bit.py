@@ -28,13 +28,13 @@ from fxopt.passes import fold_linear_scale, fold_norm_scale
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
 from fxopt.passes.quantize_between import behind
 from fxopt.passes.quantize_linear.common import (
-    FLOATS,
     JUDGED,
     float_cost,
     is_depthwise,
     replaced,
     result_of,
     saturates,
+    unfit,
     value_of,
     with_conversions,
 )
@@ -127,18 +127,12 @@ class EightBit:
         return Candidate(self.name, node.name, label(node), setting, refusal, group)
 
     def _refusal(self, graph: Graph, ctx: Context, view: Linear | Conv, op_name: str) -> Refusal | None:
-        excluded = ctx.excluded(label(view.node))
-        if excluded is not None:
-            return excluded
+        refusal = unfit(graph, ctx, view)
+        if refusal is not None:
+            return refusal
         weight = view.weight(graph)
-        if weight.dtype not in FLOATS:
-            return Refusal("the weight has type {}; expected a floating-point type", weight.dtype)
-        if weight.numel() == 0:
-            return Refusal("the weight is empty")
         if isinstance(view, Conv) and weight.dim() < 4:
             return Refusal("it moves along one axis; convolutions are computed in 8 bits where they have two or three")
-        if not bool(torch.isfinite(weight).all()):
-            return Refusal("the weight holds infinite or NaN values")
         if graph.model is not None and graph.model.opsets.get("", 0) < 13:
             return Refusal("the model has opset {}; per-channel quantisation needs 13", graph.model.opsets.get("", 0))
         if graph.origin == "onnx" and weight.dtype != torch.float32:

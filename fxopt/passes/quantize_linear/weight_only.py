@@ -16,7 +16,7 @@ from fxopt.ir.ops.linear_nbits import linear_nbits, rounded_activations
 from fxopt.ir.target import Cost
 from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
-from fxopt.passes.quantize_linear.common import FLOATS, float_cost, replaced, value_of
+from fxopt.passes.quantize_linear.common import float_cost, replaced, unfit, value_of
 from fxopt.passes.quantize_linear.rounding import Rounding
 from fxopt.passes.stats import Stats
 
@@ -53,14 +53,10 @@ class WeightOnly:
         return Candidate(self.name, node.name, label(node), setting, refusal, group_name)
 
     def _refusal(self, graph: Graph, ctx: Context, view: Linear, group: int) -> Refusal | None:
-        excluded = ctx.excluded(label(view.node))
-        if excluded is not None:
-            return excluded
+        refusal = unfit(graph, ctx, view)
+        if refusal is not None:
+            return refusal
         weight = view.weight(graph)
-        if weight.dtype not in FLOATS:
-            return Refusal("the weight has type {}; expected a floating-point type", weight.dtype)
-        if weight.numel() == 0:
-            return Refusal("the weight is empty")
         if weight.shape[1] < group:
             return Refusal("{} inputs are fewer than one group of {}; try group={}", weight.shape[1], group, 16)
         if not isinstance(view.x.meta.get("val"), Tensor):
