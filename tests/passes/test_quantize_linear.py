@@ -339,3 +339,9 @@ def test_a_convolution_along_one_axis_is_refused() -> None:
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     found = list(QuantizeLinear().candidates(load(model), Context(VNNI)))
     assert "moves along one axis" in str(found[0].refusal)
+
+
+def test_few_bits_refuse_weights_that_are_not_finite() -> None:
+    model = mlp(weight=np.full((16, 24), np.nan, np.float32))
+    refusals = {str(found.refusal) for found in QuantizeLinear(bits=4, group=16).candidates(load(model), Context(VNNI))}
+    assert "the weight holds infinite or NaN values" in refusals

@@ -20,7 +20,7 @@ from fxopt.ir.target import Target
 from fxopt.ir.views.conv import convs
 from fxopt.ir.views.linear import Linear, linear, linears
 from fxopt.passes.base import Candidate, Context, Estimate, Setting
-from fxopt.passes.quantize_linear.common import FLOATS, JUDGED, float_cost, replaced, value_of
+from fxopt.passes.quantize_linear.common import JUDGED, float_cost, replaced, unfit, value_of
 from fxopt.passes.quantize_linear.on_sample import float_result
 from fxopt.passes.stats import Extremes, Stats
 
@@ -55,7 +55,7 @@ class Float8:
                     yield self._candidate(view[0], "", "auto", view[1])
                 continue
             weight = view.weight(graph)
-            refusal = self._refusal(ctx, view, weight)
+            refusal = self._refusal(graph, ctx, view, weight)
             kinds = ("dynamic", "static") if self.activations == "auto" else (self.activations,)
             for kind in kinds if refusal is None else (self.activations,):
                 yield self._candidate(view.node, f"linear_fp8 {'x'.join(map(str, weight.shape))}", kind, refusal)
@@ -68,21 +68,15 @@ class Float8:
         setting = Setting.of(self.name, format="fp8", activations=kind)
         return Candidate(self.name, node.name, label(node), setting, refusal, group)
 
-    def _refusal(self, ctx: Context, view: Linear, weight: Tensor) -> Refusal | None:
-        excluded = ctx.excluded(label(view.node))
-        if excluded is not None:
-            return excluded
+    def _refusal(self, graph: Graph, ctx: Context, view: Linear, weight: Tensor) -> Refusal | None:
+        refusal = unfit(graph, ctx, view)
+        if refusal is not None:
+            return refusal
         unsupported = ctx.supports("linear_fp8", "float8_e4m3fn")
         if unsupported:
             return Refusal(unsupported)
         if "float8" not in ctx.target.peak:
             return Refusal(no_float8(ctx.target))
-        if weight.dtype not in FLOATS:
-            return Refusal("the weight has type {}; expected a floating-point type", weight.dtype)
-        if weight.numel() == 0:
-            return Refusal("the weight is empty")
-        if not bool(torch.isfinite(weight).all()):
-            return Refusal("the weight holds infinite or NaN values")
         if not isinstance(view.x.meta.get("val"), Tensor):
             return Refusal("the type of its input {} is not known", label(view.x))
         if any(size % _MULTIPLE for size in weight.shape):
