@@ -86,7 +86,7 @@ class Pattern:
         """Scores [out, in] summed over the outputs that share their zeros: [out / outputs, in]."""
         if self.outputs == 1:
             return scores
-        return scores.unflatten(0, (-1, self.outputs)).sum(1)
+        return _groups(scores, 0, self.outputs).sum(1)
 
     def spread(self, groups: Tensor) -> Tensor:
         """[out / outputs, in] -> [out, in]."""
@@ -102,7 +102,7 @@ class Pattern:
         """
         groups = self.shared(scores)
         if self.is_counted:
-            runs = groups.unflatten(1, (-1, self.of))
+            runs = _groups(groups, 1, self.of)
             kept = torch.zeros_like(runs, dtype=torch.bool)
             kept.scatter_(-1, runs.topk(self.kept, -1).indices, True)
             return self.spread(kept.flatten(1))
@@ -115,7 +115,7 @@ class Pattern:
     def occupied(self, weight: Tensor) -> Tensor:
         """Which blocks hold something else than zeros, bool [out / outputs, in]; needs a shape that divides."""
         used = weight != 0
-        return used if self.outputs == 1 else used.unflatten(0, (-1, self.outputs)).any(1)
+        return used if self.outputs == 1 else _groups(used, 0, self.outputs).any(1)
 
     def zeros(self, weight: Tensor) -> float:
         """The share of blocks [outputs x 1] of a weight that are zero."""
@@ -127,7 +127,7 @@ class Pattern:
         refusal = self.refusal(*weight.shape)
         if refusal or not self.is_counted or not weight.numel():
             return refusal
-        counts = self.occupied(weight).unflatten(1, (-1, self.of)).sum(-1)
+        counts = _groups(self.occupied(weight), 1, self.of).sum(-1)
         broken = (counts > self.kept).nonzero()
         if not len(broken):
             return ""
@@ -138,6 +138,12 @@ class Pattern:
             f"{rows}, inputs {run * self.of} to {run * self.of + self.of - 1}: {int(counts[group, run])} of "
             f"{self.of} are not zero, {self} allows {self.kept}"
         )
+
+
+def _groups(values: Tensor, axis: int, size: int) -> Tensor:
+    """The values [rows, columns] with one axis cut into groups of `size`."""
+    rows, columns = values.shape
+    return values.reshape((-1, size, columns) if axis == 0 else (rows, -1, size))
 
 
 @dataclass(frozen=True)
