@@ -42,8 +42,11 @@ class _Place:
 
 
 _NO_PASSES = frozenset(
-    {"base", "crossings", "histogram", "manager", "pipelines", "rules", "sequential", "stats", "stats_file"}
-)
+    {
+        "base", "crossings", "histogram", "manager", "pipelines", "rules", "second_moments", "sequential", "stats",
+        "stats_file",
+    }
+)  # fmt: skip
 _PLACES: dict[Kind, _Place] = {
     "pass": _Place("fxopt.passes", "fxopt.passes", _NO_PASSES),
     "target": _Place("fxopt.cost_model.targets", "fxopt.targets"),

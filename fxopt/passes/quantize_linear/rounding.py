@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from fxopt.ir.graph import label
 from fxopt.ir.ops.linear_nbits import group_count
 from fxopt.ir.packing import pack, packed_width
-from fxopt.passes.quantize_linear.gptq import DAMPING, Rounded, gptq, nearest
+from fxopt.passes.quantize_linear.gptq import Rounded, gptq, nearest
 from fxopt.passes.quantize_linear.grids import Grid, group_grid
+from fxopt.passes.second_moments import DAMPING
 from fxopt.passes.stats import Stats
 
 _SLAB = 1 << 21  # elements
