@@ -21,27 +21,37 @@ Look = Callable[[slice, Tensor], None]  # columns, and their values [out, n] wit
 Replace = Callable[[int, Tensor], Tensor]  # a column, and its values [out] -> what they become
 
 
-def upper_factor(hessian: Tensor) -> tuple[Tensor, float]:
-    """U, upper triangular, with U.T U the inverse of the damped H [in, in]; and the damping.
-
-    The damping is raised until the matrix is positive definite.
+def damped_factor(hessian: Tensor, least: float = DAMPING) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of the damped H [in, in], and the damping: `least`, or more until there is one.
 
     Raises:
         ValueError: no damping helps.
     """
     mean = float(torch.diagonal(hessian).mean())
-    damping = DAMPING
-    while True:
+    damping = least
+    while damping <= _MOST_DAMPING:
         damped = hessian.clone()
         torch.diagonal(damped).add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper, damping
+        if not failed and bool(torch.isfinite(lower).all()):
+            return lower, damping
         damping *= 10
-        if damping > _MOST_DAMPING:
-            raise ValueError("the second moments of the activations are not finite or not positive")
+    raise ValueError("the second moments of the activations are not finite or not positive")
+
+
+def upper_factor(hessian: Tensor) -> tuple[Tensor, float]:
+    """U, upper triangular, with U.T U the inverse of the damped H [in, in]; and the damping.
+
+    Raises:
+        ValueError: no damping helps.
+    """
+    damping = DAMPING
+    while True:
+        lower, damping = damped_factor(hessian, damping)
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(torch.isfinite(upper).all()):
+            return upper, damping
+        damping *= 10
 
 
 def sweep(
