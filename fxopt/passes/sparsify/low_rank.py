@@ -42,4 +42,5 @@ def low_rank(weight: Tensor, sparse: Tensor, moments: Tensor, rank: int) -> tupl
 
 def _leading(symmetric: Tensor, rank: int) -> Tensor:
     """The eigenvectors [n, rank] of the largest eigenvalues."""
-    return torch.linalg.eigh(symmetric).eigenvectors[:, symmetric.shape[0] - rank :]
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
+    return vectors[:, len(vectors) - rank :]
