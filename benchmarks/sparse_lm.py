@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import fxopt
@@ -32,11 +31,17 @@ from fxopt.passes.quantize_linear.grids import group_grid
 from fxopt.passes.sequential import SequentialRun
 from fxopt.passes.sparsify.armor import Wrapped, armor
 from fxopt.passes.sparsify.low_rank import low_rank
-from fxopt.passes.sparsify.methods import Pruned, magnitude, sparsegpt, wanda
+from fxopt.passes.sparsify.methods import Pruned, magnitude, sparsegpt, sparsegpt_rounded, wanda
 
 Method = Callable[[Tensor, Tensor], Tensor]  # a weight and its second moments -> what it becomes, dense
 BITS, GROUP = 4, 32
 BLOCK, STEPS = 32, 400
+SHARES = (0.08, 0.17, 0.33)
+METHODS = ("magnitude", "wanda", "sparsegpt")
+CASES = (
+    *(("2:4", 0.5), ("4:8", 0.5), ("8x2:4", 0.5), ("4x1", 0.5), ("4x1", 0.7)),
+    *(("unstructured", 0.5), ("unstructured", 0.7)),
+)
 
 
 @dataclass
@@ -127,14 +132,19 @@ def plain(name: str, pattern: Pattern, sparsity: float) -> Method:
 def corrected(share: float, pattern: Pattern, weight: Tensor, moments: Tensor) -> Tensor:
     """SparseGPT, and a low-rank correction of at most this share of the weight's parameters."""
     made = sparsegpt(weight, moments, pattern, 0).weight
-    out, columns = weight.shape
-    left, right = low_rank(weight, made, moments, int(share * out * columns / (out + columns)))
+    left, right = low_rank(weight, made, moments, rank(share, *weight.shape))
     return made + left @ right
+
+
+def rank(share: float, out: int, columns: int) -> int:
+    """Of two thin matrices that have at most this share of the weight's parameters."""
+    return int(share * out * columns / (out + columns))
 
 
 def joint(pattern: Pattern, weight: Tensor, moments: Tensor) -> Tensor:
     """SparseGPT that rounds what it keeps in the same sweep."""
-    return sparsegpt(weight, moments, pattern, 0, grid=group_grid(weight, BITS, GROUP, symmetric=True)).weight
+    make = partial(group_grid, bits=BITS, group=GROUP, symmetric=True)
+    return sparsegpt_rounded(weight, moments, pattern, 0, make)[0].weight
 
 
 def in_two_steps(pattern: Pattern, weight: Tensor, moments: Tensor) -> Tensor:
@@ -154,63 +164,72 @@ def only_rounded(weight: Tensor, moments: Tensor) -> Tensor:
 class Armor:
     """ARMOR as a method; it keeps the losses of every layer."""
 
-    def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
+    def __init__(self, pattern: Pattern, steps: int = STEPS) -> None:
+        self.pattern, self.steps = pattern, steps
         self.losses: list[tuple[float, ...]] = []
 
     def __call__(self, weight: Tensor, moments: Tensor) -> Tensor:
-        found: Wrapped = armor(weight, moments, self.pattern, block=BLOCK, steps=STEPS)
+        found: Wrapped = armor(weight, moments, self.pattern, block=BLOCK, steps=self.steps)
         self.losses.append(found.losses)
         return found.dense()
 
 
-CASES = (
-    ("2:4", 0.5), ("4:8", 0.5), ("8x2:4", 0.5), ("4x1", 0.5), ("4x1", 0.7), ("unstructured", 0.5), ("unstructured", 0.7),
-)  # fmt: skip
+def patterns(dense: float) -> dict[str, Any]:
+    """The three methods by pattern."""
+    result = {}
+    print(f"{'pattern':20}{'magnitude':>18}{'wanda':>18}{'sparsegpt':>18}   SparseGPT < Wanda < magnitude in")
+    for text, sparsity in CASES:
+        pattern, name = Pattern.parse(text), f"{text} at {sparsity:.0%}"
+        errors = layer_errors(pattern, sparsity)
+        count = sum(row["sparsegpt"] < row["wanda"] < row["magnitude"] for row in errors.values())
+        mean = {key: sum(row[key] for row in errors.values()) / len(errors) for key in METHODS}
+        increase = {key: sparse(plain(key, pattern, sparsity)).bits - dense for key in METHODS}
+        result[name] = {"ordered_layers": count, "layers": errors, "increase": increase, "mean_error": mean}
+        cells = "".join(f"{increase[key]:+10.4f}{mean[key]:8.4f}" for key in METHODS)
+        print(f"{name:20}{cells}   {count} of {len(errors)} layers", flush=True)
+    return result
+
+
+def two_of_four(dense: float, wrapped: Armor) -> dict[str, Any]:
+    """What is done beyond zeros at 2:4: each with the parameters that it adds to the weights."""
+    pattern = Pattern.parse("2:4")
+    shapes = [weight.shape for _, weight, _ in dense_layers()]
+    parameters = sum(shape.numel() for shape in shapes)
+    wrappers = BLOCK * sum(map(sum, shapes)) / parameters
+    cases: dict[str, tuple[Method, float]] = {"sparsegpt": (plain("sparsegpt", pattern, 0), 0)}
+    for share in SHARES:
+        more = sum(rank(share, *shape) * sum(shape) for shape in shapes) / parameters
+        cases[f"sparsegpt + low rank, at most {share:.0%}"] = (partial(corrected, share, pattern), more)
+    cases["mask of the normalised weight (armor, 0 steps)"] = (Armor(pattern, 0), 0)
+    cases[f"armor, blocks of {BLOCK}, {STEPS} steps"] = (wrapped, wrappers)
+    cases[f"gptq {BITS} bits g{GROUP}, nothing removed"] = (only_rounded, 0)
+    cases[f"sparsegpt + {BITS} bits g{GROUP} jointly"] = (partial(joint, pattern), 0)
+    cases[f"sparsegpt, then {BITS} bits g{GROUP} to nearest"] = (partial(in_two_steps, pattern), 0)
+    result = {}
+    print(f"\n{'2:4':48}{'increase':>10}{'error':>9}{'more':>8}{'seconds':>9}")
+    for name, (method, more) in cases.items():
+        found = sparse(method)
+        increase, mean = found.bits - dense, sum(found.layers.values()) / len(found.layers)
+        result[name] = {"increase": increase, "mean_error": mean, "seconds": found.seconds, "more_parameters": more}
+        print(f"{name:48}{increase:+10.4f}{mean:9.4f}{more:8.1%}{found.seconds:9.1f}", flush=True)
+    return result
 
 
 def main() -> None:
     """Measure and write benchmarks/results/sparse_lm.json."""
     dense = bits_per_byte(captured())
-    print(f"dense: {dense:.4f} bits per byte; increase, and mean error of the layers' outputs\n")
-    result: dict[str, Any] = {"dense": dense, "patterns": {}, "2:4": {}, "armor": {"block": BLOCK, "steps": STEPS}}
-    print(f"{'pattern':20}{'magnitude':>18}{'wanda':>18}{'sparsegpt':>18}   SparseGPT < Wanda < magnitude in")
-    for text, sparsity in CASES:
-        pattern = Pattern.parse(text)
-        errors = layer_errors(pattern, sparsity)
-        count = sum(row["sparsegpt"] < row["wanda"] < row["magnitude"] for row in errors.values())
-        entry: dict[str, Any] = {"ordered_layers": count, "layers": errors, "increase": {}, "mean_error": {}}
-        for name in ("magnitude", "wanda", "sparsegpt"):
-            entry["increase"][name] = sparse(plain(name, pattern, sparsity)).bits - dense
-            entry["mean_error"][name] = sum(row[name] for row in errors.values()) / len(errors)
-        result["patterns"][f"{text} at {sparsity:.0%}"] = entry
-        cells = "".join(f"{entry['increase'][name]:+10.4f}{entry['mean_error'][name]:8.4f}" for name in entry["increase"])
-        print(f"{f'{text} at {sparsity:.0%}':20}{cells}   {count} of {len(errors)} layers", flush=True)
-    pattern = Pattern.parse("2:4")
-    wrapped = Armor(pattern)
-    methods: dict[str, Method] = {
-        "sparsegpt": plain("sparsegpt", pattern, 0),
-        **{f"sparsegpt + low rank, {s:.0%} more": partial(corrected, s, pattern) for s in (0.08, 0.17, 0.33)},
-        f"armor, blocks of {BLOCK}": wrapped,
-        f"gptq {BITS} bits g{GROUP}, dense": only_rounded,
-        f"sparsegpt + {BITS} bits g{GROUP}, jointly": partial(joint, pattern),
-        f"sparsegpt, then {BITS} bits g{GROUP} to nearest": partial(in_two_steps, pattern),
+    print(f"dense: {dense:.4f} bits per byte; below, the increase and the mean error of the layers' outputs\n")
+    by_pattern, wrapped = patterns(dense), Armor(Pattern.parse("2:4"))
+    beyond = two_of_four(dense, wrapped)
+    plain_increase = by_pattern["2:4 at 50%"]["increase"]
+    ratios = {
+        "sparsegpt / magnitude": plain_increase["sparsegpt"] / plain_increase["magnitude"],
+        "low rank / sparsegpt": beyond["sparsegpt + low rank, at most 8%"]["increase"] / plain_increase["sparsegpt"],
+        "armor, largest loss over that of its start": max(min(losses) / losses[0] for losses in wrapped.losses),
     }
-    print(f"\n{'2:4':44}{'increase':>10}{'error':>9}{'seconds':>9}")
-    for name, method in methods.items():
-        found = sparse(method)
-        mean = sum(found.layers.values()) / len(found.layers)
-        result["2:4"][name] = {"increase": found.bits - dense, "mean_error": mean, "seconds": found.seconds}
-        print(f"{name:44}{found.bits - dense:+10.4f}{mean:9.4f}{found.seconds:9.1f}", flush=True)
-    increase = {name: row["increase"] for name, row in result["2:4"].items()}
-    result["ratios"] = {
-        "sparsegpt / magnitude": increase["sparsegpt"] / result["patterns"]["2:4 at 50%"]["increase"]["magnitude"],
-        "low rank 8% / sparsegpt": increase["sparsegpt + low rank, 8% more"] / increase["sparsegpt"],
-    }
-    result["armor"]["least_over_start"] = [min(losses) / losses[0] for losses in wrapped.losses]
-    for name, ratio in result["ratios"].items():
+    for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f}")
-    print(f"armor: loss over that of the start at most {max(result['armor']['least_over_start']):.3f} in any layer")
+    result = {"dense": dense, "patterns": by_pattern, "2:4": beyond, "ratios": ratios}
     print(f"written: {write('sparse_lm', result)}")
 
 

@@ -152,6 +152,28 @@ def byte_lm_bits(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def sparse_lm(result: dict[str, Any]) -> list[str]:
+    """What zeros cost a language model."""
+    methods = ("magnitude", "wanda", "sparsegpt")
+    lines = [
+        "## Zeros: the byte-level language model",
+        "",
+        f"`python -m benchmarks.sparse_lm` on {where(result)}. All linears but the head. More bits per byte than dense",
+        f"({result['dense']:.4f}) on Python's documentation; in brackets the mean relative error of a layer's output.",
+        "",
+        "| pattern | magnitude | Wanda | SparseGPT | layers with SparseGPT < Wanda < magnitude |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["patterns"].items():
+        cells = " | ".join(f"{row['increase'][key]:+.4f} ({row['mean_error'][key]:.4f})" for key in methods)
+        lines.append(f"| {name} | {cells} | {row['ordered_layers']} of {len(row['layers'])} |")
+    lines += ["", "| at 2:4 | increase | error | more parameters | seconds |", "|---|---|---|---|---|"]
+    for name, row in result["2:4"].items():
+        more, seconds = row["more_parameters"], row["seconds"]
+        lines.append(f"| {name} | {row['increase']:+.4f} | {row['mean_error']:.4f} | {more:.1%} | {seconds:.1f} |")
+    return lines
+
+
 def onnx_suite(result: dict[str, Any]) -> list[str]:
     """The conformance suite of ONNX."""
     lines = [
@@ -183,6 +205,7 @@ def onnx_large(result: dict[str, Any]) -> list[str]:
 SECTIONS = (
     ("cpu_int8", cpu_int8),
     ("byte_lm_bits", byte_lm_bits),
+    ("sparse_lm", sparse_lm),
     ("ort_fusions", ort_fusions),
     ("embeddings", embeddings),
     ("onnx_suite", onnx_suite),

@@ -61,9 +61,7 @@ def test_per_row_every_group_of_outputs_loses_as_much() -> None:
 def test_what_breaks_a_pattern_is_named() -> None:
     weight = torch.zeros(16, 8)
     weight[9, 4:7] = 1
-    assert Pattern.parse("2:4").violation(weight) == (
-        "output 9, inputs 4 to 7: 3 of 4 are not zero, 2:4 allows 2"
-    )
+    assert Pattern.parse("2:4").violation(weight) == ("output 9, inputs 4 to 7: 3 of 4 are not zero, 2:4 allows 2")
     weight[9, 6] = 0
     weight[10, 6] = 1
     assert Pattern.parse("2:4").violation(weight) == ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxopt.ir.sparsity import Pattern
 from fxopt.passes.quantize_linear.gptq import gptq
 from fxopt.passes.quantize_linear.grids import group_grid
-from fxopt.passes.sparsify.methods import Pruned, magnitude, sparsegpt, wanda
+from fxopt.passes.sparsify.methods import Pruned, magnitude, sparsegpt, sparsegpt_rounded, wanda
 
 COUNTED = ("2:4", "4:8", "8x2:4", "3:5", "1:2")
 BLOCKS = ("4x1", "unstructured")
@@ -119,13 +119,18 @@ def test_sparsegpt_is_the_exact_greedy_solution() -> None:
 
 
 def test_joint_rounding() -> None:
-    """Codes are those of the zeros where the pattern has them, and one sweep is better than two."""
+    """Codes are those of zero where the pattern has zeros; one sweep is better than two; with no zeros it is GPTQ."""
     pattern = Pattern.parse("2:4")
     weight, moments = layer()
     grid = group_grid(weight, 4, 32, symmetric=False)
     found = sparsegpt(weight, moments, pattern, 0, grid=grid)
     assert found.codes is not None and not pattern.violation(found.weight)
     assert torch.equal(found.weight, grid.values(found.codes.float(), grid.groups(160)))
+    fitted, own = sparsegpt_rounded(weight, moments, pattern, 0, lambda kept: group_grid(kept, 4, 32, symmetric=False))
+    kept = sparsegpt(weight, moments, pattern, 0).weight
+    apart = own.values(own.codes(kept, own.groups(160)), own.groups(160))
+    errors = [error(weight, moments, each) for each in (fitted, found, Pruned(apart))]
+    assert errors[0] < errors[1] and errors[0] < errors[2]
     nothing = sparsegpt(weight, moments, Pattern.parse("unstructured"), 0, grid=grid)
     assert nothing.codes is not None
     assert torch.equal(nothing.codes, gptq(weight, moments, grid, act_order=False).codes)

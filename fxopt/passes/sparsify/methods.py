@@ -8,6 +8,7 @@ Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,7 @@ def sparsegpt(
         weight: float [out, in].
         moments: H [in, in].
         sparsity: share of blocks to remove, of every 128 columns alike; N:M has its own.
-        grid: what is kept is rounded to it as GPTQ does, in the same sweep.
+        grid: what is kept is rounded to it as GPTQ does, in the same sweep; `sparsegpt_rounded` makes one that fits.
 
     Raises:
         ValueError: as of `wanda`, or no damping makes H positive definite.
@@ -117,6 +118,23 @@ def sparsegpt(
     else:
         sweep(left, upper, replace, before_block=choose)
     return Pruned(left.to(weight.dtype), notes, codes)
+
+
+def sparsegpt_rounded(
+    weight: Tensor, moments: Tensor, pattern: Pattern, sparsity: float, make: Callable[[Tensor], Grid]
+) -> tuple[Pruned, Grid]:
+    """SparseGPT jointly with rounding to a grid, and the grid.
+
+    It is made of what a sweep without rounding keeps, which is larger than the weight because it stands for more.
+
+    Args:
+        make: a weight [out, in] -> its grid, such as `group_grid`.
+
+    Raises:
+        ValueError: as of `sparsegpt`.
+    """
+    grid = make(sparsegpt(weight, moments, pattern, sparsity).weight)
+    return sparsegpt(weight, moments, pattern, sparsity, grid=grid), grid
 
 
 def checked_diagonal(weight: Tensor, moments: Tensor) -> Tensor:
