@@ -11,6 +11,7 @@ from torch import Tensor
 from fxopt.ir.sparsity import Pattern
 from fxopt.passes.quantize_linear.gptq import gptq
 from fxopt.passes.quantize_linear.grids import group_grid
+from fxopt.passes.sparsify import methods
 from fxopt.passes.sparsify.methods import Pruned, magnitude, sparsegpt, sparsegpt_rounded, wanda
 
 COUNTED = ("2:4", "4:8", "8x2:4", "3:5", "1:2")
@@ -188,6 +189,19 @@ def test_shapes_are_checked() -> None:
         sparsegpt(weight, moments, Pattern.parse("2:7"), 0)
     with pytest.raises(ValueError, match="sparsity 1.5: expected a share from 0 to 1"):
         magnitude(weight, Pattern.parse("4x1"), 1.5)
+
+
+def test_wide_weights_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a width sums are in float32: nearly the same choice, and an error as small."""
+    weight, moments = layer()
+    pattern = Pattern.parse("2:4")
+    expected = sparsegpt(weight, moments, pattern, 0)
+    monkeypatch.setattr(methods, "WIDE_COLUMNS", 100)
+    found = sparsegpt(weight, moments.float(), pattern, 0)
+    assert not pattern.violation(found.weight)
+    assert float(((found.weight != 0) == (expected.weight != 0)).double().mean()) > 0.99
+    assert error(weight, moments, found) == pytest.approx(error(weight, moments, expected), rel=0.02)
+    assert torch.equal(magnitude(weight, pattern, 0).weight != 0, pattern.mask(weight.abs(), 0))
 
 
 def test_the_diagonal_is_enough_for_wanda() -> None:
