@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fxopt.api import Optimized, capture, explain, load, optimize, predict
     from fxopt.comparison import BenchRow, Comparison, bench, compare
     from fxopt.errors import FxoptError
+    from fxopt.finetuning import Finetuned, finetune
     from fxopt.ir.graph import Graph
     from fxopt.ir.ledger import Ledger, Verdict
     from fxopt.ir.target import Target
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _PLACES = {
     **dict.fromkeys(("Optimized", "capture", "explain", "load", "optimize", "predict"), "fxopt.api"),
     **dict.fromkeys(("BenchRow", "Comparison", "bench", "compare"), "fxopt.comparison"),
+    **dict.fromkeys(("Finetuned", "finetune"), "fxopt.finetuning"),
     "FxoptError": "fxopt.errors",
     "Graph": "fxopt.ir.graph",
     "Ledger": "fxopt.ir.ledger",
@@ -30,6 +32,7 @@ _PLACES = {
 __all__ = [
     "BenchRow",
     "Comparison",
+    "Finetuned",
     "FxoptError",
     "Graph",
     "Ledger",
@@ -40,6 +43,7 @@ __all__ = [
     "capture",
     "compare",
     "explain",
+    "finetune",
     "load",
     "optimize",
     "predict",

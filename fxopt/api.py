@@ -14,6 +14,7 @@ import torch
 from fxopt.errors import FxoptError, InvalidInput, NotReady, unknown
 from fxopt.inputs import Bound, bound, flat_inputs, misfit, samples_of, shaped, sizes_of, structured
 from fxopt.ir.graph import Graph
+from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger
 from fxopt.options import Options, Progress, resolve_backend, resolve_passes, resolve_pattern, resolve_target
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fxopt.report.report import Report
     from fxopt.request import Outcome, Request
 
-Model = Any  # nn.Module, ExportedProgram, GraphModule, path or ModelProto
+Model = Any  # nn.Module, ExportedProgram, GraphModule, path, ModelProto, Graph or Optimized
 
 
 def optimize(
@@ -56,8 +57,8 @@ def optimize(
     """Make a model faster on a target within an error budget; what does not pay is rolled back.
 
     Args:
-        model: an `nn.Module`, `ExportedProgram` or `GraphModule`, a path of an ONNX file, or a `ModelProto`. It is not
-            changed.
+        model: an `nn.Module`, `ExportedProgram` or `GraphModule`, a path of an ONNX file, a `ModelProto`, a `Graph`, or
+            a result of `optimize` or `finetune`. It is not changed.
         target: a name (`fxopt targets`) or a `Target`; "host" is this machine.
         example_inputs: a tuple of positional inputs or a dict of named ones; a PyTorch model without them is captured
             at its first call.
@@ -97,7 +98,7 @@ def optimize(
         require_own_kernels(runs, found)
     resolve_passes(passes)
     result = Optimized(model, options)
-    if is_onnx(model) or example_inputs is not None or _is_exported(model):
+    if is_onnx(model) or is_graph(model) or example_inputs is not None or _is_exported(model):
         result._prepare(example_inputs)
     return result
 
@@ -199,6 +200,11 @@ def is_onnx(model: Model) -> bool:
     return isinstance(model, (str, os.PathLike)) or type(model).__name__ == "ModelProto"
 
 
+def is_graph(model: Model) -> bool:
+    """True for a `Graph`, and for a result that has one."""
+    return isinstance(model, Graph) or (isinstance(model, Optimized) and model._outcome is not None)
+
+
 def _is_exported(model: Model) -> bool:
     return isinstance(model, torch.export.ExportedProgram) and model.example_inputs is not None
 
@@ -213,10 +219,16 @@ def _load(model: Model, example_inputs: Any, options: Options, backend: Backend,
         notes.extend(filter(None, [concern_here(graph, "the model"), foreign_operators(graph)]))
         return graph
     args, kwargs = bound(example_inputs)
+    known = (model if isinstance(model, Graph) else model.graph) if is_graph(model) else None
+    if known is not None and (known.origin == "onnx" or backend.name != "onnxruntime"):
+        return known.copy()  # shapes may be given anew
     if backend.name == "onnxruntime":
         from fxopt.frontends.to_onnx import to_onnx
 
-        graph, found = to_onnx(model, args, options.dynamic_shapes, kwargs=kwargs)
+        source = model if known is None else known.module.eval()
+        graph, found = to_onnx(source, args, options.dynamic_shapes, kwargs=kwargs)
+        if known is not None:
+            graph.call_spec = known.call_spec
         notes.extend(found)
         return graph
     from fxopt.frontends.torch_export import load as load_torch
@@ -251,7 +263,7 @@ def _run(model: Model, example_inputs: Any, options: Options, first_call: bool) 
     graph, request = _request(model, example_inputs, options)
     if first_call:
         request.warnings.append("captured at the first call: that call is the only sample")
-    evaluator = _evaluator(graph)
+    evaluator = evaluator_of(graph)
     baseline = _baseline(model, graph, request)
     outcome = Optimizer(graph, request, baseline, evaluator).run()
     if outcome.executable is not baseline:
@@ -259,7 +271,7 @@ def _run(model: Model, example_inputs: Any, options: Options, first_call: bool) 
     return outcome
 
 
-def _evaluator(graph: Graph) -> Any:
+def evaluator_of(graph: Graph) -> Evaluator | None:
     """ONNX Runtime for single operators without a torch reference."""
     if graph.origin != "onnx":
         return None
@@ -281,7 +293,7 @@ def _baseline(model: Model, graph: Graph, request: Request) -> Executable:
             assert isinstance(request.backend, OnnxRuntime)
             return request.backend.open(Path(model), request.threads)
         return request.backend.compile(graph, request.target, threads=request.threads)
-    return EagerExecutable(graph, _evaluator(graph))
+    return EagerExecutable(graph, evaluator_of(graph))
 
 
 # ---- the other functions
@@ -332,7 +344,7 @@ def explain(model: Model, target: str | Target = "host", *, example_inputs: Any 
         if name not in known:
             raise unknown("option of explain", name, known)
     graph, request = _request(model, example_inputs, Options(target, **options))
-    evaluator = _evaluator(graph)
+    evaluator = evaluator_of(graph)
     return Optimizer(graph, request, EagerExecutable(graph, evaluator), evaluator).explain()
 
 
