@@ -16,8 +16,6 @@ import math
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,37 +39,51 @@ def measured(case: Any, place: Path, options: argparse.Namespace) -> dict[str, A
     found = json.loads(done.stdout.splitlines()[-1])
     rows = {}
     for name, result in found["results"].items():
-        base = found["results"][case["competitors"][name].get("base", "fxopt")]["bursts"]
-        ratios = sorted(theirs / ours for theirs, ours in zip(result["bursts"], base, strict=True))
         rows[name] = {
             "milliseconds": float(f"{statistics.median(result['bursts']):.4g}"),
-            "over_fxopt": round(statistics.median(ratios), 3),
-            "low": round(ratios[len(ratios) // 10], 3),
-            "high": round(ratios[-1 - len(ratios) // 10], 3),
             "relative_error": float(f"{result['relative_error']:.2g}"),
         }
+        if case["competitors"][name]["kind"] == "fxopt":
+            rows[name]["speed_over"] = {
+                peer: speed(found["results"][peer]["bursts"], result["bursts"]) for peer in peers(case, name)
+            }
     return {"title": case["title"], "node": found["node"], "v8": found["v8"], **case.get("facts", {}), "rows": rows}
+
+
+def peers(case: dict[str, Any], name: str) -> list[str]:
+    """Whom a row of fxopt is compared with: who keeps data inside, with who does too."""
+    inside = case["competitors"][name].get("inside", False)
+    return [
+        peer for peer, found in case["competitors"].items()
+        if found["kind"] != "fxopt" and found["kind"].startswith("tfjs") == inside
+    ]  # fmt: skip
+
+
+def speed(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    """Ratios of the rounds."""
+    ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    return {"median": round(statistics.median(ratios), 3), "low": round(low, 3), "high": round(high, 3)}
 
 
 def show(row: dict[str, Any]) -> None:
     """One case."""
-    facts = {key: value for key, value in row.items() if key not in ("title", "rows", "v8")}
-    print(f"{row['title']}  {facts}")
+    print(row["title"], {key: value for key, value in row.items() if key not in ("title", "rows", "v8")})
     for name, found in row["rows"].items():
-        print(
-            f"  {name:28} {found['milliseconds']:9.4f} ms   this / fxopt {found['over_fxopt']:6.2f}"
-            f" ({found['low']:.2f} ... {found['high']:.2f})   error {found['relative_error']:.1e}",
-            flush=True,
+        over = "".join(
+            f"   {ratio['median']:6.2f} ({ratio['low']:.2f} ... {ratio['high']:.2f}) times as fast as {peer}"
+            for peer, ratio in found.get("speed_over", {}).items()
         )
+        print(f"  {name:28} {found['milliseconds']:9.4f} ms   error {found['relative_error']:.1e}{over}", flush=True)
 
 
 def geometric_means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of each peer's ratios, over the cases that have it."""
+    """Of the ratios of a kind, over the cases that have it."""
     ratios: dict[str, list[float]] = {}
     for row in rows:
         for name, found in row["rows"].items():
-            if not name.startswith("fxopt"):
-                ratios.setdefault(name, []).append(found["over_fxopt"])
+            for peer, ratio in found.get("speed_over", {}).items():
+                ratios.setdefault(f"{name} over {peer}", []).append(ratio["median"])
     return {name: round(math.exp(statistics.mean(map(math.log, values))), 3) for name, values in ratios.items()}
 
 
@@ -96,7 +108,7 @@ def main() -> None:
                 rows.append(measured(make(Path(scratch)), Path(scratch), options))
             show(rows[-1])
         means = geometric_means(rows)
-        print(f"{group}: geometric means over fxopt {means}\n", flush=True)
+        print(f"{group}: geometric means {means}\n", flush=True)
         result.setdefault("groups", {})[group] = {"geometric_means": means, "cases": rows}
         write("wasm", {**result, "rounds": options.rounds, "threads": 1, "peer_versions": dict(PINNED)})
     print(f"written: {path}")

@@ -1,4 +1,4 @@
-// Times the competitors of one case in alternating bursts: node wasm_race.mjs CASE.json, result as JSON on standard output.
+// Times the competitors of one case in alternating bursts: node wasm_race.mjs CASE.json, the result as JSON on stdout.
 // A call takes its inputs from JavaScript arrays and gives its output as one; of tfjs, and of fxopt with `inside`, both
 // stay in WebAssembly's memory.
 
@@ -26,8 +26,8 @@ const KINDS = {
   async fxopt({ folder, inside }) {
     const manifest = JSON.parse(readFileSync(at(join(folder, "manifest.json")), "utf8"));
     const { instance } = await WebAssembly.instantiate(readFileSync(at(join(folder, `${manifest.name}.wasm`))), {});
-    const found = instance.exports;
-    const { memory, [`${manifest.name}_input`]: input, [`${manifest.name}_output`]: output, [`${manifest.name}_run`]: run } = found;
+    const { memory, ...exported } = instance.exports;
+    const [input, output, run] = ["input", "output", "run"].map((word) => exported[`${manifest.name}_${word}`]);
     if (inside) {
       inputs.forEach(({ dtype, data }, i) => new ARRAYS[dtype](memory.buffer, input(i), data.length).set(data));
       return async (read) => {
