@@ -98,20 +98,13 @@ function tensor(tf, make) {
   };
 }
 
-// Processor time of this thread, where Node tells it (from 23.9 on): other load does not count.
-const clock = process.threadCpuUsage
-  ? () => {
-      const { user, system } = process.threadCpuUsage();
-      return (user + system) / 1000;
-    }
-  : () => performance.now();
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 async function burst(call, dropped, timed) {
   for (let i = 0; i < dropped; i++) await call();
-  const begin = clock();
+  const begin = performance.now();
   for (let i = 0; i < timed; i++) await call();
-  return (clock() - begin) / timed;
+  return (performance.now() - begin) / timed;
 }
 
 const results = {};

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx.node import map_arg
 
+from fxopt.backends.tvm.codes import Coded
 from fxopt.backends.tvm.kernels.gather import gather
 from fxopt.backends.tvm.kernels.pointwise import Tree
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule, dtype_of
@@ -191,12 +192,31 @@ def even_strides(places: torch.Tensor) -> tuple[int, ...] | None:
     return tuple(strides) if min(strides) >= 0 and bool((places == expected).all()) else None
 
 
+def _on_codes(rule: Rule) -> Rule:
+    """The rule on the codes of a coded tensor: how elements lie does not depend on what they stand for."""
+
+    def on_codes(low: Lowering, call: Call) -> Any:
+        node = call.node.args[0]
+        coded = low.coded(node)
+        if coded is None:
+            return rule(low, call)
+        low.values[node] = coded.value  # type: ignore[index]
+        found = rule(low, call)
+        low.values[node] = coded  # type: ignore[index]
+        return [Coded(item, coded.levels) for item in found] if isinstance(found, list) else Coded(found, coded.levels)
+
+    return on_codes
+
+
+VIEWS: dict[str, Rule] = {
+    **dict.fromkeys(_VIEWS, _on_codes(_view)),
+    **dict.fromkeys(_RESHAPES, _on_codes(_reshape)),
+    **dict.fromkeys(("contiguous", "clone"), _on_codes(_same)),
+    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout", "alpha_dropout"), _on_codes(_dropout)),
+}
 RULES: dict[str, Rule] = {
+    **VIEWS,
     "index": _index,
-    **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys(_RESHAPES, _reshape),
-    **dict.fromkeys(("contiguous", "clone"), _same),
-    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout", "alpha_dropout"), _dropout),
     "cat": _cat,
     "concat": _cat,
     "stack": _stack,
