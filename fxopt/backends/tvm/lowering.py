@@ -11,7 +11,9 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxopt.backends.tvm.codes import Coded, Format, Levels
 from fxopt.backends.tvm.kernels.pointwise import Operand, Tree, pointwise
+from fxopt.backends.tvm.kernels.quantize import dequantize, quantize
 from fxopt.backends.tvm.program import Program
 from fxopt.backends.tvm.values import DTYPES, Slot, Value, row_major
 from fxopt.errors import Unsupported
@@ -66,6 +68,9 @@ class Lowering:
         self.known: dict[fx.Node, torch.Tensor] = {}  # what can be computed now
         self.metas: dict[fx.Node, Any] = {}
         self.fused: dict[fx.Node, fx.Node] = {}  # activation -> the product that computes it
+        self.ranged: dict[tuple[fx.Node, Format], tuple[Slot, Value]] = {}  # range and codes of a value
+        self._floats: dict[Coded, Value] = {}
+        self._codes: dict[tuple[fx.Node, Levels], Value] = {}
         self._infer(shapes)
 
     # ---- types
@@ -205,6 +210,8 @@ class Lowering:
         found = self.values[argument]
         if isinstance(found, Lazy):
             found = self.values[argument] = self.computed(found)
+        if isinstance(found, Coded):
+            return self.floats(found)
         if not isinstance(found, Value):
             raise Unsupported(f"{argument} is no tensor")
         return found
@@ -219,6 +226,34 @@ class Lowering:
         made = self.program.value(value.shape, value.dtype)
         self.copy(value, made)
         return made
+
+    def coded(self, argument: Any) -> Coded | None:
+        """A tensor that lies there as codes."""
+        found = self.values.get(argument) if isinstance(argument, fx.Node) else None
+        return found if isinstance(found, Coded) else None
+
+    def floats(self, coded: Coded) -> Value:
+        """The float32 tensor that codes stand for."""
+        if coded not in self._floats:
+            source = self.dense(coded.value)
+            made = self.program.value(source.shape)
+            if made.count:
+                self.program.call(dequantize, (made.count, coded.levels), source.slot, made.slot)
+            self._floats[coded] = made
+        return self._floats[coded]
+
+    def codes(self, argument: fx.Node, levels: Levels) -> Value:
+        """The stored codes of a tensor on levels, contiguous."""
+        known = self.coded(argument)
+        if known is not None and known.levels == levels:
+            return self.dense(known.value)
+        if (argument, levels) not in self._codes:
+            source = self.dense(argument, "float32")
+            made = self.program.value(source.shape, levels.stored.dtype)
+            if made.count:
+                self.program.call(quantize, (made.count, levels), source.slot, made.slot)
+            self._codes[argument, levels] = made
+        return self._codes[argument, levels]
 
     def copy(self, source: Value, target: Value) -> None:
         """Elements of one tensor into another one of the same shape."""

@@ -51,6 +51,11 @@ class Machine:
         return max(1, self.rows * self.columns // max(width, self.lanes))
 
     @property
+    def dot_rows(self) -> int:
+        """Rows of an 8-bit tile of `columns` outputs."""
+        return 4 if self.family == "wasm" else 8 if self.lanes != 8 else 4
+
+    @property
     def pointer_bits(self) -> int:
         """Of an address."""
         return 32 if self.family == "wasm" else 64

@@ -16,6 +16,7 @@ from fxopt.backends.tvm.kernels.activations import ACTIVATIONS, apply
 from fxopt.backends.tvm.kernels.approximations import erf, exp
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
+from fxopt.backends.tvm.values import tvm_type
 
 Tree = tuple[Any, ...]
 
@@ -35,8 +36,8 @@ def pointwise(
 ) -> Any:
     """`void NAME(operand, ..., y)`: y[place] = tree, over all elements of `shape`."""
     kernel = Kernel(name)
-    buffers = [kernel.buffer(f"x{i}", operand.count, operand.dtype) for i, operand in enumerate(operands)]
-    y = kernel.buffer("y", place.count, place.dtype)
+    buffers = [kernel.buffer(f"x{i}", operand.count, tvm_type(operand.dtype)) for i, operand in enumerate(operands)]
+    y = kernel.buffer("y", place.count, tvm_type(place.dtype))
     shape, strides = _collapsed(shape, [*(operand.strides for operand in operands), place.strides])
     offsets = [*(operand.offset for operand in operands), place.offset]
     lanes = machine.lanes
@@ -125,7 +126,7 @@ def evaluate(kernel: Kernel, tree: Tree, load: Callable[[int], Expr], lanes: int
 def _constant(value: float, dtype: str, lanes: int) -> Expr:
     if dtype == "float32":
         return float32(value, lanes)
-    return spread(tirx.IntImm("bool" if dtype == "uint8" else dtype, int(value)), lanes)
+    return spread(tirx.IntImm("bool" if dtype == "uint8" else tvm_type(dtype), int(value)), lanes)
 
 
 def _cast(value: Expr, source: str, target: str, lanes: int) -> Expr:

@@ -1,0 +1,176 @@
+"""The cases of benchmarks/wasm.py: how the files of each competitor are made. wasm_race.mjs reads a case as JSON."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import fxopt
+from benchmarks import wasm_models
+from fxopt.backends.tvm import Tvm
+from fxopt.cost_model.targets import get_target
+from fxopt.frontends.torch_export import load
+
+Case = dict[str, Any]
+LINEARS = [(128, 384, 384), (128, 384, 1536), (128, 1536, 384), (64, 256, 1024), (196, 192, 768)]  # rows, in, out
+CONVS = [(16, 96, 112), (144, 24, 56), (32, 192, 28), (384, 64, 14), (160, 960, 7)]  # channels, outputs, height = width
+
+
+_INSIDE = "fxopt, data inside"
+_OURS = {
+    "fxopt": {"kind": "fxopt", "folder": "ours"},
+    _INSIDE: {"kind": "fxopt", "folder": "ours", "inside": True},
+}
+
+
+def compiled(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, target: str = "wasm") -> None:
+    """The model as it is, compiled and saved."""
+    with torch.no_grad():
+        executable = Tvm().compile(load(model, inputs), get_target(target))
+    executable.save(path)
+    executable.close()
+
+
+def optimized(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, target: str = "wasm", **how: Any) -> Any:
+    """What `fxopt.optimize` makes of the model, saved; returns the report."""
+    with torch.no_grad():
+        result = fxopt.optimize(model, target, example_inputs=inputs, **how)
+    begin = time.perf_counter()
+    executable = Tvm().compile(result.graph, get_target(target))
+    facts = {"code_generation_seconds": round(time.perf_counter() - begin, 2)}
+    executable.save(path)
+    executable.close()
+    facts["wasm_kilobytes"] = round(next(path.glob("*.wasm")).stat().st_size / 1000)
+    return result.report, facts
+
+
+def exported(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> str:
+    """The model as an ONNX file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, inputs, dynamo=True, opset_version=20, verbose=False)
+    assert program is not None
+    program.save(path)
+    return path.name
+
+
+def given(place: Path, inputs: Sequence[tuple[str, torch.Tensor]]) -> list[dict[str, Any]]:
+    """Write the inputs."""
+    rows = []
+    for name, value in inputs:
+        (place / f"{name}.bin").write_bytes(value.contiguous().numpy().tobytes())
+        dtype = str(value.dtype).removeprefix("torch.")
+        rows.append({"name": name, "dtype": dtype, "shape": list(value.shape), "file": f"{name}.bin"})
+    return rows
+
+
+def save(place: Path, name: str, value: torch.Tensor) -> str:
+    """Write a tensor as float32."""
+    (place / name).write_bytes(value.detach().to(torch.float32).contiguous().numpy().tobytes())
+    return name
+
+
+def one_node(place: Path, node: Any, x: torch.Tensor, y: torch.Tensor, constants: dict[str, torch.Tensor]) -> str:
+    """An ONNX file of one node from x to y."""
+    graph = helper.make_graph(
+        [node], "one", [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, list(y.shape))],
+        [numpy_helper.from_array(value.detach().numpy(), name) for name, value in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (place / "one.onnx").write_bytes(model.SerializeToString())
+    return "one.onnx"
+
+
+def linear(shape: tuple[int, int, int], place: Path) -> Case:
+    """A dense linear layer: Gemm, fused.matMul."""
+    rows, inner, outputs = shape
+    torch.manual_seed(0)
+    model, x = nn.Linear(inner, outputs).eval(), torch.randn(rows, inner)
+    weight, bias = model.weight, model.bias
+    exact = (x.double() @ weight.double().t() + bias.double()).detach()
+    compiled(model, (x,), place / "ours")
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)
+    return {
+        "title": f"linear {rows} x {inner} x {outputs}",
+        "inputs": given(place, [("x", x)]),
+        "expected": save(place, "y.bin", exact),
+        "competitors": {
+            **_OURS,
+            "onnxruntime-web": {
+                "kind": "onnxruntime", "file": one_node(place, node, x, exact, {"w": weight, "b": bias}),
+            },
+            "tfjs-backend-wasm": {
+                "kind": "tfjs_linear", "weight": save(place, "w.bin", weight.t()), "bias": save(place, "b.bin", bias),
+            },
+        },
+    }  # fmt: skip
+
+
+def conv(shape: tuple[int, int, int], place: Path) -> Case:
+    """A dense 1 x 1 convolution: Conv on [N, C, H, W], fused.conv2d on [N, H, W, C]."""
+    channels, outputs, size = shape
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(channels, outputs, 1).eval(), torch.randn(1, channels, size, size)
+    weight, bias = model.weight, model.bias
+    with torch.no_grad():
+        exact = nn.functional.conv2d(x.double(), weight.double(), bias.double())
+    compiled(model, (x,), place / "ours")
+    node = helper.make_node("Conv", ["x", "w", "b"], ["y"], kernel_shape=[1, 1])
+    return {
+        "title": f"conv 1x1 {channels} -> {outputs}, {size} x {size}",
+        "inputs": given(place, [("x", x)]),
+        "expected": save(place, "y.bin", exact),
+        "tfjs_image": save(place, "x_last.bin", x.permute(0, 2, 3, 1)),
+        "competitors": {
+            **_OURS,
+            "onnxruntime-web": {
+                "kind": "onnxruntime", "file": one_node(place, node, x, exact, {"w": weight, "b": bias}),
+            },
+            "tfjs-backend-wasm": {
+                "kind": "tfjs_conv", "image": [size, size, channels],
+                "weight": save(place, "w.bin", weight[:, :, 0, 0].t()), "bias": save(place, "b.bin", bias),
+                "expected": save(place, "y_last.bin", exact.permute(0, 2, 3, 1)),
+            },
+        },
+    }  # fmt: skip
+
+
+def float_model(
+    name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], width: int, density: float, place: Path
+) -> Case:
+    """A whole model, dense and pruned; the peer runs the dense one, which takes it the same time."""
+    torch.manual_seed(1)
+    model, x = make(), torch.randn(shape)
+    competitors: Case = {"onnxruntime-web": {"kind": "onnxruntime", "file": exported(model, (x,), place / "m.onnx")}}
+    facts: dict[str, Any] = {}
+    with torch.no_grad():
+        dense = save(place, "dense.bin", copy.deepcopy(model).double()(x.double()))
+        competitors["onnxruntime-web"]["expected"] = dense
+        _, facts["dense"] = optimized(model, (x,), place / "dense")
+        competitors["fxopt"] = {"kind": "fxopt", "folder": "dense", "expected": dense}
+        wasm_models.prune(model, width, density)
+        _, facts["sparse"] = optimized(model, (x,), place / "sparse")
+        exact = save(place, "sparse.bin", copy.deepcopy(model).double()(x.double()))
+    competitors["fxopt sparse"] = {"kind": "fxopt", "folder": "sparse", "expected": exact}
+    kept = f"{1 - density:.0%} zeros in blocks of {width} outputs x 1 input"
+    return {"title": f"{name}; sparse: {kept}", "inputs": given(place, [("x", x)]), "competitors": competitors,
+            "expected": dense, "facts": facts}  # fmt: skip
+
+
+GROUPS: dict[str, list[Callable[[Path], Case]]] = {
+    "products": [*(partial(linear, shape) for shape in LINEARS), *(partial(conv, shape) for shape in CONVS)],
+    "models": [
+        partial(float_model, "MobileNetV2 224", wasm_models.mobilenet, (1, 3, 224, 224), 4, 0.2),
+        partial(float_model, "encoder d256 ff1024, 64 tokens", wasm_models.encoder, (1, 64, 256), 8, 0.2),
+    ],
+}
