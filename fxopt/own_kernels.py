@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from fxopt import own_attention
+from fxopt import own_attention, own_sparse
 from fxopt.backends.base import Backend
 from fxopt.errors import InvalidOption, MissingDependency
 from fxopt.guard import Timing, measure
@@ -72,7 +72,9 @@ def with_own_kernels(job: Optimizer, lossy: Lossy, sample: Sample | None, second
     refused = {verdict.node for verdict in job.ledger.select(pass_name=name, outcome="refused")}
     done = [node for node in nodes if node not in refused]
     found = _chosen(job, name, done, lossy, replace(fused, plan=lossy.plan), sample, seconds)
-    return found if found is lossy else _with_attention(job, found, sample, seconds)
+    if found is lossy:
+        return lossy
+    return _with_sparse(job, _with_attention(job, found, sample, seconds), sample, seconds)
 
 
 def _with_attention(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: float) -> Lossy:
@@ -94,6 +96,22 @@ def _with_attention(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds
         graph.prune()
         fused = job.measured(graph, lossy.plan)
     return _chosen(job, own_attention.NAME, nodes, lossy, fused, sample, seconds)
+
+
+def _with_sparse(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: float) -> Lossy:
+    """The same with kernels that leave out zero blocks of weights, where there are enough of them."""
+    graph = lossy.graph.copy()
+    infer(graph, lossy.graph.sizes)
+    found = own_sparse.places(graph, job.context)
+    if not found:
+        return lossy
+    reasons = {label(place.node): f"{place}: sparse kernel" for place in found}
+    with job.stage("own kernels"):
+        for place in found:
+            own_sparse.without_zeros(graph, place)
+        graph.prune()
+        sparse = job.measured(graph, lossy.plan)
+    return _chosen(job, own_sparse.NAME, list(reasons), lossy, sparse, sample, seconds)
 
 
 def _chosen(

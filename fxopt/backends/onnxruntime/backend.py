@@ -19,6 +19,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.memory import is_large
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.ops.linear_u8s8 import linear_u8s8
+from fxopt.ir.ops.sparse_linear_u8s8 import sparse_linear_u8s8
 from fxopt.ir.target import Target
 
 # Fusions that ONNX Runtime makes by itself and that are slower than what they replace, by the first version in which
@@ -108,7 +109,7 @@ class OnnxRuntime(Backend):
         scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
         path = Path(scratch.name) / "model.onnx"
         save(graph, path, FORMS, external=graph.size_bytes() > _BESIDE_BYTES)
-        if any(node.target is linear_u8s8.target for node in graph.calls()):
+        if any(node.target in (linear_u8s8.target, sparse_linear_u8s8.target) for node in graph.calls()):
             from fxopt.backends.onnxruntime.library import SUFFIX, build_library
 
             build_library(onnx.load(path, load_external_data=False), path.with_suffix(SUFFIX))

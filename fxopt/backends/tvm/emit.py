@@ -167,6 +167,11 @@ def cast(dtype: str, value: Expr) -> Expr:
     return tirx.Cast(dtype, value)
 
 
+def shuffle(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
+    """The values at `indices` of the vectors (of one type), one behind the other, as one vector."""
+    return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", index) for index in indices])
+
+
 def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
     """A call of an LLVM intrinsic without effects."""
     return tirx.call_llvm_pure_intrin(dtype, name, *arguments)

@@ -5,6 +5,7 @@
               has them: inverse float [out], residual float [..., out], gamma float [out], beta float [out]
      outputs: y float [..., out], codes uint8 [..., out]; those that the attributes floats and codes ask for
      attributes: x_zero, y_zero, epilogue (its place in EPILOGUES), floats, codes (int), eps (float, of the layer norm)
+   SparseLinearInt8: the same for a weight of which most blocks of four outputs x one input are zero (sparse_int8.c)
    QuantizeRows: codes = clamp(round(x * inverse) + zero)
      inputs: x float [..., n], inverse float [n]; attribute: zero (int)
    LayerNormQuantizeRows: codes = clamp(round(layer_norm(x) * inverse) + zero)
@@ -24,9 +25,27 @@ typedef void Function(const i32 *rows, const u8 *q, const void *w, const i32 *st
 typedef struct {
   i32 level, inner, outputs, epilogue, floats, codes;
   float eps;
+} Sizes;
+typedef struct {
+  Sizes sizes;
   i32 columns, group;
   Function *run;
 } Form;
+
+typedef void SparseFunction(const i32 *rows, const u8 *panel, const i32 *stream, const i32 *firsts, const i32 *starts,
+                            const float *scales, const float *bias, const float *residual, const float *gamma,
+                            const float *beta, float *y, u8 *codes, const float *inverse, const float *zero);
+typedef struct {
+  Sizes sizes;
+  i32 group;
+  SparseFunction *run;
+} SparseForm;
+
+typedef void TurnFunction(const i32 *sizes, u8 *rows, u8 *panel);
+typedef struct {
+  i32 level, into_panel;
+  TurnFunction *run;
+} TurnForm;
 
 typedef void RowFunction(const i32 *rows, const float *x, const float *gamma, const float *beta, const float *inverse,
                          const float *zero, u8 *codes);
@@ -44,7 +63,8 @@ typedef struct {
   AttentionFunction *run;
 } AttentionForm;
 
-/* The extern functions and the tables: static const Form KERNELS[COUNT + 1], RowForm ROW_KERNELS[ROW_COUNT + 1],
+/* The extern functions and the tables: static const Form KERNELS[COUNT + 1], SparseForm SPARSE_KERNELS[SPARSE_COUNT + 1],
+   TurnForm TURN_KERNELS[TURN_COUNT + 1], RowForm ROW_KERNELS[ROW_COUNT + 1],
    AttentionForm ATTENTION_KERNELS[ATTENTION_COUNT + 1]. */
 #include "kernels.h"
 
@@ -66,7 +86,7 @@ typedef struct {
 } Kernel;
 
 typedef struct {
-  const Kernel *kernel;
+  const void *kernel;
   i64 rows;
   void *in[INPUTS], *out[OUTPUTS];
 } Work;
@@ -104,19 +124,60 @@ static Status *shape_of(Api api, const void *value, i64 sizes[RANK], usize *rank
   void *shape;
   CHECK(GetTensorTypeAndShape(value, &shape));
   Status *failed = GetDimensionsCount(shape, rank);
-  if (!failed && *rank > RANK) failed = CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: more than 8 dimensions");
+  if (!failed && *rank > RANK) failed = CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: more than 8 dimensions");
   if (!failed) failed = GetDimensions(shape, sizes, *rank);
   ReleaseTensorTypeAndShapeInfo(shape);
   return failed;
 }
 
+/* The best of some forms, which start with their sizes, that this CPU runs; NULL where there is none. */
+static const void *find(const void *forms, i32 count, usize stride, const Sizes *wanted) {
+  const Sizes *best = 0;
+  for (i32 i = 0; i < count; i++) {
+    const Sizes *form = (const void *)((const char *)forms + (usize)i * stride);
+    if (form->inner != wanted->inner || form->outputs != wanted->outputs || form->epilogue != wanted->epilogue) continue;
+    if (form->floats != wanted->floats || form->codes != wanted->codes) continue;
+    if (form->epilogue == LAYER_NORM && form->eps != wanted->eps) continue;
+    if (form->level <= wanted->level && (!best || best->level < form->level)) best = form;
+  }
+  return best;
+}
+
+/* What a linear's node asks for, its zero points (of x and of the codes) and its weight. */
+static Status *asked(Api api, const void *info, Sizes *wanted, i64 zeros[2], const signed char **weight) {
+  i64 epilogue, floats, codes, sizes[RANK];
+  i32 is_constant;
+  usize rank;
+  const void *value;
+  CHECK(KernelInfoGetAttribute_int64(info, "x_zero", &zeros[0]));
+  CHECK(KernelInfoGetAttribute_int64(info, "y_zero", &zeros[1]));
+  CHECK(KernelInfoGetAttribute_int64(info, "epilogue", &epilogue));
+  CHECK(KernelInfoGetAttribute_int64(info, "floats", &floats));
+  CHECK(KernelInfoGetAttribute_int64(info, "codes", &codes));
+  CHECK(KernelInfoGetAttribute_float(info, "eps", &wanted->eps));
+  CHECK(KernelInfoGetConstantInput_tensor(info, WEIGHT, &is_constant, &value));
+  if (!is_constant) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: a linear's weight must be an initializer");
+  CHECK(shape_of(api, value, sizes, &rank));
+  if (rank != 2) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: a linear's weight has two dimensions");
+  CHECK(GetTensorMutableData((void *)value, (void **)weight));
+  wanted->level = fxopt_cpu_level();
+  wanted->outputs = (i32)sizes[0], wanted->inner = (i32)sizes[1];
+  wanted->epilogue = (i32)epilogue, wanted->floats = (i32)floats, wanted->codes = (i32)codes;
+  return 0;
+}
+
+static Status *no_kernel(Api api) {
+  return CreateStatus(ORT_INVALID_ARGUMENT,
+                      "fxopt: this library has no kernel for the linear's sizes on this CPU (at least AVX2)");
+}
+
 static void pack(const Form *form, const signed char *weight, i64 zero, void *packed, i32 *starts) {
-  i64 inner = form->inner, columns = form->columns, group = form->group;
-  i64 panels = (form->outputs + columns - 1) / columns;
+  i64 inner = form->sizes.inner, outputs = form->sizes.outputs, columns = form->columns, group = form->group;
+  i64 panels = (outputs + columns - 1) / columns;
   for (i64 n = 0; n < panels * columns; n++) {
     i64 sum = 0;
     for (i64 k = 0; k < inner; k++) {
-      i32 code = n < form->outputs ? weight[n * inner + k] : 0;
+      i32 code = n < outputs ? weight[n * inner + k] : 0;
       i64 to = ((n / columns * (inner / group) + k / group) * columns + n % columns) * group + k % group;
       if (group == 4)
         ((signed char *)packed)[to] = (signed char)code;
@@ -136,71 +197,43 @@ static void destroy(void *given) {
   free(kernel);
 }
 
-static const Form *find(const i64 sizes[2], i64 epilogue, i64 floats, i64 codes, float eps) {
-  const Form *best = 0;
-  i32 level = fxopt_cpu_level();
-  for (i32 i = 0; i < COUNT; i++) {
-    const Form *form = &KERNELS[i];
-    if (form->inner != sizes[1] || form->outputs != sizes[0] || form->epilogue != epilogue) continue;
-    if (form->floats != floats || form->codes != codes || (epilogue == LAYER_NORM && form->eps != eps)) continue;
-    if (form->level <= level && (!best || best->level < form->level)) best = form;
-  }
-  return best;
-}
-
 static Status *create(const CustomOp *op, Api api, const void *info, void **made) {
   (void)op;
-  i64 x_zero, y_zero, epilogue, floats, codes, sizes[RANK];
-  float eps;
-  i32 is_constant;
-  usize rank;
-  const void *value;
-  void *weight;
-  CHECK(KernelInfoGetAttribute_int64(info, "x_zero", &x_zero));
-  CHECK(KernelInfoGetAttribute_int64(info, "y_zero", &y_zero));
-  CHECK(KernelInfoGetAttribute_int64(info, "epilogue", &epilogue));
-  CHECK(KernelInfoGetAttribute_int64(info, "floats", &floats));
-  CHECK(KernelInfoGetAttribute_int64(info, "codes", &codes));
-  CHECK(KernelInfoGetAttribute_float(info, "eps", &eps));
-  CHECK(KernelInfoGetConstantInput_tensor(info, WEIGHT, &is_constant, &value));
-  if (!is_constant) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: the weight must be an initializer");
-  CHECK(shape_of(api, value, sizes, &rank));
-  CHECK(GetTensorMutableData((void *)value, &weight));
-  const Form *form = rank == 2 ? find(sizes, epilogue, floats, codes, eps) : 0;
-  if (!form)
-    return CreateStatus(ORT_INVALID_ARGUMENT,
-                        "FusedLinearInt8: this library has no kernel for the node's sizes on this CPU (at least AVX2)");
-  usize padded = (usize)((form->outputs + form->columns - 1) / form->columns * form->columns);
+  Sizes wanted;
+  i64 zeros[2];
+  const signed char *weight;
+  CHECK(asked(api, info, &wanted, zeros, &weight));
+  const Form *form = find(KERNELS, COUNT, sizeof *form, &wanted);
+  if (!form) return no_kernel(api);
+  usize padded = (usize)((wanted.outputs + form->columns - 1) / form->columns * form->columns);
   Kernel *kernel = malloc(sizeof *kernel);
   if (!kernel) return CreateStatus(ORT_FAIL, "FusedLinearInt8: out of memory");
-  *kernel = (Kernel){api, form, malloc(padded * (usize)form->inner * (form->group == 4 ? 1 : 2)),
-                     malloc(padded * sizeof(i32)), (float)y_zero};
+  *kernel = (Kernel){api, form, malloc(padded * (usize)wanted.inner * (form->group == 4 ? 1 : 2)),
+                     malloc(padded * sizeof(i32)), (float)zeros[1]};
   if (!kernel->weight || !kernel->starts) {
     destroy(kernel);
     return CreateStatus(ORT_FAIL, "FusedLinearInt8: out of memory");
   }
-  pack(form, weight, x_zero, kernel->weight, kernel->starts);
+  pack(form, weight, zeros[0], kernel->weight, kernel->starts);
   *made = kernel;
   return 0;
 }
 
 static void part(void *given, usize index) {
   Work *work = given;
-  const Form *form = work->kernel->form;
-  i64 first = (i64)index * CHUNK, at = first * form->outputs;
+  const Kernel *kernel = work->kernel;
+  const Sizes *sizes = &kernel->form->sizes;
+  i64 first = (i64)index * CHUNK, at = first * sizes->outputs;
   i32 rows = (i32)(work->rows - first < CHUNK ? work->rows - first : CHUNK);
   float *residual = work->in[RESIDUAL], *y = work->out[Y];
   u8 *codes = work->out[CODES];
-  form->run(&rows, (u8 *)work->in[X] + first * form->inner, work->kernel->weight, work->kernel->starts,
-            work->in[SCALES], work->in[BIAS], residual ? residual + at : 0, work->in[GAMMA], work->in[BETA],
-            y ? y + at : 0, codes ? codes + at : 0, work->in[INVERSE], &work->kernel->zero);
+  kernel->form->run(&rows, (u8 *)work->in[X] + first * sizes->inner, kernel->weight, kernel->starts, work->in[SCALES],
+                    work->in[BIAS], residual ? residual + at : 0, work->in[GAMMA], work->in[BETA], y ? y + at : 0,
+                    codes ? codes + at : 0, work->in[INVERSE], &kernel->zero);
 }
 
-static Status *compute(void *given, void *context) {
-  const Kernel *kernel = given;
-  const Form *form = kernel->form;
-  Api api = kernel->api;
-  Work work = {.kernel = kernel, .rows = 1};
+/* Find a linear's operands and results, then run `one` for every CHUNK of rows. */
+static Status *run_linear(Work *work, const Sizes *form, Api api, void *context, void (*one)(void *, usize)) {
   i64 sizes[RANK];
   usize rank;
   const void *value;
@@ -210,29 +243,37 @@ static Status *compute(void *given, void *context) {
                                               : form->epilogue == LAYER_NORM);
     if (i == WEIGHT || !used) continue;
     CHECK(KernelContext_GetInput(context, i, &value));
-    if (!value) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: an input of the form is missing");
-    CHECK(GetTensorMutableData((void *)value, &work.in[i]));
+    if (!value) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: an input of the linear's form is missing");
+    CHECK(GetTensorMutableData((void *)value, &work->in[i]));
     if (i != X && i != RESIDUAL) continue;
     i64 rows = 1;
     CHECK(shape_of(api, value, sizes, &rank));
     for (usize d = 0; d + 1 < rank; d++) rows *= sizes[d];
-    if (rank == 0 || sizes[rank - 1] != (i == X ? form->inner : form->outputs) || (i != X && rows != work.rows))
-      return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: x or residual does not have the weight's sizes");
-    work.rows = rows;
+    if (rank == 0 || sizes[rank - 1] != (i == X ? form->inner : form->outputs) || (i != X && rows != work->rows))
+      return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: x or residual does not have the weight's sizes");
+    work->rows = rows;
     sizes[rank - 1] = form->outputs;
   }
   for (usize i = 0; i < OUTPUTS; i++) {
     void *result;
     if (i == Y ? !form->floats : !form->codes) continue;
     CHECK(KernelContext_GetOutput(context, i, sizes, rank, &result));
-    if (!result) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: an output of the form is missing");
-    CHECK(GetTensorMutableData(result, &work.out[i]));
+    if (!result) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: an output of the linear's form is missing");
+    CHECK(GetTensorMutableData(result, &work->out[i]));
   }
-  usize parts = (usize)((work.rows + CHUNK - 1) / CHUNK);
-  if (parts > 1) return KernelContext_ParallelFor(context, part, parts, 0, &work);
-  part(&work, 0);
+  usize parts = (usize)((work->rows + CHUNK - 1) / CHUNK);
+  if (parts > 1) return KernelContext_ParallelFor(context, one, parts, 0, work);
+  if (parts) one(work, 0);
   return 0;
 }
+
+static Status *compute(void *given, void *context) {
+  const Kernel *kernel = given;
+  Work work = {.kernel = kernel};
+  return run_linear(&work, &kernel->form->sizes, kernel->api, context, part);
+}
+
+#include "sparse_int8.c"
 
 /* ---- rows of floats to bytes */
 
@@ -429,6 +470,7 @@ static i32 attention_input_type(const CustomOp *op, usize i) { (void)op; return 
 static i32 attention_input_kind(const CustomOp *op, usize i) { (void)op; return i == MASK ? OPTIONAL : REQUIRED; }
 
 static const char *linear_name(const CustomOp *op) { (void)op; return "FusedLinearInt8"; }
+static const char *sparse_name(const CustomOp *op) { (void)op; return "SparseLinearInt8"; }
 static const char *quantize_name(const CustomOp *op) { (void)op; return "QuantizeRows"; }
 static const char *norm_name(const CustomOp *op) { (void)op; return "LayerNormQuantizeRows"; }
 static const char *provider(const CustomOp *op) { (void)op; return 0; /* the CPU */ }
@@ -472,6 +514,19 @@ static const CustomOp LINEAR = {
     .CreateKernelV2 = create,
     .KernelComputeV2 = compute,
 };
+static const CustomOp SPARSE = {
+    COMMON,
+    .GetName = sparse_name,
+    .GetInputType = input_type,
+    .GetInputTypeCount = inputs,
+    .GetOutputType = output_type,
+    .GetOutputTypeCount = outputs,
+    .KernelDestroy = destroy_sparse,
+    .GetInputCharacteristic = input_kind,
+    .GetOutputCharacteristic = output_kind,
+    .CreateKernelV2 = create_sparse,
+    .KernelComputeV2 = compute_sparse,
+};
 static const CustomOp ATTENTION = {
     COMMON,
     .GetName = attention_name,
@@ -500,6 +555,7 @@ Status *RegisterCustomOps(void *options, const ApiBase *base) {
   void *domain;
   CHECK(CreateCustomOpDomain("fxopt", &domain));
   CHECK(CustomOpDomain_Add(domain, &LINEAR));
+  CHECK(CustomOpDomain_Add(domain, &SPARSE));
   CHECK(CustomOpDomain_Add(domain, &QUANTIZE));
   CHECK(CustomOpDomain_Add(domain, &NORM));
   CHECK(CustomOpDomain_Add(domain, &ATTENTION));
