@@ -214,9 +214,10 @@ def _load(model: Model, example_inputs: Any, options: Options, backend: Backend,
     if is_onnx(model):
         from fxopt.artifact import concern_here
         from fxopt.frontends.onnx import foreign_operators, load
+        from fxopt.ir.masks import stale
 
         graph = load(model)
-        notes.extend(filter(None, [concern_here(graph, "the model"), foreign_operators(graph)]))
+        notes.extend(filter(None, [concern_here(graph, "the model"), foreign_operators(graph), *stale(graph)]))
         return graph
     args, kwargs = bound(example_inputs)
     known = (model if isinstance(model, Graph) else model.graph) if is_graph(model) else None

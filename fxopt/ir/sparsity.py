@@ -158,6 +158,25 @@ class Mark:
         """The mark of a weight [out, in] that has the pattern."""
         return cls(pattern, pattern.zeros(weight))
 
+    @classmethod
+    def parse(cls, text: str) -> Mark:
+        """The mark that `str` writes, such as `2:4 0.5`.
+
+        Raises:
+            InvalidOption: the text describes none.
+        """
+        pattern, _, zeros = text.partition(" ")
+        try:
+            share = float(zeros)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise InvalidOption(f"sparsity mark {text!r}: expected a pattern and its share of zeros, like '2:4 0.5'")
+        return cls(Pattern.parse(pattern), share)
+
+    def __str__(self) -> str:
+        return f"{self.pattern} {self.zeros!r}"
+
     def violation(self, weight: Tensor) -> str:
         """Why the weight [out, in] no longer has the pattern, or ""."""
         broken = self.pattern.violation(weight)
