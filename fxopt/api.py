@@ -171,8 +171,10 @@ class Optimized(torch.nn.Module):
         options = self._options
         if options is None:
             return ""
+        from fxopt.catalog import canonical
+
         applied = {row.pass_name for row in self.ledger.select(outcome="applied")}
-        missing = [name for name in options.require_passes if name.replace("_", "-") not in applied]
+        missing = [name for name in options.require_passes if canonical(name) not in applied]
         if missing:
             return f"pass {missing[0]} was required and changed nothing"
         wanted = options.require_speedup

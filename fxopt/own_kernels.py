@@ -18,11 +18,13 @@ from fxopt.errors import InvalidOption, MissingDependency
 from fxopt.guard import Timing, measure
 from fxopt.ir.graph import label
 from fxopt.ir.ledger import Verdict
+from fxopt.ir.masks import marks, verify_masks
 from fxopt.ir.shapes import infer
 from fxopt.ir.target import Target
 from fxopt.passes.fuse_int8 import FuseInt8
 from fxopt.passes.stats import collect
 from fxopt.request import Lossy, Sample
+from fxopt.rewriting import keeping_masks
 
 if TYPE_CHECKING:
     from fxopt.engine import Optimizer
@@ -63,7 +65,7 @@ def with_own_kernels(job: Optimizer, lossy: Lossy, sample: Sample | None, second
     graph = lossy.graph.copy()
     nodes = [label(node) for node in graph.calls() if "linear_w8a8" in str(node.target)]
     with job.stage("own kernels"):
-        changes = FuseInt8().run(graph, job.context)
+        changes = keeping_masks(FuseInt8(), graph, job.context)
     if not changes:
         job.ledger.note("custom_ops: no 8-bit linear with a calibrated range is there to be computed by own kernels")
         return lossy
@@ -93,6 +95,7 @@ def _with_attention(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds
         scores: dict[fx.Node, fx.Node] = {}
         for place in found:
             own_attention.on_bytes(graph, place, stats, scores)
+        verify_masks(graph, marks(lossy.graph))
         graph.prune()
         fused = job.measured(graph, lossy.plan)
     return _chosen(job, own_attention.NAME, nodes, lossy, fused, sample, seconds)

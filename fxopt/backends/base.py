@@ -60,6 +60,10 @@ class Backend(ABC):
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Turn the graph into something that runs."""
 
+    def skips_zeros(self, target: Target, dtype: str, pattern: str) -> str:
+        """ "" when a linear whose weight of this type has zeros of this pattern takes less time, else the reason."""
+        return f"{self.name} multiplies zeros like other numbers"
+
     def prefers(self, op: str) -> str:
         """ "" when the backend's own fusion into `op` is fast, else the reason to avoid it (with what was measured)."""
         return ""

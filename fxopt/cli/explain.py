@@ -35,11 +35,11 @@ def explain(
     out = Output(json)
     require_model(model)
     if pass_name is not None:
-        from fxopt.catalog import entries
+        from fxopt.catalog import canonical, entries, pass_names
 
-        pass_name = pass_name.replace("_", "-")
-        if pass_name not in (known := entries("pass")):
-            raise unknown("pass", pass_name, known)
+        pass_name = canonical(pass_name)
+        if pass_name not in entries("pass"):
+            raise unknown("pass", pass_name, pass_names())
     pattern = options.pattern_from("--node", node)
     shapes, limit = options.shapes_from(input_shape), options.budget_from(budget)
     import fxopt

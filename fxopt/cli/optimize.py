@@ -193,15 +193,14 @@ def _known_passes(names: list[str], given: list[Any] | None) -> list[str]:
     """
     if not names:
         return []
-    from fxopt.catalog import entries
+    from fxopt.catalog import canonical, pass_names
     from fxopt.errors import unknown
 
-    known = {*entries("pass"), *(item.name for item in given or ())}
-    dashed = [name.replace("_", "-") for name in names]
-    for name in dashed:
-        if name not in known:
+    known = {*pass_names(), *(item.name for item in given or ())}
+    for name in names:
+        if name.replace("_", "-") not in known:
             raise unknown("pass", name, known)
-    return dashed
+    return [canonical(name) for name in names]
 
 
 def _show_plan(out: Output, ledger: Ledger) -> None:

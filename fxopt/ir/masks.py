@@ -1,7 +1,7 @@
 """Zeros that were paid for with accuracy survive: the marks of nodes, and whether their weights still keep them.
 
-A mark (`meta["sparsity"]`) lies on every node of a view that holds a weight. `Graph.call` and `Graph.replace` hand it on
-to what takes their place, so it may also reach nodes without a weight, which lose it here.
+A mark (`meta["sparsity"]`) lies on every node of a view that holds a weight. `Graph.call` and `Graph.replace` hand it
+on to what takes their place, so it may also reach nodes without a weight, which lose it here.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fxopt.errors import InvalidOption
 from fxopt.passes.avoid_slow_fusions import AvoidSlowFusions
 from fxopt.passes.base import ExactPass, LossyPass
 from fxopt.passes.eliminate_dead_code import EliminateDeadCode
@@ -50,3 +53,18 @@ def lossy_passes() -> list[LossyPass]:
         QuantizeLinear(bits=4),  # where a linear waits for its weights
         QuantizeEmbedding(),
     ]
+
+
+def stages(passes: Sequence[LossyPass]) -> list[list[LossyPass]]:
+    """Lossy passes that are planned together, by turns: those that come after others see what these made."""
+    names = {step.name for step in passes}
+    found: list[list[LossyPass]] = []
+    left = list(passes)
+    while left:
+        waiting = {step.name for step in left}
+        ready = [step for step in left if not waiting.intersection(step.after) - {step.name}]
+        if not ready:
+            raise InvalidOption(f"the passes {sorted(names)} must each come after another one of them")
+        found.append(ready)
+        left = [step for step in left if step not in ready]
+    return found

@@ -20,6 +20,7 @@ from fxopt.ir.memory import is_large
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.ops.linear_u8s8 import linear_u8s8
 from fxopt.ir.ops.sparse_linear_u8s8 import sparse_linear_u8s8
+from fxopt.ir.sparsity import Pattern
 from fxopt.ir.target import Target
 
 # Fusions that ONNX Runtime makes by itself and that are slower than what they replace, by the first version in which
@@ -71,6 +72,14 @@ class OnnxRuntime(Backend):
         if op in _FAST_FUSIONS:
             return _fusion(op, dtype)
         return "" if op in known else f"operator {op} has no ONNX form that ONNX Runtime runs fast"
+
+    def skips_zeros(self, target: Target, dtype: str, pattern: str) -> str:
+        """Never: its kernels are dense."""
+        found = Pattern.parse(pattern)
+        if found.outputs == 1:
+            family = "x86" if target.arch.startswith("x86") else target.arch
+            return f"{pattern} gives no time on {target.name}: no {family} instruction skips zeros chosen per output"
+        return f"ONNX Runtime has no kernel that skips zeros in blocks of {pattern}"
 
     def prefers(self, op: str) -> str:
         """The reason to avoid a fusion of ONNX Runtime, in the versions in which it was measured to be slow."""

@@ -11,6 +11,7 @@ from torch import fx
 from fxopt.backends.base import Backend, Executable
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, hint, label
+from fxopt.ir.sparsity import Pattern
 from fxopt.ir.target import Target
 
 
@@ -36,6 +37,18 @@ class Tvm(Backend):
         from fxopt.backends.tvm.rules import RULES
 
         return "" if op in RULES else f"operator {op} has no kernel in the tvm backend"
+
+    def skips_zeros(self, target: Target, dtype: str, pattern: str) -> str:
+        """Blocks of at least a vector of outputs, in floats."""
+        from fxopt.backends.tvm.machine import machine_for
+
+        found, machine = Pattern.parse(pattern), machine_for(target)
+        if found.is_counted or found.outputs % machine.lanes:
+            return (
+                f"{pattern} gives no time on {target.name}: kernels skip blocks of outputs, a multiple of "
+                f"{machine.lanes} (such as {machine.columns}x1)"
+            )
+        return "" if dtype == "float32" else f"kernels that skip zeros take float32, not {dtype}"
 
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Compile the whole graph, or what of it has kernels.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -10,10 +12,10 @@ from torch import fx
 from fxopt.cost_model.work.aten import aten_cost
 from fxopt.cost_model.work.call import Call
 from fxopt.cost_model.work.onnx import onnx_cost
-from fxopt.ir.graph import Graph, tensor_value
+from fxopt.ir.graph import Graph, hint, shape_of, tensor_value
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.op import declaration
-from fxopt.ir.target import Cost
+from fxopt.ir.target import Cost, Zeros
 
 NOTHING = Cost(0.0, 0.0, "float32", "shape", 0)
 
@@ -29,9 +31,20 @@ def node_cost(graph: Graph, node: fx.Node) -> Cost:
         return NOTHING
     declared = declaration(node.target)
     if declared is not None:
-        return _declared_cost(node, declared)
+        return _with_zeros(node, _declared_cost(node, declared), declared.name == "linear_u8s8")
     call = Call(graph, node)
-    return onnx_cost(call) if isinstance(node.target, OnnxOp) else aten_cost(call)
+    if isinstance(node.target, OnnxOp):
+        return onnx_cost(call)
+    return _with_zeros(node, aten_cost(call), True)
+
+
+def _with_zeros(node: fx.Node, cost: Cost, skips: bool) -> Cost:
+    """The work of a linear with zeros that kernels for this operator may skip."""
+    mark, shape = node.meta.get("sparsity"), shape_of(node)
+    if not skips or mark is None or shape is None or cost.kind != "linear":
+        return cost
+    rows = math.prod(hint(dim) for dim in shape[:-1])
+    return replace(cost, zeros=Zeros(str(mark.pattern), mark.zeros, rows))
 
 
 def _declared_cost(node: fx.Node, declared: Any) -> Cost:

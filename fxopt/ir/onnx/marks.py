@@ -1,4 +1,4 @@
-"""Marks of sparse weights in an ONNX file: an entry `fxopt.sparsity` in the metadata of the operator with the weight."""
+"""Marks of sparse weights in an ONNX file: `fxopt.sparsity` in the metadata of the operator that has the weight."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from fxopt.ir.interpreter import constant_value, evaluate, plain_tensor
 from fxopt.ir.onnx.references.contrib_matmul import n_bits_weight
 from fxopt.ir.op import declaration
 from fxopt.ir.ops.linear_nbits import dequantized
+from fxopt.ir.ops.linear_sparse import dense
 from fxopt.ir.views.common import argument, is_onnx
 from fxopt.ir.views.conv import Conv, conv
 from fxopt.ir.views.linear import Linear, linear
@@ -70,11 +71,18 @@ def _few_bits(columns_at: int) -> Callable[[Graph, fx.Node], Tensor | None]:
     return weight
 
 
+def _stored(graph: Graph, node: fx.Node) -> Tensor | None:
+    arguments: Any = node.args
+    values, mask = (graph.constant(argument) for argument in arguments[1:3])
+    return None if values is None or mask is None else dense(values, mask, arguments[4])
+
+
 _OWN: dict[str, Callable[[Graph, fx.Node], Tensor | None]] = {
     **dict.fromkeys(("linear_w8a8", "linear_w8a8_dynamic", "linear_u8s8", "linear_fp8"), _codes),
     "conv_w8a8": _conv_codes,
     "linear_nbits": _few_bits(5),
     "conv_nbits": _few_bits(5),
+    **dict.fromkeys(("linear_sparse", "conv_sparse"), _stored),
 }
 
 

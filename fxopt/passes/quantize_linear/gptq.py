@@ -30,13 +30,16 @@ def nearest(weight: Tensor, grid: Grid) -> Tensor:
     return wide.codes(weight.double(), grid.groups(weight.shape[1])).to(torch.uint8)
 
 
-def gptq(weight: Tensor, moments: Tensor, grid: Grid, *, act_order: bool = True) -> Rounded:
+def gptq(
+    weight: Tensor, moments: Tensor, grid: Grid, *, act_order: bool = True, kept: Tensor | None = None
+) -> Rounded:
     """Round `weight` [out, in] to the grid so that the error of x @ weight.T is small.
 
     Args:
         moments: H [in, in], proportional to the sum of x x.T over the calibration rows. Inputs that were always 0 are
             rounded to nearest.
         act_order: round the inputs with the largest moments first.
+        kept: bool [out, in]; the other weights become exactly 0, and those after them make up for it.
     """
     columns = weight.shape[1]
     hessian = moments.clone()
@@ -54,6 +57,8 @@ def gptq(weight: Tensor, moments: Tensor, grid: Grid, *, act_order: bool = True)
 
     def rounded(column: int, values: Tensor) -> Tensor:
         group = groups[column : column + 1]
+        if kept is not None:
+            values = torch.where(kept[:, order[column]], values, 0.0)
         found = grid.codes(values[:, None], group)
         codes[:, order[column]] = found[:, 0].to(torch.uint8)
         return grid.values(found, group)[:, 0]

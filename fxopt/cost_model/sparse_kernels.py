@@ -1,0 +1,31 @@
+"""Kernels that skip zeros of weights: for which patterns, and how much faster than dense ones they are.
+
+The one place of these figures; targets list the kernels that run on them.
+"""
+
+from __future__ import annotations
+
+from fxopt.ir.target import SparseKernel
+
+# Blocks of 4 outputs in 8 bits on x86 with VNNI, against ONNX Runtime's dense product of 384 rows, 3072 inputs and 768
+# outputs, the least favourable of three shapes; one thread of an AMD EPYC, Zen 5.
+OWN_INT8 = (
+    SparseKernel(
+        "4x1", "int8", ((0.5, 1.09), (0.7, 1.75), (0.75, 2.07), (0.8, 2.62), (0.9, 4.99)), least_rows=128,
+        custom_ops=True, source="a prototype of the kernel on one thread of an AMD EPYC, Zen 5",
+    ),
+)  # fmt: skip
+
+# Blocks of 8 outputs in floats on 128-bit vectors: the lesser of two shapes of at least 128 rows, and one row.
+_BSR = "benchmarks/tvm_kernels.py, WebAssembly in wasmtime"
+BLOCKS_128 = (
+    SparseKernel("8x1", "float32", ((0.7, 1.35), (0.8, 1.53), (0.9, 1.62)), source=_BSR),
+    SparseKernel("8x1", "float32", ((0.7, 2.65), (0.8, 3.72), (0.9, 5.5)), least_rows=128, source=_BSR),
+)
+
+# Published: 1.38 for 3072 rows, 10240 inputs and 3072 outputs in float16 (PyTorch's tutorial on 2:4 sparsity, CUTLASS).
+# At a batch of 1 the same product is slower than the dense one (PyTorch issue 111339), between them nothing is known.
+AMPERE_24 = tuple(
+    SparseKernel("2:4", dtype, ((0.5, 1.38),), least_rows=3072, source="PyTorch's tutorial on 2:4 sparsity, A100")
+    for dtype in ("float16", "bfloat16")
+)
