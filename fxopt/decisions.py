@@ -271,7 +271,7 @@ class Decision:
         return self.job.finish(graph, executable, before, "optimized", why, lossy.error if lossy else None, timing)
 
     def _all_of(self, lossy: Lossy, chosen: Sequence[Candidate]) -> Sequence[Candidate] | None:
-        """What is undone with a plan: earlier stages, the conversion that it builds on too, and so everything (None)."""
+        """What is undone with a plan: earlier stages too, and with a conversion below it everything (None)."""
         return None if self.job.is_converted else (*chosen, *lossy.earlier)
 
     def _undo_conversion(self) -> None:

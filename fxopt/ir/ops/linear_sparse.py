@@ -1,8 +1,8 @@
 """Linears and 1x1 convolutions of which only the blocks that are not zero are stored.
 
-One storage for all patterns: `values` [kept, outputs] are the blocks of `outputs` neighbouring outputs and one input, by
-groups of outputs and then by inputs; `mask` uint8 [groups, ceil(in / 8)] says which are there, one bit per block, in the
-layout of `fxopt.ir.packing`. A weight of float32 with the pattern 2:4 takes 53 % of its bytes.
+One storage for all patterns: `values` [kept, outputs] are the blocks of `outputs` neighbouring outputs and one input,
+by groups of outputs and then by inputs; `mask` uint8 [groups, ceil(in / 8)] says which are there, one bit per block, in
+the layout of `fxopt.ir.packing`. A weight of float32 with the pattern 2:4 takes 53 % of its bytes.
 """
 
 from __future__ import annotations

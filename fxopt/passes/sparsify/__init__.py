@@ -29,8 +29,8 @@ _LEVELS = (0.5, 0.7, 0.8, 0.9)  # of blocks, where none is asked for
 class Sparsify(LossyPass):
     """Set weights of linears and 1x1 convolutions to zero, in a pattern that kernels skip or that takes fewer bytes.
 
-    It is done where it is asked for. Weights stay floats, and no later pass may fill their zeros. The last linear before
-    an output, and weights that are used more than once, are left dense.
+    It is done where it is asked for. Weights stay floats, and no later pass may fill their zeros. Linears whose value
+    is an output, and weights that are used more than once, are left dense.
 
     Options:
         pattern: N:M like "2:4", blocks of outputs x inputs like "4x1", or "unstructured"; "auto": what the kernels of
@@ -50,7 +50,7 @@ class Sparsify(LossyPass):
         if share is not None and not (isinstance(share, (int, float)) and 0 <= share < 1):
             raise InvalidOption(f"sparsify: sparsity={share}; expected a share of at least 0 and below 1")
         if found is not None and found.is_counted and share not in (None, 0, found.sparsity):
-            raise InvalidOption(f"sparsify: sparsity={share} with pattern={found}, whose sparsity is {found.sparsity:g}")
+            raise InvalidOption(f"sparsify: sparsity={share} with pattern={found}, which has {found.sparsity:g}")
         if self.method not in _METHODS:
             raise InvalidOption(f"sparsify: method={self.method!r}; expected one of {_METHODS}")
 
