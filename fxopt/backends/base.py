@@ -60,8 +60,12 @@ class Backend(ABC):
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Turn the graph into something that runs."""
 
-    def skips_zeros(self, target: Target, dtype: str, pattern: str) -> str:
-        """ "" when a linear whose weight of this type has zeros of this pattern takes less time, else the reason."""
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
+        """ "" when a linear whose weight of this type has zeros of this pattern takes less time, else the reason.
+
+        Args:
+            shape: of the weight, (out, in); None: of any.
+        """
         return f"{self.name} multiplies zeros like other numbers"
 
     def prefers(self, op: str) -> str:

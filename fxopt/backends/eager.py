@@ -56,11 +56,11 @@ class Eager(Backend):
         """Every fxopt operator runs here."""
         return ""
 
-    def skips_zeros(self, target: Target, dtype: str, pattern: str) -> str:
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
         """2:4 on CUDA devices whose matrix units skip it, in the types that torch has such products for."""
         if target.kind != "cuda":
-            return super().skips_zeros(target, dtype, pattern)
-        return eager_cuda.unskipped(target, dtype, pattern)
+            return super().skips_zeros(target, dtype, pattern, shape)
+        return eager_cuda.unskipped(target, dtype, pattern, shape)
 
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """An interpreter over a copy of the graph."""

@@ -53,8 +53,12 @@ class Capabilities(Protocol):
         """ "" when the backend runs `op` in `dtype` faster than a naive kernel would, else the reason why not."""
         ...
 
-    def skips_zeros(self, target: Target, dtype: str, pattern: str) -> str:
-        """ "" when linears whose weights of this type have zeros of this pattern take less time, else the reason."""
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
+        """ "" when linears whose weights of this type have zeros of this pattern take less time, else the reason.
+
+        Args:
+            shape: of one weight, (out, in); None: of any.
+        """
         ...
 
 
@@ -77,12 +81,13 @@ class Context:
         """ "" when the backend has a kernel for it on the target, else the reason."""
         return "" if self.capabilities is None else self.capabilities.supports(op, dtype, pattern)
 
-    def unskipped(self, dtype: str, pattern: str) -> str:
+    def unskipped(self, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
         """ "" when linears take less time for zeros of this pattern in a weight of this type, else the reason."""
         known = [kernel for kernel in self.target.sparse_kernels if (kernel.pattern, kernel.dtype) == (pattern, dtype)]
         if self.custom_ops and any(kernel.custom_ops for kernel in known):
             return ""
-        reason = "" if self.capabilities is None else self.capabilities.skips_zeros(self.target, dtype, pattern)
+        backend = self.capabilities
+        reason = "" if backend is None else backend.skips_zeros(self.target, dtype, pattern, shape)
         if reason or any(not kernel.custom_ops for kernel in known):
             return reason
         return f"{self.target.name} lists no kernel that skips {pattern} in {dtype}"

@@ -67,7 +67,7 @@ def _refusal(graph: Graph, ctx: Context, layer: Layer, mark: Mark) -> Refusal | 
     if bias is not None and bias.dim() != 1:
         return Refusal("its bias has shape {}; expected one axis", list(bias.shape))
     if ctx.objective != "size":
-        why = ctx.unskipped(dtype, str(pattern))
+        why = ctx.unskipped(dtype, str(pattern), (weight.shape[0], weight.shape[1]))
         return Refusal('it saves bytes, which objective="size" asks for, not time: {}', why) if why else None
     if stored_bytes(pattern, *weight.shape, pattern.zeros(weight), weight.itemsize) >= weight.nbytes:
         return Refusal("{:.0%} zeros save less than the mask of their places takes", pattern.zeros(weight))

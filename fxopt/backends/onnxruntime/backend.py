@@ -73,7 +73,7 @@ class OnnxRuntime(Backend):
             return _fusion(op, dtype)
         return "" if op in known else f"operator {op} has no ONNX form that ONNX Runtime runs fast"
 
-    def skips_zeros(self, target: Target, dtype: str, pattern: str) -> str:
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
         """Never: its kernels are dense."""
         found = Pattern.parse(pattern)
         if found.outputs == 1:

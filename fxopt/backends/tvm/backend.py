@@ -38,7 +38,7 @@ class Tvm(Backend):
 
         return "" if op in RULES else f"operator {op} has no kernel in the tvm backend"
 
-    def skips_zeros(self, target: Target, dtype: str, pattern: str) -> str:
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
         """Blocks of at least a vector of outputs, in floats."""
         from fxopt.backends.tvm.machine import machine_for
 

@@ -31,17 +31,15 @@ def node_cost(graph: Graph, node: fx.Node) -> Cost:
         return NOTHING
     declared = declaration(node.target)
     if declared is not None:
-        return _with_zeros(node, _declared_cost(node, declared), declared.name == "linear_u8s8")
+        return _declared_cost(node, declared)
     call = Call(graph, node)
-    if isinstance(node.target, OnnxOp):
-        return onnx_cost(call)
-    return _with_zeros(node, aten_cost(call), True)
+    return onnx_cost(call) if isinstance(node.target, OnnxOp) else _with_zeros(node, aten_cost(call))
 
 
-def _with_zeros(node: fx.Node, cost: Cost, skips: bool) -> Cost:
-    """The work of a linear with zeros that kernels for this operator may skip."""
+def _with_zeros(node: fx.Node, cost: Cost) -> Cost:
+    """The work of a linear of aten, with the zeros that a compiler of these operators may skip."""
     mark, shape = node.meta.get("sparsity"), shape_of(node)
-    if not skips or mark is None or shape is None or cost.kind != "linear":
+    if mark is None or shape is None or cost.kind != "linear":
         return cost
     rows = math.prod(hint(dim) for dim in shape[:-1])
     return replace(cost, zeros=Zeros(str(mark.pattern), mark.zeros, rows))

@@ -13,7 +13,7 @@ KEY = "fxopt.sparsity"
 IR_VERSION = 10  # the first whose nodes have metadata
 _PRODUCTS = (
     "Conv", "ConvInteger", "DynamicQuantizeMatMul", "FusedLinearInt8", "Gemm", "MatMul", "MatMulInteger",
-    "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul",
+    "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv", "QLinearMatMul", "SparseLinearInt8",
 )  # fmt: skip
 
 

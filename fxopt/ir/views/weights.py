@@ -78,7 +78,9 @@ def _stored(graph: Graph, node: fx.Node) -> Tensor | None:
 
 
 _OWN: dict[str, Callable[[Graph, fx.Node], Tensor | None]] = {
-    **dict.fromkeys(("linear_w8a8", "linear_w8a8_dynamic", "linear_u8s8", "linear_fp8"), _codes),
+    **dict.fromkeys(
+        ("linear_w8a8", "linear_w8a8_dynamic", "linear_u8s8", "sparse_linear_u8s8", "linear_fp8"), _codes
+    ),
     "conv_w8a8": _conv_codes,
     "linear_nbits": _few_bits(5),
     "conv_nbits": _few_bits(5),
@@ -97,7 +99,7 @@ def _onnx(graph: Graph, node: fx.Node) -> Tensor | None:
         return _integer(graph, node, codes_at, zero_at)
     if is_onnx(node, "MatMulNBits", domain="com.microsoft"):
         return _n_bits(graph, node)
-    if is_onnx(node, "FusedLinearInt8", domain="fxopt"):  # in a file with own kernels
+    if is_onnx(node, "FusedLinearInt8", "SparseLinearInt8", domain="fxopt"):  # in a file with own kernels
         return graph.constant(node.args[1])
     if not is_onnx(node, "MatMul", "Gemm", "Conv"):
         return None

@@ -16,6 +16,7 @@ from fxopt.ir.sparsity import Pattern
 from fxopt.ir.target import Cost, Zeros
 from fxopt.passes.base import Setting
 from fxopt.passes.quantize_linear.common import JUDGED, float_cost, value_of
+from fxopt.passes.sparsify import beside
 from fxopt.passes.sparsify.layer import Layer
 from fxopt.passes.sparsify.methods import magnitude, wanda
 from fxopt.passes.sparsify.refusals import has_already
@@ -61,10 +62,21 @@ def work_of(graph: Graph, layer: Layer, setting: Setting) -> tuple[Cost, Cost]:
     else:
         before = float_cost(layer.view, layer.view.weight(graph))
     zeros = Zeros(setting["pattern"], setting["sparsity"], layer.positions())
-    return before, replace(before, zeros=zeros)
+    after = replace(before, zeros=zeros)
+    more = _beside(setting)
+    if more:
+        size = value_of(layer.x).dtype.itemsize
+        after += beside.cost(layer, weight.shape[0], weight.shape[1], size, before.dtype, **more)
+    return before, after
+
+
+def _beside(setting: Setting) -> dict[str, int]:
+    return {name: setting[name] for name in ("rank", "block") if setting.get(name)}
 
 
 def saved_bytes(graph: Graph, layer: Layer, setting: Setting) -> int:
     """Bytes of the dense weight less those of what is stored instead."""
     weight, pattern = layer.weight(graph), Pattern.parse(setting["pattern"])
-    return weight.nbytes - stored_bytes(pattern, *weight.shape, setting["sparsity"], weight.itemsize)
+    out, columns = weight.shape
+    more = beside.parameters(out, columns, **_beside(setting)) * weight.itemsize
+    return weight.nbytes - stored_bytes(pattern, out, columns, setting["sparsity"], weight.itemsize) - more

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.sparsity import UNSTRUCTURED, Pattern
 from fxopt.passes.base import Context
@@ -11,25 +13,26 @@ AUTO = "auto"
 _QUANTISES = "quantize-linear"
 
 
-def patterns_for(ctx: Context, dtype: str) -> list[Pattern] | Refusal:
-    """The patterns that pay for a weight of this type; why there is none."""
+def patterns_for(ctx: Context, weight: Tensor) -> list[Pattern] | Refusal:
+    """The patterns that pay for a weight [out, in]; why there is none."""
     known = dict.fromkeys(kernel.pattern for kernel in ctx.target.sparse_kernels)
-    found = [text for text in known if not isinstance(skipped_in(ctx, dtype, text), Refusal)]
+    found = [text for text in known if not isinstance(skipped_in(ctx, weight, text), Refusal)]
     if not found and ctx.objective != "latency":
         found = [UNSTRUCTURED]  # the smallest error for the bytes
     if found:
         return [Pattern.parse(text) for text in found]
-    why = skipped_in(ctx, dtype, next(iter(known), UNSTRUCTURED))
+    why = skipped_in(ctx, weight, next(iter(known), UNSTRUCTURED))
     assert isinstance(why, Refusal)
     return why
 
 
-def skipped_in(ctx: Context, dtype: str, pattern: str) -> str | Refusal:
-    """The element type in which a kernel skips the zeros of a weight that has the type `dtype` now."""
-    why = ctx.unskipped(dtype, pattern)
+def skipped_in(ctx: Context, weight: Tensor, pattern: str) -> str | Refusal:
+    """The element type in which a kernel skips such zeros of a weight [out, in]: its own, or 8 bits later on."""
+    dtype, shape = str(weight.dtype).removeprefix("torch."), (weight.shape[0], weight.shape[1])
+    why = ctx.unskipped(dtype, pattern, shape)
     if not why:
         return dtype
-    if dtype == "float32" and _QUANTISES in ctx.later and not ctx.unskipped("int8", pattern):
+    if dtype == "float32" and _QUANTISES in ctx.later and not ctx.unskipped("int8", pattern, shape):
         return "int8"
     return Refusal("{}{}", why, _hint(ctx))
 
@@ -58,6 +61,6 @@ def too_few_rows(ctx: Context, layer: Layer, pattern: str, dtype: str) -> Refusa
         return None
     first = min(kernels, key=lambda kernel: kernel.least_rows)
     return Refusal(
-        "{} rows at a time are too few: {} is known to be faster from {} on ({})",
+        "too few rows at a time, {}: {} is known to be faster from {} on ({})",
         rows, pattern, first.least_rows, first.source,
     )  # fmt: skip

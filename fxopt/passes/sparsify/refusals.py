@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -61,6 +62,20 @@ def unfit_pattern(graph: Graph, layer: Layer, pattern: Pattern, share: float) ->
     zeros = float((weight == 0).double().mean())
     if zeros > share + _FEW and not has_already(weight, pattern, share):
         return Refusal("{:.0%} of its weights are zero already, not as {}, which would fill some", zeros, pattern)
+    return None
+
+
+def unfit_beside(layer: Layer, weight: Tensor, setting: Mapping[str, Any]) -> Refusal | None:
+    """Why no matrices are put beside the sparse weight, where the setting wants them."""
+    if layer.is_conv and ("rank" in setting or "block" in setting):
+        return Refusal("thin and block-diagonal matrices are put beside linears, not convolutions")
+    if setting.get("rank") == 0:
+        return Refusal("a rank of 1 has more than the asked share of the parameters of a weight {}x{}", *weight.shape)
+    block = setting.get("block", 1)
+    if any(size % block for size in weight.shape):
+        return Refusal("{}x{} does not divide into blocks of {}; try another block", *weight.shape, block)
+    if "block" in setting and block % Pattern.parse(setting["pattern"]).of:
+        return Refusal("blocks of {} cut through the groups of {}", block, setting["pattern"])
     return None
 
 
