@@ -161,7 +161,7 @@ def pass_names() -> list[str]:
 
 def find_pass(name: str) -> type[Pass]:
     """The class of a pass."""
-    found: type[Pass] = _checked_pass(find("pass", name), name)
+    found: type[Pass] = _checked_pass(find("pass", name), canonical(name))
     return found
 
 

@@ -14,6 +14,8 @@ from fxopt.backends.base import Executable
 from fxopt.groups import cut_out, group_ratios, slow_groups
 from fxopt.guard import Timing, measure
 from fxopt.ir.graph import Graph
+from fxopt.ir.onnx.marks import has_marks
+from fxopt.ir.ops.sparse_linear_u8s8 import sparse_linear_u8s8
 from fxopt.own_kernels import with_own_kernels
 from fxopt.report.report import Summary
 from fxopt.request import Lossy, Outcome, Sample
@@ -218,10 +220,13 @@ class Decision:
 
     def _no_faster(self, lossy: Lossy, other: Lossy | None, sample: Sample, seconds: float) -> str:
         """Why a staged result is not better than another one, by time; the worse one is closed."""
+        if self.job.request.custom_ops and has_marks(lossy.graph) and not _skips_zeros(lossy.graph):
+            lossy.executable.close()
+            return "no own kernel that skips its zeros was measured to be faster"
         if other is None:
             return ""
         timing = measure(lambda: other.executable.run(sample), lambda: lossy.executable.run(sample), seconds / 2)
-        why = "" if timing.low >= 1.0 else f"{_measured(timing)} over the same without it: not surely faster"
+        why = "" if timing.low > 1.0 else f"{_measured(timing)} over the same without it: not surely faster"
         (lossy if why else other).executable.close()
         return why
 
@@ -293,6 +298,11 @@ class Decision:
 
 def _measured(timing: Timing) -> str:
     return f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f})"
+
+
+def _skips_zeros(graph: Graph) -> bool:
+    """Whether a linear runs in an own kernel that leaves out zero blocks."""
+    return any(node.target is sparse_linear_u8s8.target for node in graph.calls())
 
 
 def _not_surely(timing: Timing) -> str:

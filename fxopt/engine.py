@@ -23,6 +23,7 @@ from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger
 from fxopt.ir.memory import is_large, limit, spilled
+from fxopt.ir.shapes import update
 from fxopt.ir.verify import NumericCheck, synthetic_sample
 from fxopt.offers import NO_DATA, offers
 from fxopt.passes.base import Context, ConvertingPass, ExactPass
@@ -207,6 +208,7 @@ class Optimizer:
     def measured(self, graph: Graph, chosen: Plan) -> Lossy:
         """A rewritten graph, compiled, with its error."""
         with self.stage("rewriting"):
+            update(graph, [node for node in graph.nodes if "val" not in node.meta])
             executable = self.compiled(graph)
         with self.stage("measuring the error"):
             error, loss = self.measured_error(executable)

@@ -70,6 +70,8 @@ class Layer:
         name = label(old)
         source = (*provenance(old), made_by)
         new = constant_before(graph, user, value.reshape(stored.shape).contiguous(), name, source)
+        if "onnx" in old.meta:
+            new.meta["onnx"] = old.meta["onnx"].handed_over()
         user.replace_input_with(old, new)
         graph.erase(old)
         self.node.meta["provenance"] = (*provenance(self.node), made_by)
