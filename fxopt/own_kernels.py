@@ -6,7 +6,7 @@ when asked for (`custom_ops`), never by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,7 @@ def with_own_kernels(job: Optimizer, lossy: Lossy, sample: Sample | None, second
     with job.stage("own kernels"):
         fused = job.measured(graph, lossy.plan)
     refused = {verdict.node for verdict in job.ledger.select(pass_name=name, outcome="refused")}
-    done = [node for node in nodes if node not in refused]
+    done = {node: "" for node in nodes if node not in refused}
     found = _chosen(job, name, done, lossy, replace(fused, plan=lossy.plan), sample, seconds)
     if found is lossy:
         return lossy
@@ -88,7 +88,7 @@ def _with_attention(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds
     found = own_attention.places(graph, job.context)
     if not found:
         return lossy
-    nodes = [label(place.node) for place in found]
+    nodes = {label(place.node): "" for place in found}
     with job.stage("own kernels"):
         linears = [linear for place in found for linear in place.linears]
         stats = collect(graph, job.calibration, linears, evaluator=job.evaluator)
@@ -108,19 +108,29 @@ def _with_sparse(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: f
     found = own_sparse.places(graph, job.context)
     if not found:
         return lossy
-    reasons = {label(place.node): f"{place}: sparse kernel" for place in found}
+    nodes = {place.name: place.reason for place in found}
     with job.stage("own kernels"):
         for place in found:
             own_sparse.without_zeros(graph, place)
         graph.prune()
         sparse = job.measured(graph, lossy.plan)
-    return _chosen(job, own_sparse.NAME, list(reasons), lossy, sparse, sample, seconds)
+    return _chosen(job, own_sparse.NAME, nodes, lossy, sparse, sample, seconds)
 
 
 def _chosen(
-    job: Optimizer, name: str, nodes: list[str], lossy: Lossy, fused: Lossy, sample: Sample | None, seconds: float
+    job: Optimizer,
+    name: str,
+    nodes: Mapping[str, str],
+    lossy: Lossy,
+    fused: Lossy,
+    sample: Sample | None,
+    seconds: float,
 ) -> Lossy:
-    """`fused` where it is within the budget and faster, else `lossy`; the other one is closed."""
+    """`fused` where it is within the budget and faster, else `lossy`; the other one is closed.
+
+    Args:
+        nodes: what the verdicts are about, and what their reasons begin with.
+    """
     budget = job.request.budget
     why = "not measured (--force)"
     left = ""
@@ -130,8 +140,9 @@ def _chosen(
         timing = _compared(lossy, fused, sample, seconds)
         why = f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f}) over what it replaces"
         left = f"{why}: not surely faster" if timing.low < 1.0 else ""
-    for node in nodes:
-        job.ledger.add(Verdict(name, node, "rolled-back" if left else "applied", left or why))
+    for node, reason in nodes.items():
+        text = "; ".join(part for part in (reason, left or why) if part)
+        job.ledger.add(Verdict(name, node, "rolled-back" if left else "applied", text))
     (fused if left else lossy).executable.close()
     return lossy if left else fused
 

@@ -2,8 +2,8 @@
 
 `fxopt::FusedLinearInt8` gives floats, codes, or both: who takes them decides. Other codes are made by
 `fxopt::QuantizeRows` and `fxopt::LayerNormQuantizeRows`, or by QuantizeLinear where all channels have one factor.
-`fxopt::SparseLinearInt8` is the same for block-sparse weights; codes that only such linears take, and one of them makes,
-lie as panels (backends/tvm/sparse_int8.c): those linears then need not turn them.
+`fxopt::SparseLinearInt8` is the same for block-sparse weights; codes that one of them makes and only such linears take
+lie as panels (backends/tvm/sparse_int8.c), so that nobody has to turn them.
 """
 
 from __future__ import annotations

@@ -15,8 +15,16 @@ from tests.backends.tvm.harness import Builder, build, machine
 
 from fxopt.backends.tvm.kernels.fused_int8 import Epilogue  # isort: skip
 from fxopt.backends.tvm.kernels.sparse_int8 import (
-    BLOCK, SPARSE_PARAMETERS, SparseForm, group_of, kept_blocks, pack_sparse, sparse_int8, sparse_starts,
+    BLOCK,
+    SPARSE_PARAMETERS,
+    SparseForm,
+    group_of,
+    kept_blocks,
+    pack_sparse,
+    sparse_int8,
+    sparse_starts,
 )  # fmt: skip  # isort: skip
+
 from fxopt.backends.tvm.kernels.turn_u8 import PANEL, panel_to_rows, rows_to_panel  # isort: skip
 from fxopt.backends.tvm.lower import assembly  # isort: skip
 from fxopt.cost_model.targets import get_target

@@ -30,13 +30,14 @@ def as_elements(dtype: str, value: Expr, size: int) -> Expr:
 def transposed_words(kernel: Kernel, rows: Sequence[Expr], count: int) -> list[Expr]:
     """Four vectors of `count` 32-bit integers: in every lane, element j of result i is element i of vector j."""
     (a, b, c, d), size = rows, 4 * count
-    pairs = [interleaved(kernel, x, y, "int32", count, high=high) for x, y in ((a, b), (c, d)) for high in (False, True)]
+    both = ((a, b), (c, d))
+    pairs = [interleaved(kernel, x, y, "int32", count, high=high) for x, y in both for high in (False, True)]
     found = []
     for x, y in ((pairs[0], pairs[2]), (pairs[1], pairs[3])):
         x, y = (kernel.let(as_elements("int64", value, size)) for value in (x, y))
         for high in (False, True):
-            both = interleaved(kernel, x, y, "int64", count // 2, high=high)
-            found.append(kernel.let(as_elements("int32", both, size)))
+            quad = interleaved(kernel, x, y, "int64", count // 2, high=high)
+            found.append(kernel.let(as_elements("int32", quad, size)))
     return found
 
 

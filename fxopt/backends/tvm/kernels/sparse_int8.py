@@ -148,7 +148,8 @@ class _Grid:
         lanes: 32-bit sums in a vector.
         vectors: per output.
         group: inputs summed at a time.
-        vector_step, lane_step: row of element i in lane j (of 128 bits) of vector v: v * vector_step + j * lane_step + i.
+        vector_step, lane_step: element i in lane j (of 128 bits) of vector v is of row v * vector_step + j * lane_step
+            + i.
     """
 
     lanes: int
@@ -206,9 +207,9 @@ class _Writer:
             self.tiles(grids[0], tirx.floordiv(self.rows + (grids[0].rows - 1), int32(grids[0].rows)))
         else:
             wide, narrow = grids
-            with kernel.when(self.rows > int32(wide.rows // 2)):
+            with kernel.when(self.rows > int32(wide.rows // 4)):
                 self.tiles(wide, 1)
-            with kernel.when(self.rows <= int32(wide.rows // 2)):
+            with kernel.when(self.rows <= int32(wide.rows // 4)):
                 self.tiles(narrow, tirx.floordiv(self.rows + (narrow.rows - 1), int32(narrow.rows)))
         if form.epilogue == "layer_norm":
             self.norms()
@@ -267,20 +268,24 @@ class _Writer:
             pairs = [interleaved(kernel, *rows, "uint8", 16, high=high) for high in (False, True)]
             return [kernel.let(cast("int16x16", pair)) for pair in pairs]
         if grid.rows == 64:
-            pairs = [interleaved(kernel, a, b, "uint8", 64, high=h) for h in (False, True) for a, b in (rows[:2], rows[2:])]
             found = []
-            for a, b in (pairs[:2], pairs[2:]):
-                words = [kernel.let(as_elements("uint16", value, 64)) for value in (a, b)]
-                found += [interleaved(kernel, *words, "uint16", 32, high=high) for high in (False, True)]
-            return [kernel.let(as_elements("uint8", value, 64)) for value in found]
+            for high in (False, True):
+                pairs = [interleaved(kernel, a, b, "uint8", 64, high=high) for a, b in (rows[:2], rows[2:])]
+                found += self.quads(pairs, 64)
+            return found
         if grid.lanes == 16:
             return [kernel.let(shuffle(rows, [16 * k + row for row in range(16) for k in range(4)]))]
         evens, odds = (kernel.let(shuffle(pair, range(32))) for pair in (rows[0::2], rows[1::2]))
         low, high = (interleaved(kernel, evens, odds, "uint8", 32, high=part) for part in (False, True))
-        halves = [kernel.let(shuffle([low, high], [*range(i, i + 16), *range(32 + i, 48 + i)])) for i in (0, 16)]
-        words = [kernel.let(as_elements("uint16", value, 32)) for value in halves]
-        found = [interleaved(kernel, *words, "uint16", 16, high=part) for part in (False, True)]
-        return [kernel.let(as_elements("uint8", value, 32)) for value in found]
+        pairs = [kernel.let(shuffle([low, high], [*range(i, i + 16), *range(32 + i, 48 + i)])) for i in (0, 16)]
+        return self.quads(pairs, 32)
+
+    def quads(self, pairs: list[Expr], size: int) -> list[Expr]:
+        """Two vectors of pairs of bytes -> in every lane the low, and the high, pairs of both side by side."""
+        kernel = self.kernel
+        words = [kernel.let(as_elements("uint16", pair, size)) for pair in pairs]
+        both = [interleaved(kernel, *words, "uint16", size // 2, high=high) for high in (False, True)]
+        return [kernel.let(as_elements("uint8", value, size)) for value in both]
 
     def to_panel(self, grid: _Grid, block: Expr, tile: Expr, count: int) -> None:
         """Bytes of `count` outputs of a row of blocks."""
