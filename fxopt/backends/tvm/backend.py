@@ -63,12 +63,13 @@ class Tvm(Backend):
         from fxopt.backends.tvm.executable import TvmExecutable
         from fxopt.backends.tvm.machine import machine_for
         from fxopt.backends.tvm.mixed import MixedExecutable
+        from fxopt.backends.tvm.trial import refusals
 
         if graph.origin != "torch":
             raise Unsupported("the tvm backend takes graphs of aten operators; load the model from PyTorch")
         machine = machine_for(target)
         runner = machine if machine.family in ("wasm", _family()) and _runs(target) else _host_machine()
-        refused = {label(node): reason for node in graph.calls() if (reason := self.refuses(node, target))}
+        refused = {label(node): reason for node, reason in refusals(graph).items()}
         if not refused:
             return TvmExecutable(graph.copy(), machine, runner, _shapes(graph))
         if runner != machine or machine.family == "wasm":

@@ -65,6 +65,19 @@ def link(objects: Sequence[Path], exports: Sequence[str], machine: Machine, path
     return path
 
 
+def link_program(objects: Sequence[Path], machine: Machine, path: Path) -> Path:
+    """Link a program that starts at `_start` and uses no library; it keeps its symbols.
+
+    Raises:
+        MissingDependency: the package ziglang is not installed.
+        OutputError: the linker refuses.
+    """
+    emulation = {"x86": "elf_x86_64", "arm": "aarch64linux"}[machine.family]
+    names = [str(item.resolve()) for item in objects]
+    _zig("ld.lld", "-m", emulation, "-static", "-e", "_start", *names, "-o", path.name, cwd=path.resolve().parent)
+    return path
+
+
 def _zig(*arguments: str, cwd: Path) -> None:
     command = [sys.executable, "-m", "ziglang", *arguments]
     try:

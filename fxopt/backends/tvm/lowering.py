@@ -20,6 +20,7 @@ from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import constant_value
 
+_SAME_TYPE = ("layer_norm", "rms_norm")
 _MOST_OPERANDS = 8  # of a fused expression: more of them need more registers than there are
 
 
@@ -102,6 +103,9 @@ class Lowering:
                     self.metas[node] = found.to("meta")
                     return
                 self.metas[node] = found
+                return
+            if operator_name(node) in _SAME_TYPE:  # torch takes long to find that out
+                self.metas[node] = torch.empty_like(args[0])
                 return
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": "meta"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxopt.backends.tvm.lowering import Lowering, operator_name
 from fxopt.backends.tvm.machine import Machine
@@ -64,6 +65,44 @@ def _tried(body: fx.Graph, root: Any, node: fx.Node, shapes: list[Any], specs: l
         start = f"node {node.name!r}: "
         return reason.removeprefix(start)
     return ""
+
+
+def refusals(graph: Graph) -> dict[fx.Node, str]:
+    """The reasons of the nodes that have no kernel; equal nodes on equal types are tried once."""
+    known, tried, found = known_now(graph), dict[Hashable, str](), dict[fx.Node, str]()
+    for node in graph.calls():
+        if node in known:
+            continue
+        key = _signature(node)
+        if key not in tried:
+            tried[key] = refusal(node)
+        if tried[key]:
+            found[node] = tried[key]
+    return found
+
+
+def _signature(node: fx.Node) -> Hashable:
+    """What `refusal` looks at."""
+
+    def described(used: fx.Node) -> Any:
+        value = used.meta.get("val")
+        return used.op == "get_attr", str(getattr(value, "dtype", type(value))), str(getattr(value, "shape", ""))
+
+    order = {used: index for index, used in enumerate(node.all_input_nodes)}
+    arguments = map_arg((node.args, node.kwargs), lambda used: f"%{order[used]}")
+    return node.target, str(arguments), tuple(map(described, order))
+
+
+def known_now(graph: Graph) -> set[fx.Node]:
+    """Operators on constants and sizes alone: lowering computes them, whatever they are."""
+    known: set[fx.Node] = set()
+    for node in graph.calls():
+        if all(
+            used.op == "get_attr" or used in known or not isinstance(used.meta.get("val"), torch.Tensor)
+            for used in node.all_input_nodes
+        ):
+            known.add(node)
+    return known
 
 
 def _is_computed_now(node: fx.Node) -> bool:

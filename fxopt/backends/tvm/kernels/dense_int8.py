@@ -31,6 +31,7 @@ class Product:
             its column sums; else `scales` are those of the products, and `starts` the column sums times offset - zero.
         residual: another float32 [rows, outputs] is added behind the activation.
         levels: y is rounded to these; None: it is float32.
+        factors: before, y is multiplied with a factor per output.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class Product:
     ranged: bool = False
     residual: bool = False
     levels: Levels | None = None
+    factors: bool = False
 
     @property
     def block(self) -> int:
@@ -60,7 +62,7 @@ def work_space(size: Product, dot: Dot, machine: Machine) -> tuple[str, int]:
 
 
 def dense_int8(name: str, size: Product, dot: Dot, machine: Machine) -> Any:
-    """`void NAME(q, w, starts, scales, bias, [range], [residual], [work space], y)`.
+    """`void NAME(q, w, starts, scales, bias, [range], [residual], [factors], [work space], y)`.
 
     q: [rows, inner in whole groups] as `dot.x` says; w as `pack_codes` gives; starts int32, scales and bias float32, all
     padded to whole panels; range float32 [2].
@@ -79,6 +81,7 @@ class _Writer:
         self.scales, self.bias = (kernel.buffer(key, panels * self.width) for key in ("scales", "bias"))
         self.range = kernel.buffer("range", 2) if size.ranged else None
         self.residual = kernel.buffer("residual", size.rows * size.outputs) if size.residual else None
+        self.factors = kernel.buffer("factors", panels * self.width) if size.factors else None
         kind, count = work_space(size, dot, machine)
         self.row_sums = kernel.buffer("row_sums", count, kind) if kind == "int32" else None
         self.wide = kernel.buffer("wide", count, kind) if kind == "int16" else None
@@ -198,6 +201,8 @@ class _Writer:
         at = row * size.outputs + column
         if self.residual is not None:
             value = value + kernel.load(self.residual, at, n)
+        if self.factors is not None:
+            value = value * kernel.load(self.factors, column, n)
         if size.levels is not None:
             value = rounded(size.levels, kernel.let(value / float32(size.levels.scale, n)), n)
         kernel.store(self.y, at, value, n)

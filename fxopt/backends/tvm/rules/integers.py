@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxopt.backends.tvm.codes import Coded, Levels
+from fxopt.backends.tvm.kernels.activations import Activation
 from fxopt.backends.tvm.kernels.dense import pack_bias
 from fxopt.backends.tvm.kernels.dense_int8 import Product, dense_int8, work_space
 from fxopt.backends.tvm.kernels.dot import Dot, column_sums, dot_for, in_groups, pack_codes, preferred
@@ -19,6 +20,10 @@ from fxopt.backends.tvm.rules.arrange import VIEWS
 from fxopt.backends.tvm.rules.products import activation
 from fxopt.backends.tvm.values import Slot, Value
 from fxopt.errors import Unsupported
+
+
+_SHORT: dict[str, Activation] = {"gelu": "gelu_short", "gelu_tanh": "gelu_tanh_short"}
+_SHORT_ERROR = 1.5e-5  # of these forms
 
 
 def constants(low: Lowering, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -46,6 +51,23 @@ def _wanted_by(low: Lowering, user: fx.Node, node: fx.Node) -> tuple[float, int]
     if operator_name(user) == "linear_w8a8" and user.args[0] is node:
         return float(user.args[4]), int(user.args[5])  # type: ignore[arg-type]
     return None
+
+
+def rounding(low: Lowering, node: fx.Node, outputs: int) -> tuple[Levels | None, torch.Tensor | None]:
+    """The levels that a product's result is rounded to, and a factor per output that its one user applies before."""
+    levels = wanted(low, node)
+    (user, *others) = node.users or (None,)
+    if levels is not None or others or user is None or operator_name(user) != "mul" or node in low.graph.result_nodes:
+        return levels, None
+    other = next((item for item in user.args if item is not node), None)
+    factors = low.constant(other)
+    if factors is None or factors.dtype != torch.float32 or factors.shape[-1:] != (outputs,):
+        return None, None
+    levels = wanted(low, user) if factors.numel() == outputs else None
+    if levels is None:
+        return None, None
+    low.fused[user] = low.fused.get(node, node)
+    return levels, factors.flatten()
 
 
 def last(low: Lowering, node: fx.Node) -> fx.Node:
@@ -104,14 +126,20 @@ def _product(
     program, machine = low.program, low.program.machine
     outputs, inner = codes.shape
     act = activation(low, node)
-    levels = wanted(low, last(low, node))
-    size = Product(math.prod(q.shape[:-1]), inner, outputs, act, found is not None, False, levels)
+    levels, factors = rounding(low, last(low, node), outputs)
+    if act in _SHORT and levels is not None:
+        error = _SHORT_ERROR * (1.0 if factors is None else float(factors.abs().max()))
+        act = _SHORT[act] if error < levels.scale / 64 else act
+    rows = math.prod(q.shape[:-1])
+    size = Product(rows, inner, outputs, act, found is not None, False, levels, factors is not None)
     made = program.value((*q.shape[:-1], outputs), "float32" if levels is None else levels.stored.dtype)
     if made.count:
         shift = None if bias is None else bias.numpy()
         slots = [q.slot, program.constant(pack_codes(codes.numpy(), machine.columns, dot)), *starts]
         slots += [program.constant(pack_bias(array, outputs, machine.columns)) for array in (_floats(scales), shift)]
         slots += [] if found is None else [found]
+        if factors is not None:
+            slots.append(program.constant(pack_bias(_floats(factors), outputs, machine.columns)))
         kind, count = work_space(size, dot, machine)
         slots += [program.slot(count, kind)] if count else []
         program.call(dense_int8, (size, dot), *slots, made.slot)
