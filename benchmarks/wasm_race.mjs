@@ -5,6 +5,7 @@
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join, resolve } from "node:path";
+import { pathToFileURL } from "node:url";
 
 const path = resolve(process.argv[2]);
 const plan = JSON.parse(readFileSync(path, "utf8"));
@@ -24,23 +25,19 @@ const inputs = plan.inputs.map(({ name, dtype, shape, file }) => {
 // Each kind gives an asynchronous function of nothing that computes the first output as a flat array.
 const KINDS = {
   async fxopt({ folder, inside }) {
-    const manifest = JSON.parse(readFileSync(at(join(folder, "manifest.json")), "utf8"));
-    const { instance } = await WebAssembly.instantiate(readFileSync(at(join(folder, `${manifest.name}.wasm`))), {});
-    const { memory, ...exported } = instance.exports;
-    const [input, output, run] = ["input", "output", "run"].map((word) => exported[`${manifest.name}_${word}`]);
+    const { load } = await import(pathToFileURL(at(join(folder, "index.js"))));
+    const { target } = JSON.parse(readFileSync(at(join(folder, "manifest.json")), "utf8"));
+    const model = await load(undefined, { build: target.name === "wasm-relaxed" ? "relaxed" : "simd128" });
+    const given = Object.fromEntries(inputs.map(({ name, data, shape }) => [name, { data, shape }]));
     if (inside) {
-      inputs.forEach(({ dtype, data }, i) => new ARRAYS[dtype](memory.buffer, input(i), data.length).set(data));
+      const [views] = Object.values(model.functions).map((one) => one.views());
+      for (const { name, data } of inputs) views.inputs[name].set(data);
       return async (read) => {
-        run();
-        return read ? new Float32Array(memory.buffer, output(0), manifest.outputs[0].nbytes / 4).slice() : null;
+        views.run();
+        return read ? Object.values(views.outputs)[0].slice() : null;
       };
     }
-    return async () => {
-      inputs.forEach(({ dtype, data }, i) => new ARRAYS[dtype](memory.buffer, input(i), data.length).set(data));
-      run();
-      const port = manifest.outputs[0];
-      return new Float32Array(new Float32Array(memory.buffer, output(0), port.nbytes / 4)); // faster than slice()
-    };
+    return async () => Object.values(model.run(given))[0];
   },
 
   async onnxruntime({ file }) {

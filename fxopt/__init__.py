@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fxopt.api import Optimized, capture, explain, load, optimize, predict
+    from fxopt.bundle import bundle
     from fxopt.comparison import BenchRow, Comparison, bench, compare
     from fxopt.errors import FxoptError
     from fxopt.finetuning import Finetuned, finetune
@@ -22,6 +23,7 @@ _PLACES = {
     **dict.fromkeys(("Optimized", "capture", "explain", "load", "optimize", "predict"), "fxopt.api"),
     **dict.fromkeys(("BenchRow", "Comparison", "bench", "compare"), "fxopt.comparison"),
     **dict.fromkeys(("Finetuned", "finetune"), "fxopt.finetuning"),
+    "bundle": "fxopt.bundle",
     "FxoptError": "fxopt.errors",
     "Graph": "fxopt.ir.graph",
     "Ledger": "fxopt.ir.ledger",
@@ -40,6 +42,7 @@ __all__ = [
     "Target",
     "Verdict",
     "bench",
+    "bundle",
     "capture",
     "compare",
     "explain",

@@ -53,6 +53,8 @@ def optimize(
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
     custom_ops: bool = False,
+    buckets: Mapping[str, int | Sequence[int]] | None = None,
+    weights: str | None = None,
 ) -> Optimized:
     """Make a model faster on a target within an error budget; what does not pay is rolled back.
 
@@ -81,6 +83,9 @@ def optimize(
         resume: a file for the state of the calibration: a run that was cut off goes on from it.
         custom_ops: use own kernels where they are faster (x86-64, needs fxopt[tvm]): `save` then writes a library
             beside the `.onnx` file, which a session must register (`fxopt.load` does).
+        buckets: for targets that code is compiled for (WebAssembly, ARM): sizes of the dynamic dimensions, as in
+            {"batch": [1, 4]}; an entry point for each combination.
+        weights: for the same targets: "embedded" in the library (None too), or "external" in a file beside it.
 
     Raises:
         FxoptError: in its subclasses: unknown names, invalid models, inputs and options, failed captures.
@@ -89,9 +94,10 @@ def optimize(
         target, dynamic_shapes, calibration, evaluate, budget, objective, passes, backend, include, exclude, threads,
         force, require_speedup, tuple(require_passes), input_shapes, guard_seconds, seed,
         None if dump is None else Path(dump), progress, None if resume is None else Path(resume), custom_ops,
+        buckets, weights,
     )  # fmt: skip
     found = resolve_target(target, threads)
-    runs = resolve_backend(backend, found, [])  # unknown names fail now, not at the first call
+    runs = resolve_backend(backend, found, [], options.of_backend)  # unknown names fail now, not at the first call
     if custom_ops:
         from fxopt.own_kernels import require_own_kernels
 
@@ -245,12 +251,14 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
 
     notes: list[str] = []
     target = resolve_target(options.target, options.threads)
-    backend = resolve_backend(options.backend, target, notes)
+    backend = resolve_backend(options.backend, target, notes, options.of_backend)
     passes = resolve_passes(options.passes)
     graph = _load(model, example_inputs, options, backend, notes)
     fixed = shaped(graph, options.input_shapes)
     samples = samples_of(graph, example_inputs, replace(options, input_shapes=fixed or None), notes)
-    bind_sizes(graph, samples[0] if samples else None, sizes_of(graph, options.input_shapes))
+    sizes = sizes_of(graph, options.input_shapes)
+    bind_sizes(graph, samples[0] if samples else None, sizes)
+    backend = backend.with_sizes(sizes, _name(model, graph))
     request = Request(
         target, backend, samples, passes, options.evaluate, options.budget, options.objective,
         resolve_pattern("include", options.include), resolve_pattern("exclude", options.exclude), options.threads,
@@ -258,6 +266,11 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
         options.custom_ops,
     )  # fmt: skip
     return graph, request
+
+
+def _name(model: Model, graph: Graph) -> str:
+    """What a result is called: like the file, or the class."""
+    return Path(model).stem if isinstance(model, (str, os.PathLike)) else graph.name
 
 
 def _run(model: Model, example_inputs: Any, options: Options, first_call: bool) -> Outcome:
@@ -287,6 +300,10 @@ def _baseline(model: Model, graph: Graph, request: Request) -> Executable:
     """What came in, as the backend runs it: the file itself where there is one."""
     from fxopt.backends.eager import EagerExecutable
 
+    if request.backend.is_compiler and request.target.is_host and graph.origin == "onnx":
+        from fxopt.backends.onnxruntime import OnnxRuntime
+
+        return OnnxRuntime().compile(graph, request.target, threads=request.threads)  # how the model ran so far
     if request.backend.name == "onnxruntime":
         from fxopt.ir.memory import is_large
 
@@ -323,8 +340,8 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
     return graph
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Optimized:
-    """What `Optimized.save` wrote (an ONNX file or a folder), ready to run.
+def load(path: str | os.PathLike[str], *, threads: int | None = None, function: str | None = None) -> Optimized:
+    """What `Optimized.save` wrote (an ONNX file or a folder), ready to run; `function` is one of `bundle`'s.
 
     Raises:
         InvalidModel: there is nothing that can be loaded.
@@ -333,7 +350,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Optimiz
 
     result = Optimized(None, None)
     result._source.clear()
-    result._outcome = load_artifact(Path(path), threads)
+    result._outcome = load_artifact(Path(path), threads, function)
     return result
 
 

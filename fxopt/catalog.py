@@ -171,10 +171,11 @@ def all_passes() -> dict[str, type[Pass]]:
 
 
 def find_target(name: str) -> Target:
-    """The target of this name."""
+    """The target of this name, or of another name of it."""
+    from fxopt.cost_model.targets import canonical
     from fxopt.ir.target import Target
 
-    found = find("target", name)
+    found = find("target", canonical(name))
     target = found() if callable(found) else found  # the host is detected
     if not isinstance(target, Target):
         raise InvalidOption(f"target {name!r}: {target!r} is not a fxopt.ir.target.Target")

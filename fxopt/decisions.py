@@ -71,7 +71,8 @@ class Decision:
         sample = self._timing_sample()
         if sample is None or request.force or request.objective != "latency":
             return self._without_guard(exact, lossy, before, sample)
-        plain = self.job.compiled(exact) if self.job.exact_changed() else self.job.baseline
+        is_other = self.job.exact_changed() or request.backend.is_compiler  # than what came in
+        plain = self.job.compiled(exact) if is_other else self.job.baseline
         share = request.guard_seconds / (2 if lossy is not None and plain is not self.job.baseline else 1)
         if lossy is not None:
             found = self._fastest(exact, lossy, plain, sample, share)
@@ -249,7 +250,7 @@ class Decision:
         request = self.job.request
         if lossy is not None and request.objective == "size" and not request.force and is_staged(self.job, lossy):
             lossy = worth_it(self.job, exact, lossy, lambda found: found, self._no_gain)
-        if lossy is None and not self.job.exact_changed():
+        if lossy is None and not self.job.exact_changed() and not request.backend.is_compiler:
             return self.job.finish(
                 self.job.original, self.job.baseline, before, "nothing paid", why_nothing(self.job.ledger)
             )

@@ -267,6 +267,12 @@ class Optimizer:
         timing: Timing | None = None,
     ) -> Outcome:
         request = self.request
+        if executable is self.baseline and request.backend.is_compiler and not request.target.is_host:
+            executable, outcome = self.compiled(graph), "compiled"  # nothing to rewrite is no reason not to compile
+        with self.stage("verifying the code"):
+            verified = executable.verify(self.verification)
+        if verified:
+            self.ledger.note(verified)
         report = Report(
             target=request.target.name,
             backend=request.backend.name,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import fx
@@ -28,6 +29,18 @@ class Executable(ABC):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs on flat inputs."""
 
+    def verify(self, samples: Sequence[Sequence[Any]]) -> str:
+        """Run what `save` writes, on the samples or on made-up ones; says what was run, "" when that is `run` itself.
+
+        Raises:
+            VerificationError: it computes something else than the graph does in torch.
+        """
+        return ""
+
+    def write(self, folder: Path) -> dict[str, Any] | None:
+        """Write the artifact's files into an empty folder and return its manifest; None: the graph is the artifact."""
+        return None
+
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the artifact; nothing half-written is left when it fails."""
@@ -41,6 +54,7 @@ class Backend(ABC):
 
     needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
     extra: ClassVar[str] = ""  # the extra of the package that installs them
+    is_compiler: ClassVar[bool] = False  # what comes out is code for the target, also where no pass changed anything
     options: ClassVar[tuple[str, ...]] = ()  # what `name{option=value}` may set, keywords of the class
 
     @property
@@ -67,6 +81,10 @@ class Backend(ABC):
             shape: of the weight, (out, in); None: of any.
         """
         return f"{self.name} multiplies zeros like other numbers"
+
+    def with_sizes(self, sizes: Mapping[str, int], name: str) -> Backend:
+        """The backend for a model of this name, of which the user fixed some dimensions."""
+        return self
 
     def prefers(self, op: str) -> str:
         """ "" when the backend's own fusion into `op` is fast, else the reason to avoid it (with what was measured)."""

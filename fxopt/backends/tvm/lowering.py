@@ -21,6 +21,7 @@ from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import constant_value
 
 _SAME_TYPE = ("layer_norm", "rms_norm")
+_SHAPES_ONLY = ("new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like")  # of their operand
 _MOST_OPERANDS = 8  # of a fused expression: more of them need more registers than there are
 
 
@@ -103,6 +104,10 @@ class Lowering:
                     self.metas[node] = found.to("meta")
                     return
                 self.metas[node] = found
+                return
+            if operator_name(node) in _SHAPES_ONLY:
+                self.known[node] = target(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs)
+                self.metas[node] = self.known[node].to("meta")
                 return
             if operator_name(node) in _SAME_TYPE:  # torch takes long to find that out
                 self.metas[node] = torch.empty_like(args[0])

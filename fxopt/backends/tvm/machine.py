@@ -40,6 +40,8 @@ class Machine:
     def llvm(self) -> dict[str, Any]:
         """The dictionary that `tvm.target.Target` takes; products and sums may be fused (no other liberty)."""
         found: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "fast-math-contract": True}
+        if self.family == "wasm":
+            found["vector-width"] = 128  # without it TVM prints a warning
         if self.cpu:
             found["mcpu"] = self.cpu
         if self.features:
@@ -54,6 +56,18 @@ class Machine:
     def dot_rows(self) -> int:
         """Rows of an 8-bit tile of `columns` outputs."""
         return 4 if self.family == "wasm" else 8 if self.lanes != 8 else 4
+
+    @property
+    def arch(self) -> str:
+        """The architecture as targets name it."""
+        return {"x86": "x86-64", "arm": "aarch64", "wasm": "wasm32"}[self.family]
+
+    @property
+    def label(self) -> str:
+        """What distinguishes builds for one target: "simd128", "relaxed"; "" where there is one."""
+        if self.family != "wasm":
+            return ""
+        return "relaxed" if "+relaxed-simd" in self.features else "simd128"
 
     @property
     def pointer_bits(self) -> int:
@@ -84,6 +98,17 @@ def machine_for(target: Target) -> Machine:
         f"the tvm backend has no code generator for {target.arch} (target {target.name}); "
         "expected x86-64, aarch64 or wasm32"
     )
+
+
+def machines_for(target: Target) -> list[Machine]:
+    """The machines that a result for the target holds code for: for WebAssembly, engines without and with relaxed SIMD.
+
+    Raises:
+        Unsupported: no code can be generated for this architecture.
+    """
+    if target.arch != "wasm32":
+        return [machine_for(target)]
+    return [_wasm(frozenset({"simd128"})), _wasm(frozenset({"simd128", "relaxed_simd"}))]
 
 
 def _x86(features: frozenset[str]) -> Machine:

@@ -20,16 +20,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fxopt.backends.tvm.compile import Build
+from fxopt.backends.tvm.entry import Entry
 from fxopt.backends.tvm.link import compile_c, link, link_program
 from fxopt.backends.tvm.lower import write_object
 from fxopt.backends.tvm.machine import Machine, machine_for
-from fxopt.backends.tvm.program import Program
-from fxopt.backends.tvm.values import Slot
+from fxopt.backends.tvm.runners import NUMPY
 from fxopt.cost_model.targets import get_target
 from fxopt.errors import OutputError
 
 Array = npt.NDArray[Any]
-_EMULATOR = "qemu-aarch64"
+EMULATOR = "qemu-aarch64"
+_SECONDS = 600  # of one run
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Call:
 
 def missing() -> str:
     """Why nothing can be emulated here; "" when it can."""
-    if shutil.which(_EMULATOR) is None:
-        return f"{_EMULATOR} is not on the path (Debian's package qemu-user has it)"
+    if shutil.which(EMULATOR) is None:
+        return f"{EMULATOR} is not on the path (Debian's package qemu-user has it)"
     return ""
 
 
@@ -57,14 +59,28 @@ def run(
         OutputError: the emulator fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    program = _built(functions, calls, machine, folder)
+    return run_objects([write_object(functions, machine, folder / "kernels.o")], calls, arrays, machine, folder, count)
+
+
+def run_objects(
+    objects: Sequence[Path], calls: Sequence[Call], arrays: Sequence[Array], machine: Machine, folder: Path,
+    count: bool = False,
+) -> tuple[list[Array], dict[str, int]]:  # fmt: skip
+    """The same with functions that were compiled before.
+
+    Raises:
+        OutputError: the emulator fails.
+    """
+    program = _built(objects, calls, machine, folder)
     plugin = ["-plugin", f"{_plugin(folder)}", "-d", "plugin", "-D", str(folder / "count.txt")] if count else []
-    done = subprocess.run(
-        [_EMULATOR, *plugin, str(program)], input=_packed(arrays), capture_output=True, timeout=1800, check=False
-    )
+    command = [EMULATOR, *plugin, str(program)]
+    try:
+        done = subprocess.run(command, input=_packed(arrays), capture_output=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise OutputError(f"{EMULATOR} did not finish: {type(error).__name__}") from error
     if done.returncode or len(done.stdout) != sum(array.nbytes for array in arrays):
         text = done.stderr.decode(errors="replace").strip()
-        raise OutputError(f"{_EMULATOR} ended with {done.returncode} and {len(done.stdout)} bytes: {text[-500:]}")
+        raise OutputError(f"{EMULATOR} ended with {done.returncode} and {len(done.stdout)} bytes: {text[-500:]}")
     found, at = [], 0
     for array in arrays:
         piece = np.frombuffer(done.stdout, array.dtype, array.size, at)
@@ -73,33 +89,29 @@ def run(
     return found, _counts(folder / "count.txt") if count else {}
 
 
-def run_program(
-    program: Program, weights: bytes, inputs: Sequence[Array], machine: Machine, folder: Path, count: bool = False
+def run_entry(
+    build: Build, entry: Entry, inputs: Sequence[Array], folder: Path, count: bool = False
 ) -> tuple[list[Array], dict[str, int]]:
-    """The outputs of a whole model on inputs of its types, and the instructions of each kernel."""
-    kinds = {"float32": np.float32, "int64": np.int64, "int32": np.int32, "uint8": np.uint8}
-    outputs = [np.zeros(slot.count, kinds[slot.dtype]) for slot in program.outputs]
-    arena = np.zeros(max(program.arena_bytes, 1), np.uint8)
-    constants = np.frombuffer(weights or b"\0", np.uint8)
-    arrays: list[Array] = [arena, constants, *inputs, *outputs]
-    firsts = {"arena": 0, "constant": 1, "input": 2, "output": 2 + len(inputs)}
+    """The outputs of an entry point on inputs of its types, and the instructions of each of its kernels.
 
-    def place(slot: Slot) -> tuple[int, int]:
-        number = firsts[slot.place] + (slot.index if slot.place in ("input", "output") else 0)
-        return number, slot.offset
-
-    calls = [Call(step.function, tuple(map(place, step.slots))) for step in program.steps]
-    found, counts = run(program.kernels(), calls, arrays, machine, folder, count)
-    return found[firsts["output"] :], counts
+    Raises:
+        OutputError: the emulator fails.
+    """
+    arena = np.zeros(max(entry.arena_bytes, 1), np.uint8)
+    weights = np.fromfile(build.weights, np.uint8)
+    outputs: list[Array] = [np.zeros(port.shape, NUMPY[port.dtype]) for port in entry.outputs]
+    arrays: list[Array] = [arena, weights, *inputs, *outputs]
+    call = Call(entry.symbol, tuple((number, 0) for number in range(len(arrays))))
+    found, counts = run_objects(build.objects, [call], arrays, build.machine, folder, count)
+    return found[2 + len(inputs) :], counts
 
 
-def _built(functions: Sequence[Any], calls: Sequence[Call], machine: Machine, folder: Path) -> Path:
+def _built(objects: Sequence[Path], calls: Sequence[Call], machine: Machine, folder: Path) -> Path:
     """The program: the kernels, one function with all calls, the runner."""
     (folder / "job.c").write_text(_job(calls), encoding="utf-8")
     shutil.copy(Path(__file__).with_name("qemu_runner.c"), folder / "runner.c")
-    objects = [write_object(functions, machine, folder / "kernels.o")]
-    objects += [compile_c(folder / name, machine) for name in ("job.c", "runner.c")]
-    return link_program(objects, machine, folder / "program")
+    made = [compile_c(folder / name, machine) for name in ("job.c", "runner.c")]
+    return link_program([*objects, *made], machine, folder / "program")
 
 
 def _job(calls: Sequence[Call]) -> str:
@@ -114,7 +126,7 @@ def _job(calls: Sequence[Call]) -> str:
 
 def _plugin(folder: Path) -> Path:
     """The plug-in, for the interface that the installed qemu has."""
-    shown = subprocess.run([_EMULATOR, "--version"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([EMULATOR, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"version (\d+)\.(\d+)", shown)
     newer = version is not None and (int(version[1]), int(version[2])) >= (8, 2)
     source = Path(__file__).with_name("qemu_count.c").read_text(encoding="utf-8")

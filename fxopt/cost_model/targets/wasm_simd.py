@@ -4,7 +4,7 @@ from fxopt.cost_model.sparse_kernels import BLOCKS_128
 from fxopt.ir.target import Target
 
 TARGET = Target(
-    name="wasm",
+    name="wasm-simd",
     kind="wasm",
     arch="wasm32",
     backend="tvm",
