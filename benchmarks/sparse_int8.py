@@ -76,7 +76,7 @@ KERNELS = (
     SparseForm(64, 64, "none", False, True),
 )
 _LEAST_CALLS, _BURST_SECONDS = 4, 0.02
-GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # shares of zero blocks
+GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zero blocks
 Arrays = dict[str, Any]
 
 
