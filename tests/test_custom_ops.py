@@ -159,6 +159,19 @@ def test_zero_blocks_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.skipif("avx512_vnni" not in instruction_sets(), reason="sparsify knows figures of AVX-512 VNNI")
+def test_zeros_of_sparsify_are_left_out() -> None:
+    feeds = [{"x": np.random.default_rng(seed).normal(size=(4, 32, WIDTH)).astype(np.float32)} for seed in range(6)]
+    result = fxopt.optimize(
+        network(), calibration=feeds, threads=1, custom_ops=True, force=True, budget=5.0,
+        passes=["sparsify{sparsity=0.7}", "quantize-linear{activations=static,smooth=off}"],
+    )  # fmt: skip
+    for name in ("sparsify", "quantize-linear", "sparse-int8"):
+        assert {row.node for row in result.ledger.select(pass_name=name, outcome="applied")} == {"up", "down"}
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_few_zero_blocks_are_not() -> None:
     result = optimized(network(0.04), force=True)
     rows = list(result.ledger.select(pass_name="sparse-int8"))

@@ -13,7 +13,7 @@ from collections.abc import Set
 # Instruction set -> (inputs up to, share of zero blocks).
 _BREAK_EVEN = {
     "avx512_vnni": ((256, 0.1), (512, 0.15), (2048, 0.2), (math.inf, 0.25)),
-    "avx_vnni": ((512, 0.3), (1024, 0.35), (2048, 0.45), (math.inf, 0.55)),
+    "avx_vnni": ((512, 0.3), (1024, 0.4), (math.inf, 0.55)),
     "avx2": ((math.inf, 0.1),),
 }
 _PANEL = 64  # rows that one pass over the weight serves

@@ -29,7 +29,7 @@ from fxopt.ir.ops.linear_u8s8 import EPILOGUES
 DOMAIN, OPERATOR, SPARSE = "fxopt", "FusedLinearInt8", "SparseLinearInt8"
 QUANTIZE, NORM_QUANTIZE, ATTENTION = "QuantizeRows", "LayerNormQuantizeRows", "AttentionInt8"
 LEVELS = {"x86-avx2": 1, "x86-avx-vnni": 2, "x86-avx512-vnni": 3}  # targets, and their places in fused_int8.c
-_SOURCES = ("fused_int8.c", "sparse_int8.c", "ort_abi.h")
+_SOURCES = ("fused_int8.c", "attention_int8.c", "rows_u8.c", "sparse_int8.c", "ort_abi.h")
 
 
 def attributes(form: Form, x_zero: int, y_zero: int = 0) -> dict[str, int | float]:

@@ -219,7 +219,7 @@ def test_own_kernels_are_credited_with_quantising_alone() -> None:
         before, after = Sparsify().work(graph, item)
         assert before.dtype == after.dtype == "int8" and before == dataclasses.replace(after, zeros=None)
         gains.append(predict(before, HOST).seconds / predict(after, HOST).seconds)
-    assert gains == sorted(gains) and 1.0 < gains[0] < 1.2 and 3 < gains[3] < 5
+    assert gains == sorted(gains) and 1.2 < gains[0] < 1.6 and 3 < gains[3] < 5.4
     for lacking, text in (({"custom_ops": False}, "needs custom_ops"), ({"later": ()}, "needs the pass quantize-linear")):
         assert_refuses(Sparsify(), graph, text, dataclasses.replace(both, **lacking))
     few = prepared(linears(512, 1024), 4)
