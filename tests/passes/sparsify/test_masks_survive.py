@@ -30,10 +30,11 @@ EIGHT = [
     for rounding in ("nearest", "gptq")
 ]
 FEW = [
-    QuantizeLinear(bits=bits, group=16, symmetric=symmetric, method=method, act_order=act_order)
-    for bits in (2, 3, 4)
-    for symmetric, method, act_order in ((True, "gptq", True), (False, "gptq", False), (False, "rtn", True))
-] + [QuantizeLinear(bits=8, activations="int8", group=16, symmetric=False)]
+    QuantizeLinear(bits=2, group=16),
+    QuantizeLinear(bits=3, group=16, symmetric=False, act_order=False),
+    QuantizeLinear(bits=4, group=16, symmetric=False, method="rtn"),
+    QuantizeLinear(bits=8, activations="int8", group=16, symmetric=False),
+]
 PATTERNS = {"2:4": Sparsify("2:4"), "4x1": Sparsify("4x1", 0.6)}
 CPU = Context(PLAIN_CPU, capabilities=OnnxRuntime())
 
