@@ -87,11 +87,15 @@ def packed(job: Optimizer, lossy: Lossy) -> Lossy:
 
 
 def _packs(job: Optimizer) -> bool:
+    """CPU kernels find zeros in dense weights, or never; those of CUDA devices take weights without them."""
     ctx = job.context
-    return job.request.objective == "size" or any(
-        not ctx.supports("linear_sparse", kernel.dtype, kernel.pattern)
-        and not ctx.unskipped(kernel.dtype, kernel.pattern)
-        for kernel in ctx.target.sparse_kernels
+    return job.request.objective == "size" or (
+        ctx.target.kind == "cuda"
+        and any(
+            not ctx.supports("linear_sparse", kernel.dtype, kernel.pattern)
+            and not ctx.unskipped(kernel.dtype, kernel.pattern)
+            for kernel in ctx.target.sparse_kernels
+        )
     )
 
 

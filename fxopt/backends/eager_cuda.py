@@ -137,8 +137,8 @@ def unskipped(target: Target, dtype: str, pattern: str, shape: tuple[int, int] |
     if shape is not None and any(size % of for size, of in zip(shape, _SPARSE_MULTIPLES, strict=True)):
         outputs, inputs = _SPARSE_MULTIPLES
         return (
-            f"{_SPARSE} products take outputs in multiples of {outputs} and inputs in multiples of {inputs}; the weight "
-            f"is {shape[0]}x{shape[1]}"
+            f"{_SPARSE} products take outputs in multiples of {outputs} and inputs in multiples of {inputs}; the "
+            f"weight is {shape[0]}x{shape[1]}"
         )
     return ""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from fxopt.backends.onnxruntime import OnnxRuntime
 from fxopt.frontends.onnx import load

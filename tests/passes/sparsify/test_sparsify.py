@@ -120,7 +120,7 @@ class Perceptron(nn.Module):
         return self.head(torch.relu(self.first(x))).softmax(-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_graphs(dtype: torch.dtype) -> None:
     samples = rows(dtype=dtype)
     graph = torch_graph(Perceptron().to(dtype), samples[0][0])
@@ -171,7 +171,7 @@ def test_armor_wraps_the_core(origin: str) -> None:
     graph = prepared(linears(32, 48)) if origin == "onnx" else torch_graph(Perceptron(), samples[0][0])
     ctx = size_context(capabilities=Eager())
     errors = []
-    for steps in (0, 150):
+    for steps in (0, 60):
         step = Sparsify(method="armor", block=8, steps=steps)
         after, chosen = sparse(graph, step, samples, ctx)
         assert chosen[0].setting["pattern"] == "2:4"
