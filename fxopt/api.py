@@ -231,10 +231,10 @@ def _load(model: Model, example_inputs: Any, options: Options, backend: Backend,
     known = (model if isinstance(model, Graph) else model.graph) if is_graph(model) else None
     if known is not None and (known.origin == "onnx" or backend.name != "onnxruntime"):
         return known.copy()  # shapes may be given anew
+    source: Any = model if known is None else known.module.eval()
     if backend.name == "onnxruntime":
         from fxopt.frontends.to_onnx import to_onnx
 
-        source = model if known is None else known.module.eval()
         graph, found = to_onnx(source, args, options.dynamic_shapes, kwargs=kwargs)
         if known is not None:
             graph.call_spec = known.call_spec
@@ -242,7 +242,7 @@ def _load(model: Model, example_inputs: Any, options: Options, backend: Backend,
         return graph
     from fxopt.frontends.torch_export import load as load_torch
 
-    return load_torch(model, args, options.dynamic_shapes, kwargs)
+    return load_torch(source, args, options.dynamic_shapes, kwargs)
 
 
 def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph, Request]:

@@ -132,7 +132,7 @@ def finetune(
             data, graph.inputs, targets, needed=loss is not None, tokens=loss == "next-token", seed=seed, say=_warn
         )
         history = trainer.fit(batches, checkpoints)
-    return _result(graph, values, history)
+    return _result(graph, values, history, masks)
 
 
 def graph_of(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None) -> Graph:
@@ -192,7 +192,7 @@ def _parameter(value: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(value.detach().to(wide, copy=True, memory_format=torch.contiguous_format))
 
 
-def _result(graph: Graph, values: dict[str, torch.nn.Parameter], history: list[Step]) -> Finetuned:
+def _result(graph: Graph, values: dict[str, torch.nn.Parameter], history: list[Step], masks: str) -> Finetuned:
     """The same graph with the trained constants."""
     from fxopt.backends.eager import EagerExecutable
     from fxopt.ir.ledger import Ledger
@@ -205,6 +205,8 @@ def _result(graph: Graph, values: dict[str, torch.nn.Parameter], history: list[S
         set_attribute(tuned.root, target, value.detach().to(graph.attribute(target).dtype))
     for node in tuned.nodes:
         node.meta.pop("levels", None)  # ranges of the values before
+        if masks == "none":
+            node.meta.pop("sparsity", None)
     check_marks(tuned)
     figures = summary(tuned, 0, None)
     part = max(1, len(history) // 10)

@@ -105,13 +105,13 @@ class GraphRun:
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any], attributes: Mapping[str, Any] | None) -> Any:
         if node.op == "get_attr":
-            value = self.constant(node)
+            value = self.constant_of(node)
             return _widened(value) if self.widen else value
         args = fx.map_arg(node.args, values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, values.__getitem__)
         return evaluate(self.graph, node, args, kwargs, self.evaluator, self.widen, attributes, self.inside)
 
-    def constant(self, node: fx.Node) -> Any:
+    def constant_of(self, node: fx.Node) -> Any:
         """The value of a `get_attr` node."""
         return constant_value(self.graph, node)
 

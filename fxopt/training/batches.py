@@ -118,8 +118,8 @@ class Batches:
             targets = next((value for value in named.values() if not value.is_floating_point()), None)
         if targets is None and self.needed:
             raise InvalidInput(
-                f"{where} has no targets; give (inputs, targets), or a dict with one of {', '.join(_TARGETS)} (targets= "
-                "names another), or loss=None for distillation alone"
+                f"{where} has no targets; give (inputs, targets), or a dict with one of {', '.join(_TARGETS)} "
+                "(targets= names another), or loss=None for distillation alone"
             )
         mask = next((value for name, value in named.items() if name.endswith(_MASK) and value.dim() == 2), None)
         return Batch(list(named.values()), _as_tensors(targets, where), None if mask is None else mask != 0)
@@ -139,10 +139,10 @@ class Batches:
         values = list(item) if isinstance(item, (tuple, list)) else [item]
         if not self.needed and len(values) == len(self.inputs):
             return item, None
-        if len(values) == 2:
-            return values[0], values[1]
         if len(values) == len(self.inputs) + 1:
-            return values[:-1], values[-1]
+            return values[:-1] if len(self.inputs) > 1 else values[0], values[-1]
+        if len(values) == 2 and isinstance(values[0], (Mapping, tuple, list)):
+            return values[0], values[1]
         if len(values) == len(self.inputs):
             return item, None
         raise InvalidInput(

@@ -38,10 +38,10 @@ _ROLES: dict[str, tuple[tuple[int, str], ...]] = {
     "embedding": ((0, TABLE),),
 }
 _PER_FEATURE = ("Add", "Mul", "add", "mul")  # biases, factors of norms that are spelled out, layer scales
-_MOVING = frozenset(
-    "Transpose Identity Reshape Squeeze Unsqueeze Flatten Cast t permute transpose view reshape squeeze unsqueeze expand "
-    "_to_copy".split()
-)
+_MOVING = frozenset({
+    "Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast",
+    "t", "permute", "transpose", "view", "reshape", "squeeze", "unsqueeze", "expand", "_to_copy",
+})  # fmt: skip
 _DOMAINS = ("", "com.microsoft")
 _ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear")
 

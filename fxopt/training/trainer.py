@@ -46,11 +46,11 @@ class TrainedRun(GraphRun):
         super().__init__(graph, evaluator, observer=observer)
         self.values = values
 
-    def constant(self, node: fx.Node) -> Any:
+    def constant_of(self, node: fx.Node) -> Any:
         """A parameter, in the constant's element type."""
         value = self.values.get(str(node.target))
         if value is None:
-            return super().constant(node)
+            return super().constant_of(node)
         return value.to(self.graph.attribute(str(node.target)).dtype)
 
 
@@ -107,7 +107,8 @@ class Trainer:
             Diverged: a loss or gradient is not finite; the parameters and the checkpoint are those before it.
         """
         total = self.settings.total(batches.count)
-        self.settings.rate(0, total)  # a schedule without an end fails now
+        if total != 0:
+            self.settings.rate(0, total)  # a schedule without an end fails now
         if checkpoints is not None and self.settings.resume:
             self._restore(checkpoints)
         done = len(self.history)

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxopt.ir.sparsity import Pattern
-
 _SWEEPS = 10
 _WORK = 2_000_000_000  # additions of one search, some seconds
 _LEAST = 1e-7  # of the whole, that a swap must gain
@@ -134,6 +132,6 @@ def swapped(roles: Sequence[Role]) -> Tensor:
 def _shared_worth(roles: Sequence[Role], order: Tensor) -> float:
     found = 0.0
     for role in roles:
-        groups = Pattern(role.size).shared(role.scores[order])
+        groups = torch.unflatten(role.scores[order], 0, (-1, role.size)).sum(1)
         found += float((groups - role.threshold).clamp_(min=0).sum())
     return found

@@ -12,7 +12,6 @@ from fxopt.errors import InvalidInput
 from fxopt.ir.graph import Graph, provenance, set_attribute
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.sparsity import Pattern
-from fxopt.ir.views.linear import Linear
 from fxopt.passes.rearrange_channels.channels import Block, Channels, Place, View, Weight, channels, weights
 from fxopt.passes.rearrange_channels.order import Role, best_order
 
@@ -111,9 +110,8 @@ def _is_output(weight: Weight, place: Place, pattern: Pattern) -> bool:
 
 
 def _is_input(weight: Weight, place: Place, pattern: Pattern) -> bool:
-    """Whether the pattern joins neighbours of the place as inputs: of linears, where neighbours are channels."""
-    is_linear = all(isinstance(view, Linear) for view in weight.views)
-    return place.target == weight.target and place.axis == weight.inputs and pattern.of > 1 and is_linear
+    """Whether the pattern joins neighbours of the place as inputs."""
+    return place.target == weight.target and place.axis == weight.inputs and pattern.of > 1 and weight.has_matrix
 
 
 def _refusal(
@@ -151,6 +149,7 @@ def _kept(gaining: list[Weight], scores: dict[str, Tensor], pattern: Pattern, sp
 
 
 def _order(block: Block, gaining: list[Weight], scores: dict[str, Tensor], pattern: Pattern, sparsity: float) -> Tensor:
+    """The order that the search finds: channel `order[i]` comes to place i."""
     roles = []
     for weight in gaining:
         matrix = weight.matrix(scores[weight.target])
@@ -159,10 +158,11 @@ def _order(block: Block, gaining: list[Weight], scores: dict[str, Tensor], patte
             part = slice(place.start, place.start + block.size)
             if _is_output(weight, place, pattern):
                 roles.append(_output_role(matrix, part, scale, pattern, sparsity))
-            if _is_input(weight, place, pattern):
+            neighbours = matrix.shape[1] == scores[weight.target].shape[weight.inputs]  # not so in 3x3 kernels
+            if _is_input(weight, place, pattern) and neighbours:
                 columns = pattern.shared(matrix)[:, part].t() * scale
                 roles.append(Role(columns.contiguous(), pattern.of, pattern.kept))
-    return best_order(roles)
+    return best_order(roles) if roles else torch.arange(block.size)
 
 
 def _output_role(matrix: Tensor, part: slice, scale: float, pattern: Pattern, sparsity: float) -> Role:
