@@ -8,16 +8,22 @@ qemu-user (Debian's package). Writes benchmarks/results/arm_instructions.json.
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
+from benchmarks import wasm_models
 from benchmarks.common import write
 from benchmarks.tvm_kernels import arrays, block_sparse, shared_pattern
 from fxopt.backends.tvm import qemu
+from fxopt.backends.tvm.compile import lowered
 from fxopt.backends.tvm.kernels.bsr import bsr, pack_bsr
 from fxopt.backends.tvm.kernels.dense import dense, pack_bias, pack_dense
 from fxopt.backends.tvm.kernels.dense_int8 import Product, dense_int8, work_space
@@ -26,9 +32,14 @@ from fxopt.backends.tvm.kernels.nm import nm, pack_nm
 from fxopt.backends.tvm.machine import Machine, machine_for
 from fxopt.backends.tvm.values import tvm_type
 from fxopt.cost_model.targets import get_target
+from fxopt.frontends.torch_export import load
 
 SHAPES = [(196, 256, 256), (64, 768, 768)]  # rows, inputs, outputs
 TARGET = "cortex-a76"
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # sparse: 80 % zeros, blocks of so many rows
+    "encoder": (wasm_models.encoder, (1, 64, 256), 8),
+    "mobilenet": (wasm_models.mobilenet, (1, 3, 96, 96), 4),
+}
 
 
 def kernels(shape: tuple[int, int, int], machine: Machine) -> tuple[dict[str, Any], dict[str, list[Any]], Any, float]:
@@ -85,6 +96,28 @@ def counted(shape: tuple[int, int, int], machine: Machine, folder: Path) -> dict
     }  # fmt: skip
 
 
+def model_counts(name: str, folder: Path) -> dict[str, Any]:
+    """Instructions of a whole model, dense and with 80 % of its blocks zero; results are checked against torch."""
+    make, shape, width = MODELS[name]
+    machine = machine_for(get_target(TARGET))
+    model, x = make(), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found: dict[str, Any] = {}
+    for form in ("dense", "sparse"):
+        if form == "sparse":
+            wasm_models.prune(model, width, 0.2)
+        graph = load(model, (x,))
+        program, weights, _ = lowered(graph, machine, [shape])
+        (y,), counts = qemu.run_program(program, weights, [x.numpy()], machine, folder / form, count=True)
+        with torch.no_grad():
+            exact = copy.deepcopy(model).double()(x.double()).numpy().ravel()
+        error = float(np.abs(y - exact).max() / np.abs(exact).max())
+        if error > 1e-4:
+            raise RuntimeError(f"{name}, {form}: error {error}")
+        found[form] = sum(count for key, count in counts.items() if key.startswith(program.prefix))
+        found[f"{form}_error"] = float(f"{error:.2g}")
+    return {**found, "over_dense": round(found["sparse"] / found["dense"], 4)}
+
+
 def main() -> None:
     """Count, print, write."""
     if qemu.missing():
@@ -96,8 +129,12 @@ def main() -> None:
             print(f"{' x '.join(map(str, shape))}: dense {rows[-1]['instructions']['dense']}")
             for name, ratio in rows[-1]["over_dense"].items():
                 print(f"  {name:24} {ratio:.3f}")
+        models = {name: model_counts(name, Path(folder) / name) for name in MODELS}
+        for name, found in models.items():
+            print(f"{name}: dense {found['dense']}, sparse over dense {found['over_dense']:.3f}")
     version = subprocess.run(["qemu-aarch64", "--version"], capture_output=True, text=True, check=True).stdout
-    print(write("arm_instructions", {"target": TARGET, "emulator": version.splitlines()[0], "kernels": rows}))
+    facts = {"target": TARGET, "emulator": version.splitlines()[0]}
+    print(write("arm_instructions", {**facts, "kernels": rows, "models": models}))
 
 
 if __name__ == "__main__":

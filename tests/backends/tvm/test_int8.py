@@ -11,7 +11,7 @@ import torch
 
 from fxopt.ir.ops.linear_w8a8 import dynamic_range
 from fxopt.passes.quantize_linear.grids import quantize_weight
-from tests.backends.tvm.harness import RUNNABLE, Builder, build, guarded, machine, randn
+from tests.backends.tvm.harness import EMULATED, RUNNABLE, Builder, build, guarded, machine, randn
 
 from fxopt.backends.tvm.codes import Levels  # isort: skip
 from fxopt.backends.tvm.kernels.dense import pack_bias  # isort: skip
@@ -24,6 +24,7 @@ from fxopt.backends.tvm.values import tvm_type  # isort: skip
 __all__ = ["build"]
 pytestmark = pytest.mark.slow
 EPS = np.finfo(np.float32).eps
+TARGETS = (*RUNNABLE, "x86-avx2", *EMULATED)
 SHAPES = [(1, 1, 1), (3, 13, 5), (7, 64, 33), (9, 131, 48)]  # rows, inputs, outputs
 INSTRUCTIONS = {
     "x86-avx2": "vpmaddubsw",
@@ -54,7 +55,7 @@ def stored(q: np.ndarray[Any, Any], levels: Levels) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", ["any", "pairs", "seven bits"])
-@pytest.mark.parametrize("target", [*RUNNABLE, "x86-avx2"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products(build: Builder, target: str, shape: tuple[int, int, int], kind: str) -> None:
     m = machine(target)
@@ -85,7 +86,7 @@ def test_products(build: Builder, target: str, shape: tuple[int, int, int], kind
     assert (np.abs(y - exact) <= 3 * EPS * (np.abs(total * scales) + np.abs(bias))).all()
 
 
-@pytest.mark.parametrize("target", [*RUNNABLE, "x86-avx2"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_largest_codes_do_not_saturate(build: Builder, target: str) -> None:
     m = machine(target)
     for highest in (127, 64, 63):
@@ -104,7 +105,7 @@ def test_the_largest_codes_do_not_saturate(build: Builder, target: str) -> None:
             assert (y == code * 64 * codes[:, 0].astype(np.int64)).all()
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("zero", [0, 100, 255])
 def test_codes_stand_for_their_values(build: Builder, target: str, zero: int) -> None:
     m = machine(target)
@@ -115,7 +116,7 @@ def test_codes_stand_for_their_values(build: Builder, target: str, zero: int) ->
     assert np.allclose(y, (codes - zero) * 0.3, rtol=EPS, atol=0)
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", ["both signs", "positive", "negative", "zeros"])
 def test_ranges_found_at_run_time(build: Builder, target: str, case: str) -> None:
     m = machine(target)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.backends.tvm.harness import RUNNABLE, Builder, build, guarded, machine, randn
+from tests.backends.tvm.harness import EMULATED, RUNNABLE, Builder, build, guarded, machine, randn
 
 from fxopt.backends.tvm.emit import Kernel, each  # isort: skip
 from fxopt.backends.tvm.kernels import approximations  # isort: skip
@@ -22,6 +22,7 @@ from fxopt.backends.tvm.kernels.rows import layer_norm, rms_norm, softmax  # iso
 __all__ = ["build"]
 pytestmark = pytest.mark.slow
 F = torch.nn.functional
+TARGETS = (*RUNNABLE, *EMULATED)
 ULP = float(np.finfo(np.float32).eps)
 
 
@@ -53,7 +54,7 @@ RELATIVE = {"exp": 2, "tanh": 3, "sigmoid": 3, "silu": 4}  # units in the last p
 ABSOLUTE = {"erf": 2.2e-7, "relu": 0.0, "relu6": 0.0, "hardswish": 4e-7, "hardsigmoid": 2e-7}
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 def test_activations(build: Builder, target: str) -> None:
     x = np.concatenate([
         np.linspace(-20, 20, 40_003), np.linspace(-1e-3, 1e-3, 1000), np.linspace(-86, 88.7, 1000),
@@ -84,7 +85,7 @@ def test_activations(build: Builder, target: str) -> None:
             assert (error <= 2.5e-7 * np.maximum(1e-30, np.abs(x[inside]))).all(), (name, error.max())
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("rows", "size"), [(3, 1), (5, 7), (4, 64), (2, 131)])
 def test_rows(build: Builder, target: str, rows: int, size: int) -> None:
     m = machine(target)
@@ -118,7 +119,7 @@ def test_rows(build: Builder, target: str, rows: int, size: int) -> None:
         assert np.abs(y - exact.numpy()).max() <= limit, name
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 def test_softmax_of_infinite_and_nan(build: Builder, target: str) -> None:
     m = machine(target)
     x = np.zeros((4, 19), np.float32)
@@ -155,7 +156,7 @@ def check(size: Conv, y: Any, x: Any, w: Any, b: Any) -> None:
     assert (np.abs(y - exact) <= (size.inner + 2) * ULP / 2 * magnitude).all()
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 def test_conv(build: Builder, target: str) -> None:
     m = machine(target)
     run = build([conv(f"c{i}", size, m) for i, size in enumerate(CONVOLUTIONS)], m)
@@ -175,7 +176,7 @@ def test_conv(build: Builder, target: str) -> None:
         check(s, y, x, w, b)
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("size", [CONVOLUTIONS[2], CONVOLUTIONS[0]])
 def test_sparse_conv(build: Builder, target: str, size: Conv) -> None:
     m = machine(target)
@@ -199,7 +200,7 @@ DEPTHWISE = [
 ]
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 def test_depthwise(build: Builder, target: str) -> None:
     m = machine(target)
     run = build([depthwise(f"c{i}", size, m) for i, size in enumerate(DEPTHWISE)], m)
@@ -226,7 +227,7 @@ def lying(values: np.ndarray[Any, Any], place: Placed) -> np.ndarray[Any, Any]:
     return memory
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("mask", ["", "float32", "bool"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads_last", [False, True])

@@ -6,11 +6,12 @@ Rows are worked off in blocks that the second-level cache holds, in them panels 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fxopt.backends.tvm.codes import Levels
-from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, float32, int32, spread, tail, typed
+from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, float32, int32, reinterpret, spread, tail, typed
 from fxopt.backends.tvm.kernels.activations import Activation, apply
 from fxopt.backends.tvm.kernels.dot import Dot, in_groups, load_weights, multiply, spread_group
 from fxopt.backends.tvm.kernels.quantize import rounded
@@ -161,7 +162,7 @@ class _Writer:
             for v in vectors:
                 kernel.store(sums, r * width + v, self.first(panel * width + v, row + r), lanes)
 
-        with kernel.loop(self.groups, "g") as g:
+        def step(g: Expr, group_of: Callable[[int], Expr]) -> None:
             if self.wide is not None:
                 place = g * (width * dot.group)
                 weights = [kernel.let(kernel.load(self.wide, place + 2 * v, 2 * lanes)) for v in vectors]
@@ -169,12 +170,23 @@ class _Writer:
                 place = (panel * self.groups + g) * (width * dot.group)
                 weights = [load_weights(kernel, dot, self.w, place + v * dot.group, lanes) for v in vectors]
             for r in range(count):
-                at = ((start + row + r) * self.groups + g) * dot.group
-                value = spread_group(kernel, dot, self.q, at, lanes)
+                value = group_of(r)
                 for v, weight in zip(vectors, weights, strict=True):
                     old = kernel.load(sums, r * width + v, lanes)
                     kernel.store(sums, r * width + v, multiply(dot, old, value, weight, lanes), lanes)
 
+        def of_row(r: int, g: Expr) -> Expr:
+            return spread_group(kernel, dot, self.q, ((start + row + r) * self.groups + g) * dot.group, lanes)
+
+        fours = self.groups // 4 if dot.instruction == "sdot" else 0  # it takes a lane of x as it is
+        if fours:
+            with kernel.loop(fours, "g") as four:
+                at = [((start + row + r) * self.groups + four * 4) * dot.group for r in range(count)]
+                loaded = [kernel.let(reinterpret("int32x4", kernel.load(self.q, place, 16))) for place in at]
+                for j in range(4):
+                    step(four * 4 + j, lambda r, j=j: tirx.Shuffle([loaded[r]], [int32(j)] * 4))  # type: ignore[misc]
+        with kernel.loop(self.groups - 4 * fours, "g") as g:
+            step(g + 4 * fours, lambda r: of_row(r, g + 4 * fours))
         for r in range(count):
             for v, n in tail(columns, lanes):
                 total = cast(typed("float32", n), kernel.load(sums, r * width + v, n))
