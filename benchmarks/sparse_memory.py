@@ -10,6 +10,7 @@ its libraries, from its start: VmHWM of /proc/self/status. Needs Linux and 9 GB 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--no-result", action="store_true", help="print only")
     options = parser.parse_args()
     graph = llama(options.layers, getattr(torch, options.dtype), options.length)
+    gc.collect()  # the exporter leaves cycles that hold the module, and with it every weight that is replaced
     size, built = graph.size_bytes(), peak()
     print(f"{size / 1e9:.2f} GB of constants; peak {built / 1e9:.2f} GB once the model is captured", flush=True)
     generator = torch.Generator().manual_seed(1)

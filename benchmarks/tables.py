@@ -215,6 +215,24 @@ def _times(found: dict[str, float]) -> str:
     return f"{found['ratio']:.2f}x ({found['low']:.2f} to {found['high']:.2f})"
 
 
+def sparse_memory(result: dict[str, Any]) -> list[str]:
+    """What SparseGPT holds in memory."""
+    size, peak, allowed = (result[name] / 1e9 for name in ("bytes", "peak", "bound"))
+    seconds = " | ".join(f"{result['seconds'][name]:.0f} s" for name in ("statistics", "sparsegpt"))
+    return [
+        "## Memory of SparseGPT",
+        "",
+        f"`python -m benchmarks.sparse_memory` on {where(result)}. A Llama of {result['layers']} layers with random",
+        f"weights in {result['dtype']}, 2:4 in {result['linears']} linears, {result['samples']} samples of",
+        f"{result['length']} tokens. Peak of the process from its start; seconds of statistics and of SparseGPT on",
+        f"{result['threads']} thread of a shared machine.",
+        "",
+        "| model | peak | beside the model | bound | statistics | SparseGPT |",
+        "|---|---|---|---|---|---|",
+        f"| {size:.2f} GB | {peak:.2f} GB | {peak - size:.2f} GB | {allowed:.2f} GB | {seconds} |",
+    ]
+
+
 def onnx_suite(result: dict[str, Any]) -> list[str]:
     """The conformance suite of ONNX."""
     lines = [
@@ -248,6 +266,7 @@ SECTIONS = (
     ("byte_lm_bits", byte_lm_bits),
     ("sparse_lm", sparse_lm),
     ("sparse_int8", sparse_int8),
+    ("sparse_memory", sparse_memory),
     ("ort_fusions", ort_fusions),
     ("embeddings", embeddings),
     ("onnx_suite", onnx_suite),
