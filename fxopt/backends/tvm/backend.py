@@ -10,7 +10,7 @@ from torch import fx
 from fxopt.backends.base import Backend, Executable
 from fxopt.backends.tvm.buckets import Buckets, checked_buckets, dimensions, guessed_sizes, parse_buckets
 from fxopt.errors import Unsupported, unknown
-from fxopt.ir.graph import Graph, provenance
+from fxopt.ir.graph import Graph, label, provenance
 from fxopt.ir.sparsity import Pattern
 from fxopt.ir.target import Target
 
@@ -102,7 +102,8 @@ class Tvm(Backend):
         open_ = not self.buckets and bool(dimensions(graph)) and runner in machines and runner.family != "wasm"
         made = [source_at(graph, guessed_sizes(graph), name, name)] if open_ else sources(graph, self.buckets, name)
         reasons = refusals(made[0], runner)
-        refused = {provenance(node)[0]: reason for node, reason in reasons.items()}
+        named = label if graph.origin == "torch" else _onnx_name
+        refused = {named(node): reason for node, reason in reasons.items()}
         if not refused:
             embedded = self.weights == "embedded"
             package = Package(name, {name: graph.copy()}, made, target, machines, runner, embedded=embedded)
@@ -112,6 +113,11 @@ class Tvm(Backend):
             count = f"{len(refused)} operators have" if len(refused) > 1 else "1 operator has"
             raise Unsupported(f"{count} no kernel for {target.name}: {shown}")
         return MixedExecutable(made[0], target, runner, lambda node: reasons.get(node, ""))
+
+
+def _onnx_name(node: fx.Node) -> str:
+    """Of the ONNX node that a lowered one comes from."""
+    return provenance(node)[0]
 
 
 def _host_machine() -> Machine:
