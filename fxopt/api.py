@@ -259,6 +259,7 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
     sizes = sizes_of(graph, options.input_shapes)
     bind_sizes(graph, samples[0] if samples else None, sizes)
     backend = backend.with_sizes(sizes, _name(model, graph))
+    backend.check(graph, target)
     request = Request(
         target, backend, samples, passes, options.evaluate, options.budget, options.objective,
         resolve_pattern("include", options.include), resolve_pattern("exclude", options.exclude), options.threads,

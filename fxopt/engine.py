@@ -269,6 +269,8 @@ class Optimizer:
         request = self.request
         if executable is self.baseline and request.backend.is_compiler and not request.target.is_host:
             executable, outcome = self.compiled(graph), "compiled"  # nothing to rewrite is no reason not to compile
+        elif executable is self.baseline and request.backend.is_compiler:
+            self.ledger.note(f"what came in goes out, in {executable.executed_on}; --force gives the compiled code")
         with self.stage("verifying the code"):
             verified = executable.verify(self.verification)
         if verified:

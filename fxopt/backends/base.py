@@ -62,6 +62,13 @@ class Backend(ABC):
     def name(self) -> str:
         """The name on the command line."""
 
+    def check(self, graph: Graph, target: Target) -> None:
+        """Raise what is known to be wrong with the model or the options before any work.
+
+        Raises:
+            FxoptError: in its subclasses.
+        """
+
     @abstractmethod
     def refuses(self, node: fx.Node, target: Target) -> str:
         """ "" when the backend runs the node, else the reason why not."""

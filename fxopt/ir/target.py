@@ -64,6 +64,7 @@ class Target:
     sparse_24: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # peak with 2:4 weights
     sparse_kernels: tuple[SparseKernel, ...] = ()
     energy: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # joules per operation
+    cpu: str = ""  # the processor as LLVM names it, where the target is one ("cortex-a53")
     is_host: bool = False  # the machine this process runs on
 
     def sparse_kernel(self, pattern: str, dtype: str, rows: int) -> SparseKernel | None:

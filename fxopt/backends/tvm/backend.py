@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from torch import fx
 
 from fxopt.backends.base import Backend, Executable
-from fxopt.backends.tvm.buckets import Buckets, checked_buckets, dimensions, guessed_sizes, parse_buckets
+from fxopt.backends.tvm.buckets import Buckets, checked_buckets, combinations, dimensions, guessed_sizes, parse_buckets
+from fxopt.backends.tvm.machine import KNOWN, Machine, machine_for, machines_for
 from fxopt.errors import Unsupported, unknown
 from fxopt.ir.graph import Graph, label, provenance
 from fxopt.ir.sparsity import Pattern
 from fxopt.ir.target import Target
-
-if TYPE_CHECKING:
-    from fxopt.backends.tvm.machine import Machine
 
 PLACES = ("embedded", "external")  # of weights: in the library, or in a file beside it
 
@@ -26,15 +25,20 @@ class Tvm(Backend):
     Args:
         buckets: sizes of the named dimensions, an entry point for each combination; as text "batch=1,4;length=128".
         weights: "embedded" in the library, or "external" in a file beside it.
+        features: instruction sets beside those of the target, as text "dotprod,...".
     """
 
     needs = ("tvm", "ziglang", "wasmtime")
     extra = "tvm"
     is_compiler = True
-    options = ("buckets", "weights")
+    options = ("buckets", "weights", "features")
 
     def __init__(
-        self, buckets: Mapping[str, int | Sequence[int]] | str | None = None, weights: str = "embedded", name: str = ""
+        self,
+        buckets: Mapping[str, int | Sequence[int]] | str | None = None,
+        weights: str = "embedded",
+        features: str = "",
+        name: str = "",
     ) -> None:
         self.buckets: Buckets = (
             parse_buckets(buckets.split(";")) if isinstance(buckets, str) else checked_buckets(buckets or {})
@@ -42,6 +46,10 @@ class Tvm(Backend):
         if weights not in PLACES:
             raise unknown("place of weights", weights, PLACES)
         self.weights = weights
+        self.features = frozenset(filter(None, re.split(r"[,+ ]+", features)))
+        for feature in self.features:
+            if feature not in KNOWN:
+                raise unknown("instruction set", feature, KNOWN)
         self._model = name
 
     @property
@@ -52,7 +60,19 @@ class Tvm(Backend):
     def with_sizes(self, sizes: Mapping[str, int], name: str) -> Tvm:
         """The same with more buckets; those that were given win."""
         fixed = {dim: (size,) for dim, size in sizes.items()}
-        return Tvm({**fixed, **self.buckets}, self.weights, name)
+        return Tvm({**fixed, **self.buckets}, self.weights, ",".join(self.features), name)
+
+    def check(self, graph: Graph, target: Target) -> None:
+        """Every dimension must have sizes, but on this machine; the processor must have its instruction sets."""
+        from fxopt.backends.tvm.lower import check_processor
+
+        if not target.is_host:
+            combinations(graph, self.buckets)
+        for machine in machines_for(self._featured(target)):
+            check_processor(machine)
+
+    def _featured(self, target: Target) -> Target:
+        return replace(target, features=target.features | self.features) if self.features else target
 
     def refuses(self, node: fx.Node, target: Target) -> str:
         """The reason why the node has no kernel: found by lowering it alone, at the sizes of its fake tensors."""
@@ -68,8 +88,6 @@ class Tvm(Backend):
 
     def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
         """Blocks of at least a vector of outputs, in floats."""
-        from fxopt.backends.tvm.machine import machine_for
-
         found, machine = Pattern.parse(pattern), machine_for(target)
         if found.is_counted or found.outputs % machine.lanes:
             return (
@@ -90,13 +108,16 @@ class Tvm(Backend):
         """
         self.require()
         from fxopt.backends.tvm.executable import TvmExecutable
-        from fxopt.backends.tvm.machine import machines_for
+        from fxopt.backends.tvm.lower import check_processor
         from fxopt.backends.tvm.mixed import MixedExecutable
         from fxopt.backends.tvm.package import Package
         from fxopt.backends.tvm.source import identifier, source_at, sources
         from fxopt.backends.tvm.trial import refusals
 
+        target = self._featured(target)
         machines = machines_for(target)
+        for machine in machines:
+            check_processor(machine)
         runner = machines[-1] if runs_here(target) else _host_machine()
         name = identifier(self._model or graph.name)
         open_ = not self.buckets and bool(dimensions(graph)) and runner in machines and runner.family != "wasm"
@@ -121,7 +142,6 @@ def _onnx_name(node: fx.Node) -> str:
 
 
 def _host_machine() -> Machine:
-    from fxopt.backends.tvm.machine import machine_for
     from fxopt.cost_model.targets import get_target
 
     return machine_for(get_target("host"))

@@ -12,6 +12,10 @@ Family = Literal["x86", "arm", "wasm"]
 # How four 8-bit products are summed into an int32 lane; "" where a machine has no instruction for it.
 Dot = Literal["vpdpbusd", "vpmaddubsw", "sdot", "relaxed_dot", "dot_i16x8", "smull"]
 
+# The instruction sets that code is generated for, as targets name them.
+KNOWN = (
+    "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "neon", "dotprod", "simd128", "relaxed_simd",
+)  # fmt: skip
 _WASM = ("+simd128", "+bulk-memory", "+nontrapping-fptoint", "+sign-ext")
 
 
@@ -91,7 +95,7 @@ def machine_for(target: Target) -> Machine:
     if target.arch == "x86-64":
         return _x86(features)
     if target.arch == "aarch64":
-        return _arm(features)
+        return _arm(features, target.cpu)
     if target.arch == "wasm32":
         return _wasm(features)
     raise Unsupported(
@@ -125,10 +129,10 @@ def _x86(features: frozenset[str]) -> Machine:
     return Machine("x86", triple, flags, "haswell", 8, 6, 16, 4, 24, "vpdpbusd" if vnni else "vpmaddubsw")
 
 
-def _arm(features: frozenset[str]) -> Machine:
+def _arm(features: frozenset[str], cpu: str) -> Machine:
     dotted = "dotprod" in features
     flags = ("+neon", "+dotprod") if dotted else ("+neon",)
-    return Machine("arm", "aarch64-linux-gnu", flags, "", 4, 8, 8, 4, 16, "sdot" if dotted else "smull")
+    return Machine("arm", "aarch64-linux-gnu", flags, cpu, 4, 8, 8, 4, 16, "sdot" if dotted else "smull")
 
 
 def _wasm(features: frozenset[str]) -> Machine:

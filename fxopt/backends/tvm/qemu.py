@@ -71,6 +71,7 @@ def run_objects(
     Raises:
         OutputError: the emulator fails.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     program = _built(objects, calls, machine, folder)
     plugin = ["-plugin", f"{_plugin(folder)}", "-d", "plugin", "-D", str(folder / "count.txt")] if count else []
     command = [EMULATOR, *plugin, str(program)]

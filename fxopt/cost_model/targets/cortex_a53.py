@@ -21,6 +21,7 @@ TARGET = Target(
     cache_bandwidth=6e9,
     launch_seconds=0.3e-6,
     cores=4,
+    cpu="cortex-a53",
     features=frozenset({"neon"}),
     sparse_kernels=BLOCKS_128,  # by assumption: vectors of the same width
     efficiency={

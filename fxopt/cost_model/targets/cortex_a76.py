@@ -19,6 +19,7 @@ TARGET = Target(
     cache_bytes=2 * 2**20,
     cache_bandwidth=25e9,
     launch_seconds=0.1e-6,
+    cpu="cortex-a76",
     features=frozenset({"neon", "dotprod"}),
     sparse_kernels=BLOCKS_128,  # by assumption: vectors of the same width
     efficiency={

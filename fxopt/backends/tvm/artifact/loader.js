@@ -51,7 +51,8 @@ function place(file, url) {
 
 async function fetched(url) {
   if (url.protocol === "file:" && globalThis.process?.versions?.node) {
-    const { readFile } = await import(/* webpackIgnore: true */ /* @vite-ignore */ "node:fs/promises");
+    const files = ["node:fs", "promises"].join("/"); // hidden from bundlers, which look for it in browsers too
+    const { readFile } = await import(/* webpackIgnore: true */ /* @vite-ignore */ files);
     return new Response(await readFile(url), { headers: { "Content-Type": "application/wasm" } });
   }
   const response = await fetch(url);
