@@ -98,7 +98,8 @@ def kept_blocks(codes: Codes) -> npt.NDArray[np.bool_]:
     outputs, inner = codes.shape
     whole = np.zeros((-(-outputs // BLOCK) * BLOCK, inner), bool)
     whole[:outputs] = codes != 0
-    return whole.reshape(-1, BLOCK, inner).any(1)
+    found: npt.NDArray[np.bool_] = np.logical_or.reduce(whole.reshape(-1, BLOCK, inner), axis=1)
+    return found
 
 
 def pack_sparse(codes: Codes, group: int) -> Packed:
@@ -265,7 +266,7 @@ class _Writer:
         kernel = self.kernel
         rows = [kernel.let(kernel.load(self.at["panel"], place, grid.rows)) for place in places]
         if grid.group == 2:  # widened to 16 bits
-            pairs = [interleaved(kernel, *rows, "uint8", 16, high=high) for high in (False, True)]
+            pairs = [interleaved(kernel, rows[0], rows[1], "uint8", 16, high=high) for high in (False, True)]
             return [kernel.let(cast("int16x16", pair)) for pair in pairs]
         if grid.rows == 64:
             found = []
@@ -283,8 +284,8 @@ class _Writer:
     def quads(self, pairs: list[Expr], size: int) -> list[Expr]:
         """Two vectors of pairs of bytes -> in every lane the low, and the high, pairs of both side by side."""
         kernel = self.kernel
-        words = [kernel.let(as_elements("uint16", pair, size)) for pair in pairs]
-        both = [interleaved(kernel, *words, "uint16", size // 2, high=high) for high in (False, True)]
+        a, b = (kernel.let(as_elements("uint16", pair, size)) for pair in pairs)
+        both = [interleaved(kernel, a, b, "uint16", size // 2, high=high) for high in (False, True)]
         return [kernel.let(as_elements("uint8", value, size)) for value in both]
 
     def to_panel(self, grid: _Grid, block: Expr, tile: Expr, count: int) -> None:
