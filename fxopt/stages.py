@@ -101,8 +101,7 @@ def _packs(job: Optimizer) -> bool:
 
 def is_staged(job: Optimizer, lossy: Lossy) -> bool:
     """Whether an early stage made something and there are later ones."""
-    *early, _ = steps_of(job)
-    names = {step.name for stage in early for step in stage}
+    names = {step.name for stage in steps_of(job)[:-1] for step in stage}
     return any(candidate.pass_name in names for candidate in (*lossy.plan.chosen, *lossy.earlier))
 
 

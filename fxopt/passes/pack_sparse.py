@@ -69,7 +69,8 @@ def _refusal(graph: Graph, ctx: Context, layer: Layer, mark: Mark) -> Refusal | 
     if ctx.objective != "size":
         why = ctx.unskipped(dtype, str(pattern), (weight.shape[0], weight.shape[1]))
         return Refusal('it saves bytes, which objective="size" asks for, not time: {}', why) if why else None
-    if stored_bytes(pattern, *weight.shape, pattern.zeros(weight), weight.itemsize) >= weight.nbytes:
+    out, columns = weight.shape
+    if stored_bytes(pattern, out, columns, pattern.zeros(weight), weight.itemsize) >= weight.nbytes:
         return Refusal("{:.0%} zeros save less than the mask of their places takes", pattern.zeros(weight))
     return None
 

@@ -36,7 +36,7 @@ def kept_zeros(graph: Graph, roles: Mapping[str, str], masks: str) -> dict[str, 
     marked = list(marked_weights(graph))
     if masks == "marks" and not marked:
         raise Unsupported(
-            "masks='marks': no node has a mark of sparsify (files do not hold them); masks='zeros' keeps every zero"
+            "masks='marks': no node has a mark of sparsify; masks='zeros' keeps every zero"
         )
     for view, mark in marked:
         target = str(view.weight_node.target)

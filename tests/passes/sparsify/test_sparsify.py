@@ -250,13 +250,13 @@ def test_two_of_four_on_a_gpu() -> None:
 
 def test_blocks_on_webassembly() -> None:
     pytest.importorskip("tvm", reason="the tvm backend says what it skips")
-    wasm = Context(get_target("wasm"), capabilities=Tvm())
+    wasm = Context(get_target("wasm-simd"), capabilities=Tvm())
     graph = prepared(linears(256, 512), 256)
     (first, *_) = offered(Sparsify(sparsity=0.8), graph, wasm)
     assert first.setting["pattern"] == "8x1" and first.setting.get("kernel") is None
     before, after = Sparsify().work(graph, first)
     assert 3.5 < predict(before, wasm.target).seconds / predict(after, wasm.target).seconds < 4
-    assert_refuses(Sparsify("2:4"), graph, "2:4 gives no time on wasm: kernels skip blocks of outputs, a multiple of 4", wasm)
+    assert_refuses(Sparsify("2:4"), graph, "2:4 gives no time on wasm-simd: kernels skip blocks of outputs, a multiple of 4", wasm)
     assert_refuses(Sparsify("8x1"), prepared(linears(256, 512, np.float16), 256), "take float32, not float16", wasm)
 
 

@@ -236,7 +236,7 @@ def test_a_gpu_is_decided_by_prediction() -> None:
     options = {"calibration": half * 2, "budget": None}
     alone = fxopt.optimize(linears(64, 128, np.float16), "a100", passes=["sparsify-24"], **options)
     assert [row.node for row in verdicts(alone, outcome="applied")] == ["fc1_bias"]
-    assert [node.target is linear_sparse.target for node in alone.graph.calls()][0]
+    assert next(alone.graph.calls()).target is linear_sparse.target
     assert re.match(r"predicted 1\.\d\dx on a100, \+-50 %", alone.report.why)
     after, before = alone.report.after.predicted, alone.report.before.predicted
     assert after is not None and before is not None and 1.0 < before.seconds / after.seconds < 1.38
