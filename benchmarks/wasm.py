@@ -1,6 +1,6 @@
 """WebAssembly, one thread, in Node: fxopt against onnxruntime-web and tfjs-backend-wasm.
 
-    python -m benchmarks.wasm [--cases linear,conv] [--rounds 15] [--node PATH]
+    python -m benchmarks.wasm [--cases products,int8] [--rounds 15] [--node PATH] [--before 'taskset -c 0']
 
 The competitors of a case are called in alternating bursts of one process; a ratio is the median over the rounds, with
 its 10th and 90th percentiles. Every competitor's first output is compared with torch in float64 before. The peers and
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import tempfile
@@ -32,7 +33,7 @@ def measured(case: Any, place: Path, options: argparse.Namespace) -> dict[str, A
         **case, "modules": str(folder() / "node_modules"), "rounds": options.rounds, "burst_ms": 25, "warm_up_ms": 700,
     }  # fmt: skip
     (place / "case.json").write_text(json.dumps(plan), encoding="utf-8")
-    command = [str(options.node or node(folder())), str(_RACE), str(place / "case.json")]
+    command = [*shlex.split(options.before), str(options.node or node(folder())), str(_RACE), str(place / "case.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
         raise RuntimeError(f"{case['title']}: Node failed: {done.stderr.strip()[-2000:]}")
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--cases", type=lambda text: text.split(","), default=known, help=f"of {','.join(known)}")
     parser.add_argument("--rounds", type=int, default=15, help="bursts of each competitor")
     parser.add_argument("--node", type=Path, help="another Node than the pinned one")
+    parser.add_argument("--before", default="", help="words before Node's command, such as 'taskset -c 0'")
     options = parser.parse_args()
     unknown = sorted(set(options.cases) - set(known))
     if unknown:

@@ -16,11 +16,15 @@ from torch import nn
 
 import fxopt
 from benchmarks import wasm_models
+from benchmarks.common import docstrings, encode, export_minilm, minilm
+from benchmarks.models import MODELS
+from benchmarks.peers import quantize_dynamic, quantize_static
 from fxopt.backends.tvm import Tvm
 from fxopt.cost_model.targets import get_target
 from fxopt.frontends.torch_export import load
 
 Case = dict[str, Any]
+_CALIBRATION = 64  # sentences
 LINEARS = [(128, 384, 384), (128, 384, 1536), (128, 1536, 384), (64, 256, 1024), (196, 192, 768)]  # rows, in, out
 CONVS = [(16, 96, 112), (144, 24, 56), (32, 192, 28), (384, 64, 14), (160, 960, 7)]  # channels, outputs, height = width
 
@@ -167,10 +171,59 @@ def float_model(
             "expected": dense, "facts": facts}  # fmt: skip
 
 
+def minilm_model(place: Path) -> Case:
+    """all-MiniLM-L6-v2 on 128 tokens: float32 and 8 bits, with and without relaxed SIMD."""
+    model, tokenizer = minilm()
+    samples = encode(tokenizer, docstrings(_CALIBRATION + 1))
+    names = ("input_ids", "attention_mask")
+    tensors = [tuple(torch.from_numpy(sample[name]) for name in names) for sample in samples]
+    x = tensors.pop()
+    source = place / "m.onnx"
+    export_minilm(model, source)
+    quantize_dynamic(source, place / "dynamic.onnx")
+    quantize_static(source, place / "static.onnx", MODELS["minilm_b1"], samples[:_CALIBRATION])
+    peers = {"onnxruntime-web": "m", "onnxruntime-web int8 dynamic": "dynamic", "onnxruntime-web int8 static": "static"}
+    competitors: Case = {name: {"kind": "onnxruntime", "file": f"{file}.onnx"} for name, file in peers.items()}
+    with torch.no_grad():
+        exact = save(place, "y.bin", copy.deepcopy(model).double()(*x))
+    facts = eight_bits(model, x, tensors, place, competitors)
+    return {"title": "MiniLM-L6, 128 tokens", "inputs": given(place, list(zip(names, x, strict=True))),
+            "competitors": competitors, "expected": exact, "facts": facts}  # fmt: skip
+
+
+def digits_model(place: Path) -> Case:
+    """The digits ViT of the examples, its weights trained."""
+    from examples.data import digits
+
+    model = wasm_models.digits_vit()
+    images, _, tests, _ = digits()
+    x = (torch.from_numpy(tests[:1]),)
+    competitors: Case = {"onnxruntime-web": {"kind": "onnxruntime", "file": exported(model, x, place / "m.onnx")}}
+    with torch.no_grad():
+        exact = save(place, "y.bin", copy.deepcopy(model).double()(x[0].double()))
+    samples = [(torch.from_numpy(image[None]),) for image in images[:256]]
+    facts = eight_bits(model, x, samples, place, competitors)
+    return {"title": "digits ViT, 136 k parameters", "inputs": given(place, [("image", x[0])]),
+            "competitors": competitors, "expected": exact, "facts": facts}  # fmt: skip
+
+
+def eight_bits(model: nn.Module, x: Any, samples: Any, place: Path, competitors: Case) -> dict[str, Any]:
+    """Add the float32 and the 8-bit builds of fxopt to the competitors; returns their facts."""
+    facts: dict[str, Any] = {}
+    _, facts["fxopt"] = optimized(model, x, place / "float32", passes=[])
+    competitors["fxopt"] = {"kind": "fxopt", "folder": "float32"}
+    for target, name in (("wasm", "fxopt int8"), ("wasm-relaxed", "fxopt int8 relaxed")):
+        report, facts[name] = optimized(model, x, place / target, target, calibration=samples)
+        facts[name]["noise_to_signal"] = float(f"{report.error.noise_to_signal:.3g}")
+        competitors[name] = {"kind": "fxopt", "folder": target}
+    return facts
+
+
 GROUPS: dict[str, list[Callable[[Path], Case]]] = {
     "products": [*(partial(linear, shape) for shape in LINEARS), *(partial(conv, shape) for shape in CONVS)],
     "models": [
         partial(float_model, "MobileNetV2 224", wasm_models.mobilenet, (1, 3, 224, 224), 4, 0.2),
         partial(float_model, "encoder d256 ff1024, 64 tokens", wasm_models.encoder, (1, 64, 256), 8, 0.2),
     ],
+    "int8": [minilm_model, digits_model],
 }

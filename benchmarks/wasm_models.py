@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,23 @@ def encoder() -> Encoder:
     """The encoder of seed 0."""
     torch.manual_seed(0)
     return Encoder().eval()
+
+
+def digits_vit() -> nn.Module:
+    """The example model with the trained weights of its ONNX file."""
+    import onnx
+
+    from examples.models import DigitsViT
+
+    file = onnx.load(Path(__file__).parent.parent / "examples" / "models" / "digits-vit.onnx")
+    stored = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in file.graph.initializer}
+    model = DigitsViT()
+    state = model.state_dict()
+    # the weights of linears are transposed, under numbers in the order of the layers
+    rest = sorted((name for name in stored if name not in state and stored[name].dim() == 2), key=lambda n: int(n[4:]))
+    turned = iter(rest)
+    model.load_state_dict({key: stored[key] if key in stored else stored[next(turned)].t() for key in state})
+    return model.eval()
 
 
 def products(model: nn.Module) -> Iterator[Tensor]:

@@ -13,7 +13,6 @@ from torch.fx.node import map_arg
 
 from fxopt.backends.tvm.codes import Coded, Format, Levels
 from fxopt.backends.tvm.kernels.pointwise import Operand, Tree, pointwise
-from fxopt.backends.tvm.kernels.quantize import dequantize, quantize
 from fxopt.backends.tvm.program import Program
 from fxopt.backends.tvm.values import DTYPES, Slot, Value, row_major
 from fxopt.errors import Unsupported
@@ -244,11 +243,8 @@ class Lowering:
     def floats(self, coded: Coded) -> Value:
         """The float32 tensor that codes stand for."""
         if coded not in self._floats:
-            source = self.dense(coded.value)
-            made = self.program.value(source.shape)
-            if made.count:
-                self.program.call(dequantize, (made.count, coded.levels), source.slot, made.slot)
-            self._floats[coded] = made
+            made = self._floats[coded] = self.program.value(coded.value.shape)
+            self.emit(("decode", ("load", 0), coded.levels), (coded.value,), made)
         return self._floats[coded]
 
     def codes(self, argument: fx.Node, levels: Levels) -> Value:
@@ -257,11 +253,12 @@ class Lowering:
         if known is not None and known.levels == levels:
             return self.dense(known.value)
         if (argument, levels) not in self._codes:
-            source = self.dense(argument, "float32")
-            made = self.program.value(source.shape, levels.stored.dtype)
-            if made.count:
-                self.program.call(quantize, (made.count, levels), source.slot, made.slot)
-            self._codes[argument, levels] = made
+            shape = self.shape(argument)
+            tree, operands, dtype = self.parts(argument, shape)
+            if dtype != "float32":
+                raise Unsupported(f"takes float32, the operand is {dtype}")
+            made = self._codes[argument, levels] = self.program.value(shape, levels.stored.dtype)
+            self.emit(("encode", tree, levels), operands, made)
         return self._codes[argument, levels]
 
     def copy(self, source: Value, target: Value) -> None:

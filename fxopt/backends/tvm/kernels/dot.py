@@ -112,8 +112,8 @@ def spread_group(kernel: Kernel, dot: Dot, buffer: Any, at: Expr, lanes: int) ->
     return kernel.let(spread(some, lanes))
 
 
-def spread_weight(kernel: Kernel, dot: Dot, buffer: Any, at: Expr, lanes: int) -> Expr:
-    """One output's group of weights, which lie as int32, in every lane."""
+def spread_weight(kernel: Kernel, buffer: Any, at: Expr, lanes: int) -> Expr:
+    """One output's group of weights, which lies as an int32, in every lane."""
     return kernel.let(spread(kernel.load(buffer, at), lanes))
 
 

@@ -1,7 +1,8 @@
 """Fused pointwise expressions over strided operands; a copy is the smallest of them.
 
-An expression is a tuple: ("load", operand), ("constant", value, dtype), or (operator, argument, ...). Truth values are
-TIR booleans inside an expression and bytes in memory.
+An expression is a tuple: ("load", operand), ("constant", value, dtype), ("decode", code, levels) and ("encode", value,
+levels) between float32 and 8-bit codes, or (operator, argument, ...). Truth values are TIR booleans inside an
+expression and bytes in memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, float32, int32, spread, typed
 from fxopt.backends.tvm.kernels.activations import ACTIVATIONS, apply
 from fxopt.backends.tvm.kernels.approximations import erf, exp
+from fxopt.backends.tvm.kernels.quantize import float_of, rounded
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 from fxopt.backends.tvm.values import tvm_type
@@ -115,6 +117,11 @@ def evaluate(kernel: Kernel, tree: Tree, load: Callable[[int], Expr], lanes: int
         return _constant(rest[0], rest[1], lanes)
     if operator == "cast":
         return _cast(evaluate(kernel, rest[0], load, lanes), rest[1], rest[2], lanes)
+    if operator in ("decode", "encode"):
+        value, levels = kernel.let(evaluate(kernel, rest[0], load, lanes)), rest[1]
+        if operator == "decode":
+            return float_of(levels, value, lanes)
+        return rounded(levels, kernel.let(value / float32(levels.scale, lanes)), lanes)
     values = [kernel.let(evaluate(kernel, part, load, lanes)) for part in rest]
     if operator in ACTIVATIONS:
         return apply(kernel, operator, values[0], lanes)

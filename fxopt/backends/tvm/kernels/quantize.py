@@ -33,7 +33,7 @@ def float_of(levels: Levels, code: Expr, lanes: int) -> Expr:
     value = cast(typed("float32", lanes), cast(typed("int32", lanes), code))
     if levels.shift != levels.zero:
         value = value + float32(float(levels.shift - levels.zero), lanes)
-    return value * float32(levels.scale, lanes)
+    return value if levels.scale == 1.0 else value * float32(levels.scale, lanes)
 
 
 def quantize(name: str, count: int, levels: Levels, machine: Machine) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fxopt.backends.tvm.lowering import Rule
-from fxopt.backends.tvm.rules import arrange, integers, normalise, pointwise, products, spatial
+from fxopt.backends.tvm.rules import arrange, eight_bit, integers, normalise, pointwise, products, spatial
 
 RULES: dict[str, Rule] = {
-    **pointwise.RULES, **arrange.RULES, **products.RULES, **normalise.RULES, **spatial.RULES, **integers.RULES,
+    **pointwise.RULES, **arrange.RULES, **products.RULES, **normalise.RULES, **spatial.RULES, **integers.RULES, **eight_bit.RULES,
 }  # fmt: skip
 
 __all__ = ["RULES"]
