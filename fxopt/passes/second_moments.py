@@ -21,14 +21,14 @@ Look = Callable[[slice, Tensor], None]  # columns, and their values [out, n] wit
 Replace = Callable[[int, Tensor], Tensor]  # a column, and its values [out] -> what they become
 
 
-def damped_factor(hessian: Tensor, least: float = DAMPING) -> tuple[Tensor, float]:
-    """The lower Cholesky factor of the damped H [in, in], and the damping: `least`, or more until there is one.
+def damped_factor(hessian: Tensor) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of the damped H [in, in], and the damping: `DAMPING`, or more until there is one.
 
     Raises:
         ValueError: no damping helps.
     """
     mean = float(torch.diagonal(hessian).mean())
-    damping = least
+    damping = DAMPING
     while damping <= _MOST_DAMPING:
         damped = hessian.clone()
         torch.diagonal(damped).add_(damping * mean)
@@ -42,16 +42,16 @@ def damped_factor(hessian: Tensor, least: float = DAMPING) -> tuple[Tensor, floa
 def upper_factor(hessian: Tensor) -> tuple[Tensor, float]:
     """U, upper triangular, with U.T U the inverse of the damped H [in, in]; and the damping.
 
+    Read from the last input to the first, the Cholesky factorisation is H = R R.T with R upper triangular: U is the
+    inverse of R, and that of H is never computed.
+
     Raises:
         ValueError: no damping helps.
     """
-    damping = DAMPING
-    while True:
-        lower, damping = damped_factor(hessian, damping)
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(torch.isfinite(upper).all()):
-            return upper, damping
-        damping *= 10
+    lower, damping = damped_factor(hessian.flip(0, 1))
+    upper = lower.flip(0, 1)
+    del lower
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True), damping
 
 
 def sweep(
