@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,9 +54,13 @@ class MixedExecutable(Executable):
         """The outputs on flat inputs."""
         return run_partitioned(self.graph, self.parts, self._runners, inputs)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def write(self, folder: Path) -> dict[str, Any]:
         """A part needs torch: there is no file for it."""
         raise Unsupported(f"this model cannot be saved for tvm: {self.executed_on}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """The same."""
+        self.write(Path(path))
 
     def close(self) -> None:
         """Drop the compiled regions."""
