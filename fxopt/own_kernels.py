@@ -7,7 +7,7 @@ when asked for (`custom_ops`), never by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -16,7 +16,7 @@ from fxopt import own_attention, own_sparse
 from fxopt.backends.base import Backend
 from fxopt.errors import InvalidOption, MissingDependency
 from fxopt.guard import Timing, measure
-from fxopt.ir.graph import label
+from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Verdict
 from fxopt.ir.masks import marks, verify_masks
 from fxopt.ir.shapes import infer
@@ -73,10 +73,16 @@ def with_own_kernels(job: Optimizer, lossy: Lossy, sample: Sample | None, second
         fused = job.measured(graph, lossy.plan)
     refused = {verdict.node for verdict in job.ledger.select(pass_name=name, outcome="refused")}
     done = {node: "" for node in nodes if node not in refused}
-    found = _chosen(job, name, done, lossy, replace(fused, plan=lossy.plan), sample, seconds)
-    if found is lossy:
-        return lossy
-    return _with_sparse(job, _with_attention(job, found, sample, seconds), sample, seconds)
+    trial = _tried(job, lossy, replace(fused, plan=lossy.plan), sample, seconds)
+    if trial.is_better:
+        _record(job, name, done, trial)
+        found = _with_attention(job, trial.best, sample, seconds)
+        return _with_sparse(job, found, found.graph, sample, seconds)
+    found = _with_sparse(job, lossy, graph, sample, seconds)  # the dense kernels are slower, the sparse ones may not be
+    if found is not lossy:
+        trial = replace(trial, is_better=True, why=f"in the same library as sparse kernels ({trial.why})")
+    _record(job, name, done, trial)
+    return found
 
 
 def _with_attention(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: float) -> Lossy:
@@ -101,9 +107,9 @@ def _with_attention(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds
     return _chosen(job, own_attention.NAME, nodes, lossy, fused, sample, seconds)
 
 
-def _with_sparse(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: float) -> Lossy:
-    """The same with kernels that leave out zero blocks of weights, where there are enough of them."""
-    graph = lossy.graph.copy()
+def _with_sparse(job: Optimizer, lossy: Lossy, base: Graph, sample: Sample | None, seconds: float) -> Lossy:
+    """`base` with kernels that leave out zero blocks of weights, where there are enough of them, if it is faster."""
+    graph = base.copy()
     infer(graph, lossy.graph.sizes)
     found = own_sparse.places(graph, job.context)
     if not found:
@@ -112,9 +118,19 @@ def _with_sparse(job: Optimizer, lossy: Lossy, sample: Sample | None, seconds: f
     with job.stage("own kernels"):
         for place in found:
             own_sparse.without_zeros(graph, place)
+        verify_masks(graph, marks(lossy.graph))
         graph.prune()
         sparse = job.measured(graph, lossy.plan)
     return _chosen(job, own_sparse.NAME, nodes, lossy, sparse, sample, seconds)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Which of two results goes on, and why; the other one is closed."""
+
+    best: Lossy
+    is_better: bool  # the second one is it
+    why: str
 
 
 def _chosen(
@@ -131,20 +147,30 @@ def _chosen(
     Args:
         nodes: what the verdicts are about, and what their reasons begin with.
     """
+    trial = _tried(job, lossy, fused, sample, seconds)
+    _record(job, name, nodes, trial)
+    return trial.best
+
+
+def _tried(job: Optimizer, lossy: Lossy, fused: Lossy, sample: Sample | None, seconds: float) -> _Trial:
     budget = job.request.budget
     why = "not measured (--force)"
-    left = ""
+    is_better = True
     if budget is not None and not fused.loss <= budget:
-        left = f"over budget: measured loss {fused.loss:.3g}"
+        why, is_better = f"over budget: measured loss {fused.loss:.3g}", False
     elif sample is not None:
         timing = _compared(lossy, fused, sample, seconds)
         why = f"measured {timing.ratio:.2f}x ({timing.low:.2f} to {timing.high:.2f}) over what it replaces"
-        left = f"{why}: not surely faster" if timing.low < 1.0 else ""
+        if timing.low < 1.0:
+            why, is_better = f"{why}: not surely faster", False
+    (lossy if is_better else fused).executable.close()
+    return _Trial(fused if is_better else lossy, is_better, why)
+
+
+def _record(job: Optimizer, name: str, nodes: Mapping[str, str], trial: _Trial) -> None:
     for node, reason in nodes.items():
-        text = "; ".join(part for part in (reason, left or why) if part)
-        job.ledger.add(Verdict(name, node, "rolled-back" if left else "applied", text))
-    (fused if left else lossy).executable.close()
-    return lossy if left else fused
+        text = "; ".join(part for part in (reason, trial.why) if part)
+        job.ledger.add(Verdict(name, node, "applied" if trial.is_better else "rolled-back", text))
 
 
 def _compared(lossy: Lossy, fused: Lossy, sample: Sample, seconds: float) -> Timing:

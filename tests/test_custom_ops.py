@@ -194,6 +194,19 @@ def test_slow_sparse_kernels_are_not_used(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 @needs_compiler
+def test_sparse_kernels_where_dense_ones_are_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = iter([Timing(1.0, 1.1, 0.9, 0.89, 0.91, 3), Timing(1.0, 0.5, 2.0, 1.9, 2.1, 3)])
+    monkeypatch.setattr(own_kernels, "measure", lambda *_: next(timings))
+    monkeypatch.setattr("fxopt.decisions.measure", lambda *_: Timing(1.0, 0.5, 2.0, 1.9, 2.1, 3))
+    result = optimized(network(0.8))
+    (why,) = {row.reason for row in result.ledger.select(pass_name="fuse-int8", outcome="applied")}
+    assert why.startswith("in the same library as sparse kernels (measured 0.90x") and "not surely faster" in why
+    assert {row.node for row in result.ledger.select(pass_name="sparse-int8", outcome="applied")} == {"up", "down"}
+    assert sum("sparse_linear" in str(node.target) for node in result.graph.calls()) == 2
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_nothing_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxopt.decisions.measure", lambda *_: Timing(1.0, 0.5, 2.0, 1.9, 2.1, 3))
     result = fxopt.optimize(
