@@ -49,9 +49,10 @@ def calibration_windows() -> torch.Tensor:
 
 def pruned(graph: Graph) -> Graph:
     """A copy with all linears but the head pruned by SparseGPT, layer after layer, as the pass does it."""
+    rows = [{"tokens": row[None]} for row in calibration_windows()]
     result = fxopt.optimize(
-        graph, "host", calibration=[{"tokens": row[None]} for row in calibration_windows()], objective="size", budget=None,
-        force=True, passes=[f"sparsify{{pattern={PATTERN},sparsity={SPARSITY}}}"],
+        graph, "host", calibration=rows, objective="size", budget=None, force=True,
+        passes=[f"sparsify{{pattern={PATTERN},sparsity={SPARSITY}}}"],
     )  # fmt: skip
     return unpacked(result.graph)
 
@@ -60,7 +61,8 @@ def contributions(graph: Graph) -> Callable[[Linear | Conv], torch.Tensor]:
     """What each weight adds to the outputs on the calibration windows, w^2 times the mean square of its input."""
     walk = SequentialRun(graph, [[row[None]] for row in calibration_windows()[: CALIBRATION // 2]])
     views = [view for view in linears(graph) if isinstance(view, Linear)]
-    found = {view.node.name: view.weight(graph).square() * torch.diagonal(walk.moments(view.x)) for view in views}
+    squares = {view.node.name: torch.diagonal(walk.moments(view.x)) for view in views}
+    found = {view.node.name: view.weight(graph).square() * squares[view.node.name] for view in views}
     return lambda view: found[view.node.name]
 
 

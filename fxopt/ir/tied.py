@@ -259,6 +259,8 @@ def _channels(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
 def _pool(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
     for index in range(min(2, len(ties.axes(out)))):
         ties.join(node.args[0], index, out, index)
+    if any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users):
+        ties.fix_all(out, "its indices count channels")
     for value in (node.args[0], out):
         ties.fix_all(value, "pooling slides over it", start=2)
 

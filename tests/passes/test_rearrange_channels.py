@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -332,6 +334,25 @@ def test_refusals_have_reasons() -> None:
     )  # fmt: skip
     assert re.search(r"n_a: 8 channels: no better order was found: 4x1 keeps 3[01].\d% of the importance", told(equal))
     assert "do not divide by 8 of the pattern 8x1" in told(transformer(0, width=12), "8x1")
+
+
+def test_what_cannot_be_permuted_fixes_the_order() -> None:
+    """A constant that torch cannot hold, and indices that count channels."""
+    fours = np.arange(-4, 4).astype(ml_dtypes.int4)
+    graph = two_layers("s = Cast <to = 1> (c)\n b = Mul(a, s)", c=fours)
+    after = graph.copy()
+    assert "n_a: 8 channels: the order is fixed: c: torch has no element type for it" in told(after)
+    assert_no_worse(graph, after, [[torch.randn(3, 8)]])
+    make = torch.Generator().manual_seed(0)
+    text = (
+        "g (float[1, 3, 4, 4] x) => (float[1, 8, 2, 2] y, int64[1, 8, 2, 2] places) { a = Conv(x, w)\n"
+        " y0, places = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (a)\n y = Conv(y0, w2) }"
+    )
+    weights = {"w": uneven(8, 3, 1, 1, generator=make), "w2": uneven(8, 8, 1, 1, generator=make)}
+    pooled = onnx_graph(text, **weights)
+    after = pooled.copy()
+    assert "n_a: 8 channels: the order is fixed" in told(after) and "its indices count channels" in told(after)
+    assert_no_worse(pooled, after, [[torch.randn(1, 3, 4, 4)]])
 
 
 def test_weights_that_are_not_finite_are_left_alone() -> None:
