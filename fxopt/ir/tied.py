@@ -36,6 +36,8 @@ def tied_dimensions(graph: Graph) -> list[TiedAxes]:
     for node in graph.nodes:
         if node.op == "placeholder":
             ties.fix_all(node, "it is an input")
+        elif node.op == "get_attr" and graph.constant(node) is None:
+            ties.fix_all(node, "torch has no element type for it")
         elif node.target is operator.getitem and node.args[0].op == "placeholder":  # type: ignore[union-attr]
             ties.fix_all(node, "it is part of an input")
         elif node.op == "call_function" and node.target is not operator.getitem:

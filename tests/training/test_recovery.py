@@ -19,7 +19,7 @@ def test_70_percent_of_4x1_blocks_are_recovered_within_150_steps() -> None:
 
     dense = fxopt.capture(MODEL)
     start = pruned(dense)
-    tuned = fxopt.finetune(start, training_data(150, 8), teacher=dense, learning_rate=3e-3, progress=False)
+    tuned = fxopt.finetune(start, training_data(150), teacher=dense, learning_rate=3e-3, progress=False)
     before, after, best = bits(start), bits(tuned.graph), bits(dense)
     assert before - best > 0.5, "pruning lost next to nothing"
     assert (before - after) / (before - best) >= 0.7

@@ -113,7 +113,7 @@ def channels(graph: Graph, held: Mapping[str, Weight], *, of_inputs: bool = Fals
         block = Block(size, tuple(sorted(places, key=str)))
         users = [held[target] for target, axis in members if axis == held[target].outputs]
         named = [weight.name for weight in users or [held[target] for target, _ in members]]
-        found.append(Channels(min(named, key=order.__getitem__), (block,), group.fixed or _opaque(graph, group)))
+        found.append(Channels(min(named, key=order.__getitem__), (block,), group.fixed))
     yield from sorted(found, key=lambda each: order[each.name])
 
 
@@ -125,11 +125,3 @@ def _members(group: TiedAxes, held: Mapping[str, Weight], of_inputs: bool) -> li
         for target, axis in axes
         if target in held and (axis == held[target].outputs or (of_inputs and axis == held[target].inputs))
     )
-
-
-def _opaque(graph: Graph, group: TiedAxes) -> str:
-    """Which constant of the group cannot be permuted, or ""."""
-    for node, _ in sorted(group.axes):
-        if node.op == "get_attr" and graph.constant(node) is None:
-            return f"{label(node)}: torch has no element type for it"
-    return ""
