@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,21 @@ import torch
 
 import fxopt
 from benchmarks.common import write
-from examples.calibration import calibration_inputs
 from examples.data import byte_windows, python_sources
 from examples.evaluate import byte_lm_bits
-from fxopt.ir.graph import Graph, set_attribute
-from fxopt.ir.shapes import infer
-from fxopt.ir.sparsity import Mark, Pattern
+from fxopt.ir.graph import Graph
+from fxopt.ir.masks import mark_of
+from fxopt.ir.sparsity import Pattern
 from fxopt.ir.views.conv import Conv, convs
 from fxopt.ir.views.linear import Linear, linears
 from fxopt.passes.rearrange_channels import rearrange
 from fxopt.passes.sequential import SequentialRun
-from fxopt.passes.sparsify.methods import sparsegpt
+from fxopt.training.unpack import unpacked
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 PATTERN, SPARSITY = Pattern.parse("4x1"), 0.7
-STEPS, BATCH, LENGTH, SEED = 150, 16, 256, 7
+STEPS, BATCH, LENGTH, SEED = 150, 8, 256, 7
+CALIBRATION = 32  # windows, of which half calibrate
 LEARNING_RATE = 3e-3
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "CE": {},
@@ -42,19 +42,28 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def pruned(graph: Graph, pattern: Pattern = PATTERN, sparsity: float = SPARSITY) -> Graph:
-    """A copy with all linears but the head pruned by SparseGPT, layer after layer, with marks."""
-    graph = graph.copy()
-    infer(graph, {})
-    walk = SequentialRun(graph, [[torch.from_numpy(row[None])] for row in calibration_inputs("byte-lm")["tokens"]])
-    for view in list(linears(graph)):
-        if not isinstance(view, Linear) or view.node in graph.result_nodes:
-            continue
-        weight = sparsegpt(view.weight(graph), walk.moments(view.x), pattern, sparsity).weight
-        stored = weight.t() if view.transposed else weight
-        set_attribute(graph.root, str(view.weight_node.target), stored.contiguous())
-        view.node.meta["sparsity"] = Mark.of(pattern, weight)
-    return graph
+def calibration_windows() -> torch.Tensor:
+    """Tokens [CALIBRATION, LENGTH]."""
+    return torch.from_numpy(byte_windows(python_sources(), LENGTH, CALIBRATION, SEED + 1))
+
+
+def pruned(graph: Graph) -> Graph:
+    """A copy with all linears but the head pruned by SparseGPT, layer after layer, as the pass does it."""
+    rows = [{"tokens": row[None]} for row in calibration_windows()]
+    result = fxopt.optimize(
+        graph, "host", calibration=rows, objective="size", budget=None, force=True,
+        passes=[f"sparsify{{pattern={PATTERN},sparsity={SPARSITY}}}"],
+    )  # fmt: skip
+    return unpacked(result.graph)
+
+
+def contributions(graph: Graph) -> Callable[[Linear | Conv], torch.Tensor]:
+    """What each weight adds to the outputs on the calibration windows, w^2 times the mean square of its input."""
+    walk = SequentialRun(graph, [[row[None]] for row in calibration_windows()[: CALIBRATION // 2]])
+    views = [view for view in linears(graph) if isinstance(view, Linear)]
+    squares = {view.node.name: torch.diagonal(walk.moments(view.x)) for view in views}
+    found = {view.node.name: view.weight(graph).square() * squares[view.node.name] for view in views}
+    return lambda view: found[view.node.name]
 
 
 def training_data(steps: int = STEPS, batch: int = BATCH) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -99,13 +108,13 @@ def orders(name: str) -> dict[str, dict[str, float]]:
     return rows
 
 
-def objectives(start: Graph, dense: Graph, steps: int) -> dict[str, dict[str, Any]]:
+def objectives(start: Graph, dense: Graph, steps: int, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Fine-tuned with each objective from the same start: bits per byte, and whether the zeros are still zero."""
     data, rows = training_data(steps), {}
-    for name, options in OBJECTIVES.items():
+    for name in names:
         teacher = None if name == "CE" else dense
         started = time.process_time()
-        tuned = fxopt.finetune(start, data, teacher=teacher, learning_rate=LEARNING_RATE, **options)
+        tuned = fxopt.finetune(start, data, teacher=teacher, learning_rate=LEARNING_RATE, **OBJECTIVES[name])
         rows[name] = {
             "bits": bits(tuned.graph),
             "cpu_seconds": time.process_time() - started,
@@ -119,7 +128,7 @@ def zeros_lost(before: Graph, after: Graph) -> int:
     """Weights of the pruned linears that were zero and are not any more."""
     lost = 0
     for view in linears(before):
-        if isinstance(view, Linear) and "sparsity" in view.node.meta:
+        if isinstance(view, Linear) and mark_of(view.node) is not None:
             target = str(view.weight_node.target)
             lost += int(((before.attribute(target) == 0) & (after.attribute(target) != 0)).sum())
     return lost
@@ -140,16 +149,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for pattern, row in rows.items():
             print(f"{name}, {pattern}: keeps {row['before']:.1%} of the magnitudes, rearranged {row['after']:.1%}")
     print(f"dense: {result['dense_bits']:.4f} bits per byte")
-    ordered = dense.copy()
-    rearrange(ordered, PATTERN, SPARSITY)
-    for name, source in (("as trained", dense), ("rearranged", ordered)):
+    by_magnitude, by_contribution = dense.copy(), dense.copy()
+    rearrange(by_magnitude, PATTERN, SPARSITY)
+    rearrange(by_contribution, PATTERN, SPARSITY, contributions(dense))
+    everything = list(OBJECTIVES)
+    starts = {
+        "as trained": (dense, everything),
+        "rearranged by magnitude": (by_magnitude, []),
+        "rearranged by contribution": (by_contribution, [everything[0], everything[-1]]),
+    }
+    for name, (source, names) in starts.items():
         start = pruned(source)
-        row = {"bits": bits(start)}
+        row: dict[str, Any] = {"bits": bits(start)}
         print(f"{name}, one shot: {row['bits']:.4f} bits per byte", flush=True)
-        row["objectives"] = objectives(start, source, options.steps)
+        row["objectives"] = objectives(start, source, options.steps, names)
         for found in row["objectives"].values():
             found["recovered"] = (row["bits"] - found["bits"]) / (row["bits"] - result["dense_bits"])
         result["starts"][name] = row
+        write("finetune", result)  # what is there so far
     print(f"written: {write('finetune', result)}")
 
 

@@ -174,6 +174,46 @@ def sparse_lm(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def finetune(result: dict[str, Any]) -> list[str]:
+    """What training brings back, and what an order of channels saves."""
+    dense, share = result["dense_bits"], f"{result['sparsity']:.0%}"
+    lines = [
+        "## Fine-tuning and the order of channels",
+        "",
+        f"`python -m benchmarks.finetune` on {where(result)}. The byte-level language model, all linears but the head at",
+        f"{share} of {result['pattern']} blocks by SparseGPT, then {result['steps']} steps of {result['batch']} windows of",
+        f"{result['length']} bytes. More bits per byte than dense ({dense:.4f}) on Python's documentation; in brackets the",
+        "share of the increase that is recovered.",
+        "",
+    ]
+    names = list(dict.fromkeys(name for row in result["starts"].values() for name in row["objectives"]))
+    order = sorted(names, key=len)
+    lines += [f"| channels | one shot | {' | '.join(order)} | zeros lost |", f"|---|---|{'---|' * len(order)}---|"]
+    for name, row in sorted(result["starts"].items()):
+        found = row["objectives"]
+        cells = [
+            f"{found[each]['bits'] - dense:+.4f} ({found[each]['recovered']:.0%})" if each in found else NOT_MEASURED
+            for each in order
+        ]
+        lost = sum(each["zeros_lost"] for each in found.values())
+        lines.append(f"| {name} | {row['bits'] - dense:+.4f} | {' | '.join(cells)} | {lost if found else ''} |")
+    lines += [
+        "",
+        "Share of the magnitudes of all linears and convolutions but the last that a pattern keeps, in the order of the",
+        "channels as trained and in that of rearrange-channels:",
+        "",
+        "| model | pattern | as trained | rearranged | groups of channels | CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, rows in result["orders"].items():
+        for pattern, row in rows.items():
+            lines.append(
+                f"| {model} | {pattern} | {row['before']:.1%} | {row['after']:.1%} | {row['rearranged']} of "
+                f"{row['groups']} | {row['cpu_seconds']:.1f} |"
+            )
+    return lines
+
+
 def sparse_int8(result: dict[str, Any]) -> list[str]:
     """Block-sparse 8-bit linears against dense ones."""
     lines = [
@@ -265,6 +305,7 @@ SECTIONS = (
     ("cpu_int8", cpu_int8),
     ("byte_lm_bits", byte_lm_bits),
     ("sparse_lm", sparse_lm),
+    ("finetune", finetune),
     ("sparse_int8", sparse_int8),
     ("sparse_memory", sparse_memory),
     ("ort_fusions", ort_fusions),

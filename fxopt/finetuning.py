@@ -14,14 +14,16 @@ import torch
 from fxopt.api import Model, Optimized, capture, evaluator_of, is_onnx
 from fxopt.errors import InvalidInput, InvalidOption, unknown
 from fxopt.ir.graph import Graph, set_attribute
+from fxopt.ir.masks import verify_masks
 from fxopt.ir.structural_hash import structural_hash
 from fxopt.training.batches import Batches
 from fxopt.training.checkpoints import Checkpoints
-from fxopt.training.masks import check_marks, kept_zeros
+from fxopt.training.masks import kept_zeros
 from fxopt.training.parameters import parameters
 from fxopt.training.settings import OptimizerMaker, Schedule, Settings
 from fxopt.training.teacher import FunctionTeacher, GraphTeacher, Teacher, paired_blocks
 from fxopt.training.trainer import Progress, Step, Trainer, reporting
+from fxopt.training.unpack import unpacked
 
 if TYPE_CHECKING:
     from fxopt.request import Outcome
@@ -79,11 +81,13 @@ def finetune(
 
     Args:
         model: a `Graph`, a result of `optimize`, the path of an ONNX file, a `ModelProto`, or an `nn.Module` with
-            `example_inputs` (and `dynamic_shapes`). It is not changed.
+            `example_inputs` (and `dynamic_shapes`). It is not changed. Sparse weights that are packed come out as
+            floats; `optimize` packs them again.
         data: batches (inputs, targets), tuples with the targets last, or dicts: a list, a DataLoader, any iterable.
         loss: "cross-entropy", "next-token" (targets are the tokens themselves), "mse", `callable(outputs, targets)`, or
             None: distillation alone, without targets.
-        teacher: the dense original (a model as above), whose blocks are compared too, or `callable(*inputs)`.
+        teacher: the dense original (a model as above), whose blocks are compared too, or `callable(*inputs)`. That of a
+            model with rearranged channels is the rearranged dense model.
         distill, squarehead: weights of these terms; None: 1 where the teacher allows it.
         temperature: T of the distributions.
         blocks: names of the nodes that SquareHead compares; None: the residual sums.
@@ -114,7 +118,7 @@ def finetune(
         loss, task, distill, squarehead, temperature, blocks, train, masks, optimizer, learning_rate, schedule, clip,
         steps, epochs, targets, None if checkpoint is None else Path(checkpoint), checkpoint_every, resume, seed,
     )  # fmt: skip
-    graph = graph_of(model, example_inputs, dynamic_shapes)
+    graph = unpacked(graph_of(model, example_inputs, dynamic_shapes))
     if teacher is None and (distill or squarehead or loss is None):
         raise InvalidOption("distill=, squarehead= and loss=None need teacher=, the model to learn from")
     roles = parameters(graph, train)
@@ -154,7 +158,7 @@ def _teacher(
         return None, [], 0.0
     captured = isinstance(teacher, torch.nn.Module) and not isinstance(teacher, Optimized)
     if isinstance(teacher, (Graph, Optimized)) or is_onnx(teacher) or (captured and example_inputs is not None):
-        original = graph_of(teacher, example_inputs, dynamic_shapes)
+        original = unpacked(graph_of(teacher, example_inputs, dynamic_shapes))
         names, others = ([spec.name for spec in each.inputs] for each in (graph, original))
         if len(names) != len(others):
             raise InvalidInput(f"the teacher takes {len(others)} inputs ({', '.join(others)}), the model {len(names)}")
@@ -207,7 +211,7 @@ def _result(graph: Graph, values: dict[str, torch.nn.Parameter], history: list[S
         node.meta.pop("levels", None)  # ranges of the values before
         if masks == "none":
             node.meta.pop("sparsity", None)
-    check_marks(tuned)
+    verify_masks(tuned)
     figures = summary(tuned, 0, None)
     part = max(1, len(history) // 10)
     first, last = (sum(step.loss for step in steps) / part for steps in (history[:part], history[-part:]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxopt.errors import PassError, Unsupported, unknown
-from fxopt.ir.graph import Graph, label
+from fxopt.errors import Unsupported
+from fxopt.ir.graph import Graph
+from fxopt.ir.masks import mark_of
 from fxopt.ir.sparsity import Mark
 from fxopt.ir.views.conv import Conv, convs
 from fxopt.ir.views.linear import Linear, linears
@@ -25,68 +25,35 @@ def kept_zeros(graph: Graph, roles: Mapping[str, str], masks: str) -> dict[str, 
             patterns of marked nodes only; "none".
 
     Raises:
-        UnknownName: `masks` is none of these.
         Unsupported: marks are asked for, and there are none.
     """
-    if masks not in MASKS:
-        raise unknown("masks", masks, MASKS)
-    if masks == "none":
-        return {}
-    found: dict[str, Tensor] = {}
-    marked = list(marked_weights(graph))
-    if masks == "marks" and not marked:
-        raise Unsupported(
-            "masks='marks': no node has a mark of sparsify; masks='zeros' keeps every zero"
-        )
-    for view, mark in marked:
-        target = str(view.weight_node.target)
-        if target in roles:
-            zeros = _pattern(mark, matrix(graph, view))
-            stored = graph.constant(view.weight_node)
-            assert stored is not None
-            found[target] = (zeros.t() if _is_transposed(view) else zeros).reshape(stored.shape).contiguous()
-    for target, role in roles.items():
-        if masks == "zeros" and role == WEIGHT:
+    found = {} if masks == "none" else _of_marks(graph, roles)
+    if masks == "marks" and not any(mark_of(node) for node in graph.nodes):
+        raise Unsupported("masks='marks': no node has a mark of sparsify; masks='zeros' keeps every zero of a weight")
+    if masks == "zeros":
+        for target, role in roles.items():
             zeros = graph.attribute(target).detach() == 0
-            if not bool(zeros.all()):
-                found[target] = zeros | found[target] if target in found else zeros
+            if role == WEIGHT and not bool(zeros.all()):
+                found[target] = zeros
     return {target: zeros for target, zeros in found.items() if bool(zeros.any())}
 
 
-def check_marks(graph: Graph) -> None:
-    """Raise unless every marked weight still has its pattern.
-
-    Raises:
-        PassError: one has not.
-    """
-    for view, mark in marked_weights(graph):
-        broken = mark.violation(matrix(graph, view))
-        if broken:
-            raise PassError(f"finetune: {label(view.node)} lost its pattern {mark.pattern}: {broken}")
-
-
-def marked_weights(graph: Graph) -> Iterator[tuple[Linear | Conv, Mark]]:
-    """Linears and convolutions whose weight was made sparse, with their marks."""
+def _of_marks(graph: Graph, roles: Mapping[str, str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     for view in (*linears(graph), *convs(graph)):
-        if isinstance(view, (Linear, Conv)):
-            nodes: tuple[fx.Node, ...] = (view.node, *(view.inner if isinstance(view, Linear) else ()))
-            mark = next((node.meta["sparsity"] for node in nodes if "sparsity" in node.meta), None)
-            if isinstance(mark, Mark):
-                yield view, mark
-
-
-def matrix(graph: Graph, view: Linear | Conv) -> Tensor:
-    """The weight as [out, in], that of a convolution as [out, in / groups * kernel]."""
-    return view.weight(graph).flatten(1)
-
-
-def _is_transposed(view: Linear | Conv) -> bool:
-    return isinstance(view, Linear) and view.transposed
+        mark = mark_of(view.node) if isinstance(view, (Linear, Conv)) else None
+        if mark is None or not isinstance(view, (Linear, Conv)) or str(view.weight_node.target) not in roles:
+            continue
+        zeros = _pattern(mark, view.weight(graph).flatten(1))
+        target = str(view.weight_node.target)
+        zeros = zeros.t() if isinstance(view, Linear) and view.transposed else zeros
+        found[target] = zeros.reshape(graph.attribute(target).shape).contiguous()
+    return found
 
 
 def _pattern(mark: Mark, weight: Tensor) -> Tensor:
     """The zeros [out, in] that make the pattern: zero blocks; of N:M every zero."""
     pattern = mark.pattern
-    if pattern.refusal(*weight.shape):
+    if pattern.is_counted or not weight.numel():
         return weight == 0
-    return pattern.spread(~pattern.occupied(weight)) if weight.numel() else torch.zeros_like(weight, dtype=torch.bool)
+    return pattern.spread(~pattern.occupied(weight))

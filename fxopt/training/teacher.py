@@ -11,9 +11,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import InvalidInput, InvalidOption, unknown
-from fxopt.ir.graph import Graph, label
+from fxopt.ir.graph import Graph, label, provenance
 from fxopt.ir.interpreter import Evaluator, GraphRun, plain_tensor
 from fxopt.ir.views.residual import ResidualBlock, residuals
+
+_REARRANGES = "rearrange-channels"  # the pass
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def block_names(graph: Graph, wanted: Sequence[str] | None) -> list[str]:
 def paired_blocks(student: Graph, teacher: Graph, wanted: Sequence[str] | None) -> list[tuple[str, str]] | str:
     """(node of the student, node of the teacher) per block, by name or else by order; or why there are none."""
     names = block_names(student, wanted)
+    if _is_rearranged(student) and not _is_rearranged(teacher):
+        return "the channels of the model were rearranged; give the dense model with the same order as teacher"
     if not names:
         return "the model has no residual blocks; name the nodes to compare with blocks="
     if all(teacher.find(name) is not None for name in names):
@@ -124,3 +128,8 @@ def paired_blocks(student: Graph, teacher: Graph, wanted: Sequence[str] | None) 
     if len(others) != len(names):
         return f"the model has {len(names)} residual blocks and the teacher {len(others)}"
     return list(zip(names, others, strict=True))
+
+
+def _is_rearranged(graph: Graph) -> bool:
+    """Whether its channels were put into another order, as far as the graph tells (a file does not)."""
+    return any(_REARRANGES in provenance(node) for node in graph.fx.find_nodes(op="get_attr"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,14 +16,14 @@ from fxopt.errors import Diverged, InvalidInput, InvalidOption, Unsupported
 from fxopt.inputs import structured
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator, GraphRun, Observer
-from fxopt.training.batches import Batch, Batches, RandomStream
+from fxopt.training.batches import Batch, Batches
 from fxopt.training.checkpoints import Checkpoints
 from fxopt.training.losses import IGNORED, LOSSES, class_axis, distribution, mean_square, square_head
 from fxopt.training.settings import Settings
 from fxopt.training.teacher import Given, Observed, Teacher
 
 Progress = Callable[[str, int, int], None]
-_COMPUTE = 1  # beside the data's, a second family of random streams
+_NAMED = 5  # constants in a warning
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
-        with RandomStream(self.settings.seed, number, _COMPUTE).active():
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(self.settings.seed + number)  # whatever was drawn before it
             loss, terms = self._loss(batch)
             self._require_finite("loss", loss.item(), number, checkpoints)
             if not loss.requires_grad:
@@ -207,6 +209,10 @@ class Trainer:
             gradient = self.parameters[target].grad
             if gradient is not None:
                 gradient.masked_fill_(zeros, 0.0)
+        without = [target for target, value in self.parameters.items() if value.grad is None]
+        if number == 0 and without:
+            shown = ", ".join(without[:_NAMED]) + (", ..." if len(without) > _NAMED else "")
+            warnings.warn(f"fxopt: no gradient reaches {len(without)} of the trained constants: {shown}", stacklevel=5)
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._require_finite("gradient", norm.item(), number, checkpoints)

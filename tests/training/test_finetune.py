@@ -653,6 +653,19 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
         tuned(net(), data)
 
 
+def test_constants_without_a_gradient_are_named() -> None:
+    text = "g (float[n, 4] x) => (float[n, 3] y) { a = MatMul(x, w)\n b = Add(a, c)\n d = Sign(b)\n e = Mul(d, s)\n y = Add(e, t) }"
+    graph = onnx_graph(text, w=torch.randn(4, 3), c=torch.randn(3), s=torch.ones(3), t=torch.zeros(3))
+    data = [(torch.randn(2, 4), torch.tensor([0, 2]))]
+    assert tuned(graph, data).history  # the gradient of sign is zero, but it is one
+    rounded = onnx_graph(
+        "g (float[n, 4] x) => (float[n, 3] y) { a = MatMul(x, w)\n b = Cast <to = 7> (a)\n c = Cast <to = 1> (b)\n y = Add(c, t) }",
+        w=torch.randn(4, 3), t=torch.zeros(3),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="no gradient reaches 1 of the trained constants: c_w"):
+        tuned(rounded, data)
+
+
 # ---- before and after
 
 
@@ -688,3 +701,48 @@ def test_a_tuned_module_is_optimised_and_saved(tmp_path: Path) -> None:
     eager = fxopt.optimize(result, "a100", passes=[])
     with pytest.warns(UserWarning, match="running the reference"):
         assert torch.equal(eager(x), result(x))
+
+
+# ---- packed weights, other orders
+
+
+@pytest.mark.parametrize("origin", ["torch", "onnx"])
+def test_packed_weights_are_trained_as_floats_with_their_marks(origin: str) -> None:
+    from fxopt.ir.masks import mark_of
+    from fxopt.passes.base import Context
+    from fxopt.passes.pack_sparse import PackSparse
+    from fxopt.testing import PLAIN_CPU
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 1, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(72, 16, bias=False), nn.ReLU(),
+        nn.Linear(16, 6),
+    ).eval()  # fmt: skip
+    x = torch.randn(5, 4, 4, 4)
+    whole = load_torch(model, (x,)) if origin == "torch" else to_onnx(model, (x,))[0]
+    infer(whole)
+    sparse = prune(whole, "2:4")
+    packed = sparse.copy()
+    assert PackSparse().run(packed, Context(PLAIN_CPU, objective="size")) == 3
+    data = [(x, torch.randint(0, 6, (5,)))] * 4
+    results = [tuned(each, data, learning_rate=0.01, masks="marks") for each in (sparse, packed)]
+    assert [step.loss for step in results[0].history] == pytest.approx([step.loss for step in results[1].history])
+    for result in results:
+        assert sum(mark_of(node) is not None for node in result.graph.nodes) >= 3
+        assert not [node for node in result.graph.calls() if "fxopt" in str(node.target)]
+    expected, got = results[0](x), results[1](x)
+    assert torch.allclose(expected, got, atol=1e-5) and not torch.allclose(got, packed.run([x])[0], atol=1e-3)
+
+
+def test_the_teacher_of_rearranged_channels_has_the_same_order() -> None:
+    from fxopt.passes.rearrange_channels import rearrange
+
+    whole = dense("torch")
+    ordered = whole.copy()
+    assert any(each.refusal is None for each in rearrange(ordered, Pattern.parse("4x1"), 0.5))
+    sparse, data = prune(ordered, "4x1"), batches(1)
+    with pytest.warns(UserWarning, match="without SquareHead: the channels of the model were rearranged"):
+        assert tuned(sparse, data, teacher=whole).history[0].squarehead == 0
+    with pytest.raises(InvalidOption, match="give the dense model with the same order as teacher"):
+        tuned(sparse, data, teacher=whole, squarehead=1.0)
+    assert tuned(sparse, data, teacher=ordered).history[0].squarehead > 0
