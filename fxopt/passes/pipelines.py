@@ -12,7 +12,7 @@ from fxopt.passes.fold_batch_norm import FoldBatchNorm
 from fxopt.passes.fold_constants import FoldConstants
 from fxopt.passes.fold_linear_scale import FoldLinearScale
 from fxopt.passes.fold_norm_scale import FoldNormScale
-from fxopt.passes.fuse_attention import FuseAttention
+from fxopt.passes.fuse_attention_heads import FuseAttentionHeads
 from fxopt.passes.merge_common_subexpressions import MergeCommonSubexpressions
 from fxopt.passes.quantize_between import QuantizeBetween
 from fxopt.passes.quantize_embedding import QuantizeEmbedding
@@ -34,7 +34,7 @@ def exact_pipeline() -> list[ExactPass]:
 
 def spelling_pipeline() -> list[ExactPass]:
     """What writes the graph as the backend likes it; after everything that recognises operators."""
-    return [FuseAttention(), AvoidSlowFusions()]
+    return [FuseAttentionHeads(), AvoidSlowFusions()]
 
 
 def tidying_pipeline() -> list[ExactPass]:
