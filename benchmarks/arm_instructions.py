@@ -36,7 +36,7 @@ from fxopt.frontends.torch_export import load
 
 SHAPES = [(196, 256, 256), (64, 768, 768)]  # rows, inputs, outputs
 TARGET = "cortex-a76"
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # sparse: 80 % zeros, blocks of so many rows
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # and the height of blocks
     "encoder": (wasm_models.encoder, (1, 64, 256), 8),
     "mobilenet": (wasm_models.mobilenet, (1, 3, 96, 96), 4),
 }
@@ -74,7 +74,8 @@ def kernels(shape: tuple[int, int, int], machine: Machine) -> tuple[dict[str, An
         kind, count = work_space(size, dot, made_for)
         functions[name] = dense_int8(name, size, dot, made_for)
         starts = 0 * column_sums(codes, width)
-        given[name] = [q, pack_codes(codes, width, dot), starts, ones, none, *([np.zeros(count, kind)] if count else []), y]
+        space = [np.zeros(count, kind)] if count else []
+        given[name] = [q, pack_codes(codes, width, dot), starts, ones, none, *space, y]
         expected[name] = q[:, :inner].astype(np.int64) @ codes.astype(np.int64).T
     return functions, given, expected, 1e-5
 

@@ -21,6 +21,7 @@ from fxopt.ir.interpreter import constant_value
 
 _SAME_TYPE = ("layer_norm", "rms_norm")
 _SHAPES_ONLY = ("new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like")  # of their operand
+_LINEARS = ("linear_w8a8", "linear_w8a8_dynamic", "linear_nbits")
 _MOST_OPERANDS = 8  # of a fused expression: more of them need more registers than there are
 
 
@@ -108,8 +109,9 @@ class Lowering:
                 self.known[node] = target(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs)
                 self.metas[node] = self.known[node].to("meta")
                 return
-            if operator_name(node) in _SAME_TYPE:  # torch takes long to find that out
-                self.metas[node] = torch.empty_like(args[0])
+            known = _quick_type(operator_name(node), args)
+            if known is not None:
+                self.metas[node] = known
                 return
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": "meta"}
@@ -329,6 +331,15 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors(item)
+
+
+def _quick_type(name: str, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """The types of results that torch takes long to find out, or finds by unpacking the weight."""
+    if name in _SAME_TYPE:
+        return torch.empty_like(args[0])
+    if name in _LINEARS and len(args) > 1:
+        return torch.empty((*args[0].shape[:-1], args[1].shape[0]), dtype=args[0].dtype, device="meta")
+    return None
 
 
 def _has_tensor(value: Any) -> bool:

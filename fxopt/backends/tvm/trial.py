@@ -83,7 +83,7 @@ def refusal(node: fx.Node) -> str:
         shape = tuple(int(hint(dim)) for dim in value.shape)
         if used.op == "get_attr":
             name = f"c{index}"
-            root.register_buffer(name, torch.zeros(shape, dtype=value.dtype))
+            root.register_buffer(name, torch.full(shape, int(value.is_floating_point()), dtype=value.dtype))
             made[used] = body.create_node("get_attr", name)
         else:
             made[used] = body.placeholder(f"x{index}")

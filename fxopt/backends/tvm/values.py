@@ -20,7 +20,6 @@ def tvm_type(dtype: str) -> str:
     return "uint8" if dtype == "byte" else dtype
 
 
-
 @dataclass(eq=False)
 class Slot:
     """A piece of memory; `index` counts inputs, outputs or constants, `offset` is set by the memory plan."""

@@ -24,7 +24,14 @@ from fxopt.backends.tvm.machine import machine_for  # isort: skip
 
 __all__ = ["harness"]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(qemu.missing()), reason=qemu.missing() or "qemu is here")]
-LIMITS = {"bsr8x1_30": 0.35, "bsr8x1_20": 0.25, "bsr8x1_10": 0.13, "nm24_shared8": 0.52, "nm24_shared4": 0.65, "int8": 0.22}
+LIMITS = {
+    "bsr8x1_30": 0.35,
+    "bsr8x1_20": 0.25,
+    "bsr8x1_10": 0.13,
+    "nm24_shared8": 0.52,
+    "nm24_shared4": 0.65,
+    "int8": 0.22,
+}
 
 
 def emulated(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], target: str, folder: Path) -> list[torch.Tensor]:

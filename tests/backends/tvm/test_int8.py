@@ -142,5 +142,7 @@ def test_instructions(tmp_path: Path, target: str, instruction: str) -> None:
 
 def test_what_weights_do_not_fit_an_instruction_take_the_next() -> None:
     wide, narrow = np.array([[127, 127]], np.int8), np.array([[63, -64]], np.int8)
-    found = [dot_for(machine(name), codes).instruction for name in ("wasm-relaxed", "x86-avx2") for codes in (wide, narrow)]
+    found = [
+        dot_for(machine(name), codes).instruction for name in ("wasm-relaxed", "x86-avx2") for codes in (wide, narrow)
+    ]
     assert found == ["dot_i16x8", "relaxed_dot", "vpmaddwd", "vpmaddubsw"]

@@ -179,6 +179,33 @@ def test_sparse_weights_run_sparse() -> None:
     assert float((executable.run(inputs("perceptron"))[0] - truth).abs().max()) < 1e-6
 
 
+def forms(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight [out, in] in every form that has a kernel, by the kernel's name."""
+    groups = weight.view(-1, 32, weight.shape[1] // 4, 4)
+    shared = groups * (groups.abs().sum(1).argsort(-1).argsort(-1) >= 2)[:, None]
+    blocks = weight.view(-1, 32, weight.shape[1])
+    kept = torch.rand(len(blocks), weight.shape[1], generator=torch.Generator().manual_seed(0)) < 0.2
+    own = weight.view(len(weight), -1, 4)
+    return {
+        "dense": weight,
+        "nm": shared.reshape(weight.shape),
+        "bsr": (blocks * kept[:, None]).reshape(weight.shape),
+        "panel_dense": (own * (own.abs().argsort(-1).argsort(-1) >= 2)).reshape(weight.shape),
+    }
+
+
+@pytest.mark.parametrize("target", ["host", "wasm"])
+@pytest.mark.parametrize("kernel", ["dense", "nm", "bsr", "panel_dense"])
+def test_the_form_of_a_linear_follows_its_weight(kernel: str, target: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 96), torch.randn(70, 64)
+    model.weight.data = forms(model.weight.detach())[kernel]
+    executable: Any = Tvm().compile(load(model.eval(), (x,)), get_target(target))
+    assert [step.split("_", 2)[2].split(" ")[0] for step in executable.first.steps] == [kernel]
+    truth = model.double()(x.double()).detach()
+    assert float((executable.run([x])[0] - truth).abs().max()) < 1e-6
+
+
 def test_neighbours_are_fused() -> None:
     executable: Any = Tvm().compile(load(made("perceptron"), inputs("perceptron")), get_target("host"))
     assert [step.split("_")[2].split(" ")[0] for step in executable.steps] == ["dense", "dense", "dense"]

@@ -1,7 +1,7 @@
 """Convolution of 8-bit codes [N, C, H, W]: y = clamp(round((sums + bias) * scales) + zero), lanes along the pixels.
 
-As the float one (`fxopt.backends.tvm.kernels.conv`): patches of a block of result pixels, then register tiles of
-outputs x pixels. Patches are interleaved in groups of inputs, which the machine's instruction sums at a time; of a 1 x 1
+As the float one (`fxopt.backends.tvm.kernels.conv`): patches of a block of result pixels, then tiles of outputs x
+pixels. Patches are interleaved in groups of inputs, which the machine's instruction sums at a time; of a 1 x 1
 convolution of stride 1 the planes are interleaved as they lie. Outside of the image lies the zero point.
 """
 
@@ -98,7 +98,9 @@ class _Writer:
         self.rows = self.x if size.is_pointwise else spaces.pop(0)
         self.w = spaces.pop(0) if dot.group == 2 else given
         self.sums = spaces.pop(0) if dot.raised else None
-        self.y = kernel.buffer("y", size.batch * size.outputs * size.out_height * size.out_width, tvm_type(y.stored.dtype))
+        self.y = kernel.buffer(
+            "y", size.batch * size.outputs * size.out_height * size.out_width, tvm_type(y.stored.dtype)
+        )
         if dot.group == 2:
             each(kernel, count // 2, 4, lambda at, n: kernel.store(self.w, at, self.widened(given, at, n), n))
 
@@ -214,7 +216,7 @@ class _Writer:
     # ---- products
 
     def block(self, start: Expr, row: int, pixels: int, group: Expr, place: Expr) -> None:
-        """Interleave `pixels` pixels, `row` the distance of two inputs; then panels of outputs times tiles of pixels."""
+        """Interleave pixels, `row` the distance of two inputs; then panels of outputs times tiles of pixels."""
         kernel, machine = self.kernel, self.machine
         self.interleave(kernel.let(start), row, pixels)
         if self.sums is not None:

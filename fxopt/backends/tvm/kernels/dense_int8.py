@@ -65,8 +65,8 @@ def work_space(size: Product, dot: Dot, machine: Machine) -> tuple[str, int]:
 def dense_int8(name: str, size: Product, dot: Dot, machine: Machine) -> Any:
     """`void NAME(q, w, starts, scales, bias, [range], [residual], [factors], [work space], y)`.
 
-    q: [rows, inner in whole groups] as `dot.x` says; w as `pack_codes` gives; starts int32, scales and bias float32, all
-    padded to whole panels; range float32 [2].
+    q: [rows, inner in whole groups] as `dot.x` says; w as `pack_codes` gives; starts int32, scales, bias and factors
+    float32, all padded to whole panels; range float32 [2].
     """
     return _Writer(name, size, dot, machine).function()
 

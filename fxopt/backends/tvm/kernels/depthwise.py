@@ -49,7 +49,9 @@ def depthwise(name: str, size: Conv, machine: Machine, levels: tuple[Levels, Lev
         _copy(kernel, size, machine, (x, scratch), start, integers)
         with kernel.loop(per_channel, "o") as o:
             channel = kernel.let(c * per_channel + o)
-            _sum(kernel, size, machine, (w, bias, scales, scratch, y), n, channel, None if levels is None else levels[1])
+            _sum(
+                kernel, size, machine, (w, bias, scales, scratch, y), n, channel, None if levels is None else levels[1]
+            )
     return kernel.function()
 
 

@@ -54,6 +54,11 @@ DOTS = {
     "relaxed_dot": Dot("relaxed_dot", SIGNED, 4, 64),
     "dot_i16x8": Dot("dot_i16x8", WIDE, 2),
 }
+_PAIRS = {
+    ("dot_i16x8", 4): "llvm.wasm.dot",
+    ("vpmaddwd", 8): "llvm.x86.avx2.pmadd.wd",
+    ("vpmaddwd", 16): "llvm.x86.avx512.pmaddw.d.512",
+}
 _INSTEAD = {"vpmaddubsw": "vpmaddwd", "relaxed_dot": "dot_i16x8"}
 
 
@@ -123,9 +128,7 @@ def multiply(dot: Dot, sums: Expr, x: Expr, w: Expr, lanes: int) -> Expr:
     if dot.group == 2:
         pairs = typed("int16", 2 * lanes)
         x, w = reinterpret(pairs, x), reinterpret(pairs, w)
-        names = {(4, "dot_i16x8"): "llvm.wasm.dot", (4, "vpmaddwd"): "llvm.x86.sse2.pmadd.wd",
-                 (8, "vpmaddwd"): "llvm.x86.avx2.pmadd.wd", (16, "vpmaddwd"): "llvm.x86.avx512.pmaddw.d.512"}  # fmt: skip
-        return sums + intrinsic(total, names[lanes, name], x, w)
+        return sums + intrinsic(total, _PAIRS[name, lanes], x, w)
     signed, unsigned = typed("int8", 4 * lanes), typed("uint8", 4 * lanes)
     if name == "vpdpbusd":
         x, w = reinterpret(unsigned, x), reinterpret(signed, w)

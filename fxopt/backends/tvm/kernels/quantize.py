@@ -97,3 +97,32 @@ def quantize_to_range(name: str, count: int, stored: Format, machine: Machine) -
 
     each(kernel, count, machine.lanes, write)
     return kernel.function()
+
+
+def round_groups(name: str, rows: int, inner: int, group: int, machine: Machine) -> Any:
+    """`void NAME(x [rows, inner], y)`: round(x / s) * s per row and group of inputs, with s = max|x| / 127."""
+    kernel = Kernel(name)
+    x, y = kernel.buffer("x", rows * inner), kernel.buffer("y", rows * inner)
+
+    def one(start: Expr, count: int) -> None:
+        def size(at: Expr, n: int) -> Expr:
+            value = kernel.let(kernel.load(x, start + at, n))
+            return kernel.let(tirx.Max(value, float32(0.0, n) - value))
+
+        scale = kernel.let(reduce_row(kernel, machine, count, 0.0, largest, size) / float32(127.0))
+        scale = kernel.let(tirx.Select(tirx.EQ(scale, float32(0.0)), float32(1.0), scale))
+
+        def write(at: Expr, n: int) -> None:
+            scaled = kernel.let(kernel.load(x, start + at, n) / spread(scale, n))
+            rounded_ = kernel.let(scaled + float32(_MAGIC, n)) - float32(_MAGIC, n)
+            kernel.store(y, start + at, rounded_ * spread(scale, n), n)
+
+        each(kernel, count, machine.lanes, write)
+
+    full, rest = divmod(inner, group)
+    with kernel.loop(rows, "row") as row:
+        with kernel.loop(full, "g") as g:
+            one(kernel.let(row * inner + g * group), group)
+        if rest:
+            one(kernel.let(row * inner + full * group), rest)
+    return kernel.function()

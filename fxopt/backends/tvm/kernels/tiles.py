@@ -14,7 +14,7 @@ from fxopt.backends.tvm.emit import Expr, Kernel, cast, int32, spread, tail
 from fxopt.backends.tvm.kernels.activations import Activation, apply
 from fxopt.backends.tvm.machine import Machine
 
-# walk(panel) -> (number of steps, step), step(p) -> for each input of a step: its column of x, the offset of its weights
+# walk(panel) -> (number of steps, step), step(p) -> of each input of a step: column of x, offset of its weights
 Step = Callable[[Expr], Sequence[tuple[Expr, Expr]]]
 Walk = Callable[[Expr], tuple[Expr, Step]]
 
@@ -37,12 +37,16 @@ class RowMajor:
         return -(-self.outputs // self.width)
 
 
-def emit_rows(kernel: Kernel, size: RowMajor, machine: Machine, buffers: Sequence[Any], walks: Sequence[Walk]) -> None:
+def emit_rows(
+    kernel: Kernel, size: RowMajor, machine: Machine, buffers: Sequence[Any], walks: Sequence[Walk],
+    prepare: Callable[[Expr], None] | None = None,
+) -> None:  # fmt: skip
     """Blocks of rows, in them the walks (parts of the sum), in them panels, in them tiles of `machine.rows` rows.
 
     Args:
         buffers: x, weights, bias, y.
         walks: each adds its part of the inputs to y; the first starts from the bias, the last applies the activation.
+        prepare: what is done before the rows of a block go past a panel.
     """
     inner = -(-size.inner // len(walks))
     tile_rows = machine.tile_rows(size.width)
@@ -52,10 +56,16 @@ def emit_rows(kernel: Kernel, size: RowMajor, machine: Machine, buffers: Sequenc
     def rows(start: Expr, count: int) -> None:
         for index, walk in enumerate(walks):
             piece = _Tile(kernel, size, machine, tuple(buffers), index == 0, index == len(walks) - 1)
-            with kernel.loop(full, "panel") as panel:
-                piece.panel(walk, panel, size.width, start, count)
+
+            def panel(number: Expr, columns: int, piece: _Tile = piece, walk: Walk = walk) -> None:
+                if prepare is not None:
+                    prepare(number)
+                piece.panel(walk, number, columns, start, count)
+
+            with kernel.loop(full, "panel") as number:
+                panel(number, size.width)
             if rest:
-                piece.panel(walk, int32(full), rest, start, count)
+                panel(int32(full), rest)
 
     with kernel.loop(size.rows // block, "block") as index:
         rows(index * block, block)

@@ -132,7 +132,7 @@ def _embedding(low: Lowering, call: Call) -> Value:
 
 
 def _index(low: Lowering, call: Call) -> Value:
-    """x[i, j, ...] by integers on the first axes: a strided view where they are known and step evenly, else a lookup."""
+    """x[i, j, ...] by integers on the first axes: a strided view where known ones step evenly, else a lookup."""
     value = low.value(call["self"])
     given = list(call["indices"])
     if not given or any(item is None for item in given):
@@ -142,8 +142,8 @@ def _index(low: Lowering, call: Call) -> Value:
         raise Unsupported(f"takes indices of integers, not {', '.join(sorted(kinds))}")
     constants = [low.constant(item) for item in given]
     if all(item is not None for item in constants):
-        places = torch.arange(value.slot.count).as_strided(value.shape, value.strides, value.offset)
-        found = torch.ops.aten.index.Tensor(places, constants)
+        order = torch.arange(value.slot.count).as_strided(value.shape, value.strides, value.offset)
+        found = torch.ops.aten.index.Tensor(order, constants)
         strides = even_strides(found)
         if strides is not None:
             return Value(value.slot, tuple(found.shape), strides, int(found.flatten()[0]) if found.numel() else 0)
@@ -162,14 +162,15 @@ def _index(low: Lowering, call: Call) -> Value:
 
 def _flat_index(kinds: list[str], sizes: tuple[int, ...]) -> Tree:
     """i * size + j ..., counted from the end where negative; -1 where one lies outside."""
-    zero = ("constant", 0, "int64")
-    flat, inside = zero, None
+    zero: Tree = ("constant", 0, "int64")
+    flat: Tree = zero
+    inside: Tree | None = None
     for number, (kind, size) in enumerate(zip(kinds, sizes, strict=True)):
         index: Tree = ("load", number)
         index = index if kind == "torch.int64" else ("cast", index, "int32", "int64")
-        end = ("constant", size, "int64")
+        end: Tree = ("constant", size, "int64")
         index = ("where", ("lt", index, zero), ("add", index, end), index)
-        within = ("and", ("ge", index, zero), ("lt", index, end))
+        within: Tree = ("and", ("ge", index, zero), ("lt", index, end))
         inside = within if inside is None else ("and", inside, within)
         flat = index if number == 0 else ("add", ("mul", flat, end), index)
     return ("where", inside, flat, ("constant", -1, "int64"))

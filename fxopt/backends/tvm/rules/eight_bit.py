@@ -166,7 +166,7 @@ def average_pool_a8(low: Lowering, call: Call) -> Coded:
     def pools(numbers: Value) -> Value:
         batch, channels, height, width = numbers.shape
         kernel, stride, pads = tuple(call["kernel"]), tuple(call["stride"]), tuple(call["pads"])
-        size = Conv(batch, channels, height, width, channels, kernel, stride, pads, groups=channels)  # type: ignore[arg-type]
+        size = Conv(batch, channels, height, width, channels, kernel, stride, pads, groups=channels)
         made = low.program.value(low.shape(call.node))
         if made.count:
             low.program.call(pool, (size, True, bool(call["include_pad"])), numbers.slot, made.slot)

@@ -1,4 +1,4 @@
-"""Operators of fxopt on 8-bit codes: linear layers."""
+"""Linear layers of fxopt with weights of few bits: products of 8-bit codes, or of floats with decoded weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from fxopt.backends.tvm.kernels.activations import Activation
 from fxopt.backends.tvm.kernels.dense import pack_bias
 from fxopt.backends.tvm.kernels.dense_int8 import Product, dense_int8, work_space
 from fxopt.backends.tvm.kernels.dot import Dot, column_sums, dot_for, in_groups, pack_codes, preferred
-from fxopt.backends.tvm.kernels.quantize import find_range, quantize_to_range
+from fxopt.backends.tvm.kernels.panels import pack_bits
+from fxopt.backends.tvm.kernels.quantize import find_range, quantize_to_range, round_groups
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule, operator_name
 from fxopt.backends.tvm.rules.arrange import VIEWS
-from fxopt.backends.tvm.rules.products import activation
+from fxopt.backends.tvm.rules.products import activation, stored
 from fxopt.backends.tvm.values import Slot, Value
 from fxopt.errors import Unsupported
-
+from fxopt.ir.packing import unpack
 
 _SHORT: dict[str, Activation] = {"gelu": "gelu_short", "gelu_tanh": "gelu_tanh_short"}
 _SHORT_ERROR = 1.5e-5  # of these forms
@@ -146,8 +147,34 @@ def _product(
     return made if levels is None else Coded(made, levels)
 
 
+def linear_nbits(low: Lowering, call: Call) -> Value:
+    """Weights of 2 to 8 bits; x is rounded per row and group if the operator says so, the product is in floats."""
+    packed, zeros = low.constant(call["packed"]), None if call["zeros"] is None else low.constant(call["zeros"])
+    if packed is None or (call["zeros"] is not None and zeros is None):
+        raise Unsupported("its codes are computed at run time; expected constants")
+    bits, group, inner = (int(low.number(call[name])) for name in ("bits", "group", "columns"))
+    scales, machine = low.weight(call["scales"], "scales"), low.program.machine
+    bias = None if call["bias"] is None else low.weight(call["bias"], "bias").numpy()
+    source = low.dense(call["x"], "float32")
+    outputs, rows = packed.shape[0], math.prod(source.shape[:-1])
+    act = activation(low, call.node)
+    made = low.program.value((*source.shape[:-1], outputs))
+    if not made.count:
+        return made
+    if int(low.number(call["activation_bits"])) == 8:
+        given, source = source, low.program.value(source.shape)
+        low.program.call(round_groups, (rows, inner, group), given.slot, source.slot)
+    middle = torch.full_like(scales, float(1 << (bits - 1))) if zeros is None else zeros.float()
+    codes = unpack(packed, bits, inner).to(torch.uint8).numpy()
+    form = pack_bits(codes, scales.numpy(), middle.numpy(), bits, group, machine.columns)
+    shifts = low.program.constant(pack_bias(bias, outputs, machine.columns))
+    stored(low, source, form, (rows, inner, outputs), shifts, made, act)
+    return made
+
+
 def _floats(values: torch.Tensor) -> Any:
     return values.numpy().astype(np.float32)
 
 
-RULES: dict[str, Rule] = {"linear_w8a8": linear_w8a8, "linear_w8a8_dynamic": linear_w8a8_dynamic}
+RULES: dict[str, Rule] = {"linear_w8a8": linear_w8a8, "linear_w8a8_dynamic": linear_w8a8_dynamic,
+                          "linear_nbits": linear_nbits}  # fmt: skip
