@@ -180,10 +180,10 @@ def finetune(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Fine-tuning and the order of channels",
         "",
-        f"`python -m benchmarks.finetune` on {where(result)}. The byte-level language model, all linears but the head at",
-        f"{share} of {result['pattern']} blocks by SparseGPT, then {result['steps']} steps of {result['batch']} windows of",
-        f"{result['length']} bytes. More bits per byte than dense ({dense:.4f}) on Python's documentation; in brackets the",
-        "share of the increase that is recovered.",
+        f"`python -m benchmarks.finetune` on {where(result)}. The byte-level language model, all linears but the head",
+        f"at {share} of {result['pattern']} blocks by SparseGPT, then {result['steps']} steps, each of",
+        f"{result['batch']} windows of {result['length']} bytes. More bits per byte than dense ({dense:.4f}) on",
+        "Python's documentation; in brackets the share of the increase that is recovered.",
         "",
     ]
     names = list(dict.fromkeys(name for row in result["starts"].values() for name in row["objectives"]))
@@ -199,8 +199,8 @@ def finetune(result: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {row['bits'] - dense:+.4f} | {' | '.join(cells)} | {lost if found else ''} |")
     lines += [
         "",
-        "Share of the magnitudes of all linears and convolutions but the last that a pattern keeps, in the order of the",
-        "channels as trained and in that of rearrange-channels:",
+        "Share of the magnitudes of all linears and convolutions but the last that a pattern keeps, in the order of",
+        "the channels as trained and in that of rearrange-channels:",
         "",
         "| model | pattern | as trained | rearranged | groups of channels | CPU seconds |",
         "|---|---|---|---|---|---|",

@@ -110,6 +110,7 @@ class PassManager:
         before = snapshot(graph)
         types, masks = output_types(graph), marks(graph)
         at = f" in {ctx.where.rstrip('/')}" if ctx.where else ""
+        rows = len(ctx.ledger.verdicts)
         begin = time.perf_counter()
         try:
             changes = step.run(graph, ctx)
@@ -128,7 +129,8 @@ class PassManager:
                 verify_masks(graph, masks, changed)
             except VerificationError as error:
                 raise VerificationError(f"pass {step.name} (after {done}) broke the graph{at}: {error}") from error
-            if isinstance(step, ExactPass):
+            said = any(row.outcome == "applied" for row in ctx.ledger.verdicts[rows:])
+            if isinstance(step, ExactPass) and not said:
                 self._record(step, graph, ctx, changes, [node for node in changed if node not in before])
         return PassRun(step.name, changes, middle - begin, time.perf_counter() - middle)
 

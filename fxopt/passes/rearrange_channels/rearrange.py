@@ -11,6 +11,7 @@ from torch import Tensor
 from fxopt.errors import InvalidInput
 from fxopt.ir.graph import Graph, provenance, set_attribute
 from fxopt.ir.ledger import Refusal
+from fxopt.ir.masks import mark_of
 from fxopt.ir.sparsity import Pattern
 from fxopt.passes.rearrange_channels.channels import Block, Channels, Place, View, Weight, channels, weights
 from fxopt.passes.rearrange_channels.order import Role, best_order
@@ -124,9 +125,9 @@ def _refusal(
         shapes = {tuple(held[target].matrix(graph.attribute(target)).shape) for target in targets & held.keys()}
         reasons = sorted(filter(None, (pattern.refusal(*shape) for shape in shapes)))
         return Refusal("{}", reasons[0] if reasons else f"the pattern {pattern} does not depend on the order")
-    for weight in gaining:
-        if any("sparsity" in view.node.meta for view in weight.views):
-            return Refusal("{} was made sparse before: its pattern would break", weight.name)
+    for weight in (held[target] for target in sorted(targets & held.keys())):
+        if any(mark_of(view.node) is not None for view in weight.views):
+            return Refusal("{} was made sparse before: its pattern could break", weight.name)
     for size in {block.size for block in found.blocks if len(found.blocks) > 1}:
         for group in (pattern.outputs, pattern.of):
             if size % group:
