@@ -22,8 +22,8 @@ from torch import nn
 from benchmarks import wasm_models
 from benchmarks.common import write
 from benchmarks.tvm_kernels import arrays, block_sparse, shared_pattern
-from fxopt.backends.tvm import qemu
-from fxopt.backends.tvm.compile import lowered
+from fxopt.backends.tvm import Tvm, qemu
+from fxopt.backends.tvm.executable import TvmExecutable
 from fxopt.backends.tvm.kernels.bsr import bsr, pack_bsr
 from fxopt.backends.tvm.kernels.dense import dense, pack_bias, pack_dense
 from fxopt.backends.tvm.kernels.dense_int8 import Product, dense_int8, work_space
@@ -100,21 +100,21 @@ def counted(shape: tuple[int, int, int], machine: Machine, folder: Path) -> dict
 def model_counts(name: str, folder: Path) -> dict[str, Any]:
     """Instructions of a whole model, dense and with 80 % of its blocks zero; results are checked against torch."""
     make, shape, width = MODELS[name]
-    machine = machine_for(get_target(TARGET))
     model, x = make(), torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {}
     for form in ("dense", "sparse"):
         if form == "sparse":
             wasm_models.prune(model, width, 0.2)
-        graph = load(model, (x,))
-        program, weights, _ = lowered(graph, machine, [shape])
-        (y,), counts = qemu.run_program(program, weights, [x.numpy()], machine, folder / form, count=True)
+        executable = Tvm().compile(load(model, (x,)), get_target(TARGET))
+        assert isinstance(executable, TvmExecutable)
+        (build,) = executable.package.builds
+        (y,), counts = qemu.run_entry(build, build.entries[0], [x.numpy()], folder / form, count=True)
         with torch.no_grad():
-            exact = copy.deepcopy(model).double()(x.double()).numpy().ravel()
+            exact = copy.deepcopy(model).double()(x.double()).numpy()
         error = float(np.abs(y - exact).max() / np.abs(exact).max())
         if error > 1e-4:
             raise RuntimeError(f"{name}, {form}: error {error}")
-        found[form] = sum(count for key, count in counts.items() if key.startswith(program.prefix))
+        found[form] = sum(count for key, count in counts.items() if key.startswith(f"{build.entries[0].function}_k"))
         found[f"{form}_error"] = float(f"{error:.2g}")
     return {**found, "over_dense": round(found["sparse"] / found["dense"], 4)}
 

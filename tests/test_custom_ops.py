@@ -62,7 +62,9 @@ def samples() -> list[dict[str, Any]]:
 
 def optimized(model: onnx.ModelProto | None = None, **options: Any) -> Any:
     passes = ["quantize-linear{activations=static,smooth=off}"]
-    return fxopt.optimize(model or network(), calibration=samples(), passes=passes, threads=1, custom_ops=True, **options)
+    return fxopt.optimize(
+        model or network(), calibration=samples(), passes=passes, threads=1, custom_ops=True, **options
+    )
 
 
 def test_where_there_are_none() -> None:
@@ -176,7 +178,9 @@ def test_few_zero_blocks_are_not() -> None:
     result = optimized(network(0.04), force=True)
     rows = list(result.ledger.select(pass_name="sparse-int8"))
     assert {(row.node, row.outcome) for row in rows} == {("up", "refused"), ("down", "refused")}
-    assert all(re.search(r"^\d % of the 4x1 blocks are zero: below the break-even of \d+ % for", r.reason) for r in rows)
+    assert all(
+        re.search(r"^\d % of the 4x1 blocks are zero: below the break-even of \d+ % for", r.reason) for r in rows
+    )
 
 
 @pytest.mark.slow

@@ -261,7 +261,8 @@ def test_marks_keep_blocks_and_zeros_keep_every_zero() -> None:
     weight[row, column] = 0.0  # by accident, in a block that is kept
     set_attribute(graph.root, "up.weight", weight)
     found = {
-        masks: tuned(graph, batches(2), masks=masks).graph.attribute("up.weight") for masks in ("marks", "zeros", "none")
+        masks: tuned(graph, batches(2), masks=masks).graph.attribute("up.weight")
+        for masks in ("marks", "zeros", "none")
     }
     assert found["marks"][row, column] != 0 and not bool(found["marks"][blocks].any())
     assert found["zeros"][row, column] == 0 and not bool(found["zeros"][blocks].any())
@@ -354,7 +355,9 @@ def test_a_teacher_can_be_a_graph_a_module_or_a_function() -> None:
     as_function = tuned(sparse, data, teacher=model)
     without = tuned(sparse, data, teacher=whole, squarehead=0)
     assert as_graph.history == as_module.history and as_graph.history[0].squarehead > 0
-    assert [step.loss for step in as_function.history] == pytest.approx([step.loss for step in without.history], rel=1e-4)
+    assert [step.loss for step in as_function.history] == pytest.approx(
+        [step.loss for step in without.history], rel=1e-4
+    )
     exported = tuned(sparse, data, teacher=dense("onnx"))  # other names: blocks are paired in order
     assert [step.squarehead for step in exported.history] == pytest.approx(
         [step.squarehead for step in as_graph.history], rel=1e-3

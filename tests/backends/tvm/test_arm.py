@@ -18,8 +18,7 @@ from fxopt.cost_model.targets import get_target
 from fxopt.frontends.torch_export import load
 from tests.backends.tvm import harness, test_models
 
-from fxopt.backends.tvm import qemu  # isort: skip
-from fxopt.backends.tvm.compile import lowered  # isort: skip
+from fxopt.backends.tvm import Tvm, qemu  # isort: skip
 from fxopt.backends.tvm.machine import machine_for  # isort: skip
 
 __all__ = ["harness"]
@@ -36,11 +35,10 @@ LIMITS = {
 
 def emulated(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], target: str, folder: Path) -> list[torch.Tensor]:
     """The outputs of a model, compiled for Arm."""
-    graph = load(model, inputs)
-    machine = machine_for(get_target(target))
-    program, weights, shapes = lowered(graph, machine, [tuple(x.shape) for x in inputs])
-    found, _ = qemu.run_program(program, weights, [x.numpy() for x in inputs], machine, folder)
-    return [torch.from_numpy(array.reshape(shape)) for array, shape in zip(found, shapes, strict=True)]
+    executable: Any = Tvm().compile(load(model, inputs), get_target(target))
+    (build,) = executable.package.builds
+    found, _ = qemu.run_entry(build, build.entries[0], [x.numpy() for x in inputs], folder)
+    return [torch.from_numpy(array) for array in found]
 
 
 @pytest.mark.parametrize("target", ["cortex-a53", "cortex-a76"])

@@ -201,7 +201,7 @@ def test_the_form_of_a_linear_follows_its_weight(kernel: str, target: str) -> No
     model, x = nn.Linear(64, 96), torch.randn(70, 64)
     model.weight.data = forms(model.weight.detach())[kernel]
     executable: Any = Tvm().compile(load(model.eval(), (x,)), get_target(target))
-    assert [step.split("_", 2)[2].split(" ")[0] for step in executable.first.steps] == [kernel]
+    assert [step.split("_", 2)[2].split(" ")[0] for step in executable.steps] == [kernel]
     truth = model.double()(x.double()).detach()
     assert float((executable.run([x])[0] - truth).abs().max()) < 1e-6
 
