@@ -20,10 +20,20 @@ def patterns_for(ctx: Context, weight: Tensor) -> list[Pattern] | Refusal:
     if not found and ctx.objective != "latency":
         found = [UNSTRUCTURED]  # the smallest error for the bytes
     if found:
-        return [Pattern.parse(text) for text in found]
+        return _finest([Pattern.parse(text) for text in found])
     why = skipped_in(ctx, weight, next(iter(known), UNSTRUCTURED))
     assert isinstance(why, Refusal)
     return why
+
+
+def _finest(patterns: list[Pattern]) -> list[Pattern]:
+    """Without blocks that are made of several smaller ones which are there too: these have the smaller error."""
+    blocks = [each.outputs for each in patterns if not each.is_counted]
+    return [
+        each
+        for each in patterns
+        if each.is_counted or not any(each.outputs > size and each.outputs % size == 0 for size in blocks)
+    ]
 
 
 def skipped_in(ctx: Context, weight: Tensor, pattern: str) -> str | Refusal:

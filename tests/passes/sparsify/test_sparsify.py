@@ -195,8 +195,8 @@ def test_this_cpu_skips_nothing_chosen_per_output() -> None:
     graph = prepared(linears())
     said = set(reasons(graph, Sparsify("2:4"), ORT).values())
     assert (
-        "2:4 gives no time on host: no x86 instruction skips zeros chosen per output; own 8-bit kernels skip 4x1 (needs "
-        'custom_ops and the pass quantize-linear), objective="size" stores zeros in fewer bytes'
+        "2:4 gives no time on host: no x86 instruction skips zeros chosen per output; own 8-bit kernels skip "
+        '4x1, 8x1, 16x1 (needs custom_ops and the pass quantize-linear), objective="size" stores zeros in fewer bytes'
     ) in said
     assert not offered(Sparsify("2:4"), graph, ORT) and offered(Sparsify("2:4"), graph, size_context())
     arm = Context(get_target("aarch64"), capabilities=OnnxRuntime())
@@ -214,6 +214,7 @@ def test_own_kernels_are_credited_with_quantising_alone() -> None:
     found = offered(Sparsify(), graph, both)
     assert {item.setting["pattern"] for item in found} == {"4x1"} and {item.setting["kernel"] for item in found} == {"int8"}
     assert [item.setting["sparsity"] for item in found if item.anchor == "fc1_bias"] == [0.5, 0.7, 0.8, 0.9]
+    assert {item.setting["kernel"] for item in offered(Sparsify("16x1"), graph, both)} == {"int8"}
     gains = []
     for item in found[:4]:
         before, after = Sparsify().work(graph, item)
