@@ -37,7 +37,7 @@ _ROLES: dict[str, tuple[tuple[int, str], ...]] = {
     "Gather": ((0, TABLE),),
     "embedding": ((0, TABLE),),
 }
-_PER_FEATURE = ("Add", "Mul", "add", "mul")  # biases, factors of norms that are spelled out, layer scales
+_PER_FEATURE = ("Add", "Mul", "Sum", "add", "mul")  # biases, factors of norms that are spelled out, layer scales
 _MOVING = frozenset({
     "Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast",
     "t", "permute", "transpose", "view", "reshape", "squeeze", "unsqueeze", "expand", "_to_copy",
@@ -98,13 +98,20 @@ def _refuse_quantized(graph: Graph) -> None:
 
 
 def _with_roles(graph: Graph) -> Iterator[tuple[str, str]]:
-    for node in graph.calls():
+    """Constants with their roles; a vector that is added or multiplied counts behind a weight only."""
+    behind: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
         name = _name(node)
-        for position, role in _ROLES.get(name, ()):
-            yield from _constant(graph, _argument(node, position), role)
+        places = _ROLES.get(name, ())
+        found = [each for place, role in places for each in _constant(graph, _argument(node, place), role)]
+        yield from found
+        if found or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
         if name in _PER_FEATURE and len(node.args) == 2:
             for value, other in (node.args, node.args[::-1]):
-                if isinstance(other, fx.Node) and other.op == "call_function" and _is_per_feature(graph, value):
+                if other in behind and _is_per_feature(graph, value):
                     yield from _constant(graph, value, VECTOR)
 
 

@@ -251,6 +251,12 @@ def test_batch_statistics_scales_and_tables_of_positions_are_not_trained() -> No
     )
     assert parameters(graph) == {"c_w": "weight", "c_bias": "vector"}
     assert parameters(graph, "mask|scale").keys() == {"c_mask", "c_scale"}
+    text = (
+        "g (float[n, 4] x, int64[n, 1] ids) => (float[n, 4] y) { p = Cast <to = 1> (ids)\n f = Mul(p, freq)\n c = Cos(f)\n"
+        " a = MatMul(x, w)\n b = Mul(a, c)\n y = Mul(b, scale) }"
+    )
+    graph = onnx_graph(text, w=torch.randn(4, 4), freq=torch.rand(4), scale=torch.rand(4))
+    assert parameters(graph) == {"c_w": "weight", "c_scale": "vector"}  # frequencies of positions are no factors
 
 
 def test_marks_keep_blocks_and_zeros_keep_every_zero() -> None:
