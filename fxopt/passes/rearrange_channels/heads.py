@@ -13,13 +13,12 @@ from torch import fx
 
 from fxopt.ir.graph import Graph, label, shape_of
 from fxopt.ir.neutral import read
-from fxopt.ir.views.attention import Attention, attentions
+from fxopt.ir.views.attention import Attention, Operand, attentions
 from fxopt.ir.views.common import reads_shape
 from fxopt.ir.views.linear import Linear, linear
 from fxopt.passes.rearrange_channels.channels import Block, Channels, Place, Weight
 
-_SPLIT = [0, 2, 1, 3]  # [batch, length, heads, width] <-> [batch, heads, length, width]
-_SPLIT_TRANSPOSED = [0, 2, 3, 1]
+_SPLIT = (0, 2, 1, 3)  # [batch, length, heads, width] <-> [batch, heads, length, width]
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ def head_channels(graph: Graph, held: Mapping[str, Weight]) -> Iterator[Channels
     for view in list(attentions(graph)):
         if not isinstance(view, Attention):
             continue
-        q = _source(graph, view, view.q, 0, _SPLIT)
-        k = _source(graph, view, view.k, 1, _SPLIT_TRANSPOSED if view.k_transposed else _SPLIT)
-        v = _source(graph, view, view.v, 1, _SPLIT)
+        q, k, v = (_source(graph, view, made, place) for made, place in ((view.q, 0), (view.k, 1), (view.v, 1)))
         if q is not None and k is not None and _fit(graph, q, k):
             yield _channels(graph, k, q, held, is_outputs=True)
         out = _taker(graph, view)
@@ -93,33 +90,27 @@ def _users(graph: Graph, target: str) -> int:
     return count
 
 
-def _source(graph: Graph, view: Attention, node: fx.Node, place: int, perm: list[int]) -> _Projection | None:
+def _source(graph: Graph, view: Attention, operand: Operand, place: int) -> _Projection | None:
     """The linear that makes q, k or v; what lies between is used by nothing else."""
-    owned = {view.node, *view.inner}
+    node = operand.node
+    if operand.replay or not _leads_to(graph, node, {view.node, *view.inner}):
+        return None
     if view.heads is not None:
-        made = linear(graph, node)
-        return _projection(graph, made, view.heads[place]) if _used_by(node, owned) else None
-    turned = read(graph, node, "transpose")
-    if turned is None or list(turned[1]) != perm or not _used_by(node, owned):
+        return _projection(graph, linear(graph, node), view.heads[place]) if operand.perm is None else None
+    parted = read(graph, node, "reshape")
+    if operand.perm != _SPLIT or parted is None or not _used_by(parted[0], {node}):
         return None
-    parted = read(graph, turned[0], "reshape")
-    if parted is None or not _used_by(turned[0], {node}) or not _used_by(parted[0], {turned[0]}):
-        return None
-    heads = _heads(turned[0])
+    heads = _heads(node)
     return None if heads is None else _projection(graph, linear(graph, parted[0]), heads)
 
 
 def _taker(graph: Graph, view: Attention) -> _Projection | None:
     """The linear that takes the result, heads side by side."""
-    value = view.node
-    heads = None if view.heads is None else view.heads[0]
+    value, heads = view.node, None if view.heads is None else view.heads[0]
     if view.heads is None:
-        turned = _only(value)
+        turned = value if view.result_perm == _SPLIT else _turned(graph, view)
         merged = None if turned is None else _only(turned)
         if turned is None or merged is None or read(graph, merged, "reshape") is None:
-            return None
-        order = read(graph, turned, "transpose")
-        if order is None or list(order[1]) != _SPLIT:
             return None
         heads, value = _heads(turned), merged
     user = _only(value)
@@ -128,6 +119,13 @@ def _taker(graph: Graph, view: Attention) -> _Projection | None:
         if isinstance(taker, Linear) and taker.x is value and heads is not None:
             return _projection(graph, taker, heads, columns=True)
     return None
+
+
+def _turned(graph: Graph, view: Attention) -> fx.Node | None:
+    """The result as [batch, length, heads, width], by the one operator that uses it."""
+    turned = _only(view.node) if view.result_perm is None else None
+    order = None if turned is None else read(graph, turned, "transpose")
+    return turned if order is not None and tuple(order[1]) == _SPLIT else None
 
 
 def _projection(graph: Graph, view: object, heads: int, *, columns: bool = False) -> _Projection | None:
@@ -147,6 +145,16 @@ def _heads(parted: fx.Node) -> int | None:
 
 def _used_by(node: fx.Node, users: set[fx.Node]) -> bool:
     return all(user in users or reads_shape(user) for user in node.users)
+
+
+def _leads_to(graph: Graph, node: fx.Node, users: set[fx.Node]) -> bool:
+    """Whether only these use the value, some of them through transposes and copies."""
+    return all(
+        user in users
+        or reads_shape(user)
+        or (any(read(graph, user, name) for name in ("transpose", "identity")) and _leads_to(graph, user, users))
+        for user in node.users
+    )
 
 
 def _only(node: fx.Node) -> fx.Node | None:
