@@ -188,3 +188,44 @@ def test_values_stay_codes_between_layers(target: str, largest: int) -> None:
     assert float((found[0] - wanted[0]).abs().max()) <= 0.02 * float(wanted[0].abs().max())  # a level more or less
     assert float((found[1] - wanted[1]).abs().max()) <= 0.0708
     assert float(((found[1] - wanted[1]).abs() > 0.01).float().mean()) < 0.01
+
+
+class Sparse(nn.Module):
+    """A linear and a 1 x 1 convolution of codes of which most blocks are zero."""
+
+    def __init__(self, kept: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in (("linear", (96, 64)), ("point", (64, 48, 1, 1))):
+            codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+            keep = torch.rand(shape[0] // 32, *shape[1:], generator=generator) < kept
+            self.register_buffer(f"{name}_codes", codes * keep.repeat_interleave(32, 0))
+            self.register_buffer(f"{name}_scales", torch.rand(shape[0], generator=generator) * 0.01 + 1e-3)
+            self.register_buffer(f"{name}_bias", torch.randn(shape[0], generator=generator))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Both results."""
+        linear, conv = (all_ops()[name] for name in ("linear_w8a8", "conv_w8a8"))
+        levels = (0.0317, 120, 0.0613, 110, [1, 1], [0] * 4, [1, 1], 1)
+        return (
+            linear(x, self.linear_codes, self.linear_scales, self.linear_bias, *levels[:2]),
+            conv(y, self.point_codes, self.point_scales, self.point_bias, *levels),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0.1, 0.9])
+@pytest.mark.parametrize("target", ["host", "wasm", "x86-avx2"])
+def test_sparse_codes_are_skipped_where_that_is_faster(target: str, kept: float) -> None:
+    harness.machine(target)
+    model, generator = Sparse(kept).eval(), torch.Generator().manual_seed(1)
+    x = torch.randn(9, 64, generator=generator), torch.randn(2, 48, 7, 9, generator=generator)
+    executable: Any = Tvm().compile(load(model, x), get_target(target))
+    kinds = [step.split("_", 2)[2].split(" ")[0] for step in executable.steps]
+    assert ("bsr" in kinds, "conv" in kinds) == ((True, True) if kept < 0.5 else (False, False))
+    with torch.no_grad():
+        wanted = model(*x)
+    found = executable.run(x)
+    assert float((found[0] - wanted[0]).abs().max()) <= 1e-6 * float(wanted[0].abs().max())
+    assert float((found[1] - wanted[1]).abs().max()) <= 0.0614  # a level
+    assert int(((found[1] - wanted[1]).abs() > 0.03).sum()) <= 2

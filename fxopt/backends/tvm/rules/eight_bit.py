@@ -21,7 +21,8 @@ from fxopt.backends.tvm.kernels.pointwise import Tree
 from fxopt.backends.tvm.kernels.pool import pool
 from fxopt.backends.tvm.kernels.reduce import reduce
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule
-from fxopt.backends.tvm.rules.integers import constants
+from fxopt.backends.tvm.rules.integers import constants, is_sparse, numbers
+from fxopt.backends.tvm.rules.spatial import convolved
 from fxopt.backends.tvm.values import Value
 from fxopt.errors import Unsupported
 
@@ -65,6 +66,14 @@ def _general(
     matrix = codes.reshape(codes.shape[0], -1).numpy()
     dot = dot_for(machine, matrix)
     x, y = replace(levels[0], stored=dot.x), levels[1]
+    if size.groups == 1 and is_sparse(matrix, machine.outputs, dot):
+        units = torch.from_numpy(_requantising(scales, x, y))  # the levels of y, as whole numbers
+        weight = codes.float() * units.reshape(-1, *(1 for _ in codes.shape[1:]))
+        floats = low.program.value(made.shape)
+        shift = _whole_bias(scales, x, bias).astype(np.float32) * units.numpy()
+        convolved(low, size, numbers(low, source, x), weight, shift, floats)
+        low.emit(("encode", ("load", 0), replace(y, scale=1.0)), (floats,), made)
+        return
     sums = matrix.astype(np.int64).sum(1)
     start = _whole_bias(scales, x, bias) + (x.shift - x.zero) * sums
     given = [pack_conv_codes(codes.numpy(), size.groups, machine.outputs, dot)]
@@ -139,22 +148,19 @@ def concat_a8(low: Lowering, call: Call) -> Coded:
 def _pooled(low: Lowering, call: Call, pools: Callable[[Value], Value]) -> Coded:
     """Means of whole numbers, then the levels of the result."""
     x, y = levels_of(low, call, "x"), levels_of(low, call, "y")
-    codes = low.codes(call["x"], x)
-    numbers = low.program.value(codes.shape)
-    low.emit(("decode", ("load", 0), replace(x, scale=1.0)), (codes,), numbers)
-    mean = pools(numbers)
+    mean = pools(numbers(low, call["x"], x))
     return encoded(low, call, ("mul", ("load", 0), ("constant", x.scale, "float32")), (mean,), y)
 
 
 def global_average_pool_a8(low: Lowering, call: Call) -> Coded:
     """Of each plane."""
 
-    def pools(numbers: Value) -> Value:
+    def pools(found: Value) -> Value:
         shape = low.shape(call.node)
         made = low.program.value(shape)
         if made.count:
-            sizes = ("mean", math.prod(numbers.shape[:2]), math.prod(numbers.shape[2:]), 1)
-            low.program.call(reduce, sizes, numbers.slot, made.slot)
+            sizes = ("mean", math.prod(found.shape[:2]), math.prod(found.shape[2:]), 1)
+            low.program.call(reduce, sizes, found.slot, made.slot)
         return made
 
     return _pooled(low, call, pools)
@@ -163,13 +169,13 @@ def global_average_pool_a8(low: Lowering, call: Call) -> Coded:
 def average_pool_a8(low: Lowering, call: Call) -> Coded:
     """Of windows."""
 
-    def pools(numbers: Value) -> Value:
-        batch, channels, height, width = numbers.shape
+    def pools(found: Value) -> Value:
+        batch, channels, height, width = found.shape
         kernel, stride, pads = tuple(call["kernel"]), tuple(call["stride"]), tuple(call["pads"])
         size = Conv(batch, channels, height, width, channels, kernel, stride, pads, groups=channels)
         made = low.program.value(low.shape(call.node))
         if made.count:
-            low.program.call(pool, (size, True, bool(call["include_pad"])), numbers.slot, made.slot)
+            low.program.call(pool, (size, True, bool(call["include_pad"])), found.slot, made.slot)
         return made
 
     return _pooled(low, call, pools)
