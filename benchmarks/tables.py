@@ -167,7 +167,7 @@ def sparse_lm(result: dict[str, Any]) -> list[str]:
     for name, row in result["patterns"].items():
         cells = " | ".join(f"{row['increase'][key]:+.4f} ({row['mean_error'][key]:.4f})" for key in methods)
         lines.append(f"| {name} | {cells} | {row['ordered_layers']} of {len(row['layers'])} |")
-    lines += ["", "| at 2:4 | increase | error | more parameters | seconds |", "|---|---|---|---|---|"]
+    lines += ["", "| at 2:4 | increase | error | more parameters | seconds of CPU |", "|---|---|---|---|---|"]
     for name, row in result["2:4"].items():
         more, seconds = row["more_parameters"], row["seconds"]
         lines.append(f"| {name} | {row['increase']:+.4f} | {row['mean_error']:.4f} | {more:.1%} | {seconds:.1f} |")
@@ -264,8 +264,7 @@ def sparse_memory(result: dict[str, Any]) -> list[str]:
         "",
         f"`python -m benchmarks.sparse_memory` on {where(result)}. A Llama of {result['layers']} layers with random",
         f"weights in {result['dtype']}, 2:4 in {result['linears']} linears, {result['samples']} samples of",
-        f"{result['length']} tokens. Peak of the process from its start; seconds of statistics and of SparseGPT on",
-        f"{result['threads']} thread of a shared machine.",
+        f"{result['length']} tokens, {result['threads']} thread. Peak of the process from its start; seconds of CPU.",
         "",
         "| model | peak | beside the model | bound | statistics | SparseGPT |",
         "|---|---|---|---|---|---|",
