@@ -108,11 +108,11 @@ class Tvm(Backend):
         """
         self.require()
         from fxopt.backends.tvm.executable import TvmExecutable
+        from fxopt.backends.tvm.expand import settled
         from fxopt.backends.tvm.lower import check_processor
         from fxopt.backends.tvm.mixed import MixedExecutable
         from fxopt.backends.tvm.package import Package
         from fxopt.backends.tvm.source import identifier, source_at, sources
-        from fxopt.backends.tvm.trial import refusals
 
         target = self._featured(target)
         machines = machines_for(target)
@@ -122,7 +122,8 @@ class Tvm(Backend):
         name = identifier(self._model or graph.name)
         open_ = not self.buckets and bool(dimensions(graph)) and runner in machines and runner.family != "wasm"
         made = [source_at(graph, guessed_sizes(graph), name, name)] if open_ else sources(graph, self.buckets, name)
-        reasons = refusals(made[0], runner)
+        found = [settled(source, runner) for source in made]
+        made, reasons = [source for source, _ in found], found[0][1]
         named = label if graph.origin == "torch" else _onnx_name
         refused = {named(node): reason for node, reason in reasons.items()}
         if not refused:

@@ -147,6 +147,16 @@ def float32(value: float, lanes: int = 1) -> Expr:
     return spread(tirx.FloatImm("float32", value), lanes)
 
 
+def differs(a: Expr, b: Expr) -> Expr:
+    """a != b, which is true of NaN and anything; TVM's own NE is not."""
+    return tirx.Not(tirx.EQ(a, b))
+
+
+def is_nan(value: Expr) -> Expr:
+    """Whether a float is NaN."""
+    return differs(value, value)
+
+
 def spread(value: Expr, lanes: int) -> Expr:
     """The same value in every lane."""
     return value if lanes == 1 else tirx.Broadcast(value, lanes)

@@ -14,6 +14,7 @@ import torch
 from fxopt.backends.base import Executable
 from fxopt.backends.tvm.buckets import combinations, sizes_of
 from fxopt.backends.tvm.compile import Build
+from fxopt.backends.tvm.expand import settled
 from fxopt.backends.tvm.package import Package
 from fxopt.backends.tvm.runners import NUMPY, Runner, runner_of
 from fxopt.backends.tvm.source import Shapes, Source, source_at
@@ -68,6 +69,7 @@ class TvmExecutable(Executable):
         if shapes not in self._runners:
             name = self.package.name
             source = source_at(self.graph, sizes_of(self.graph, shapes), name, name)
+            source, _ = settled(source, self.package.here)
             self._keep(self.package.build(self.package.here, [source]), [source])
         return self._runners[shapes]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
 from fxopt.backends.tvm.codes import Coded, Format, Levels
 from fxopt.backends.tvm.kernels.pointwise import Operand, Tree, pointwise
@@ -56,6 +57,8 @@ Rule = Callable[["Lowering", Call], Any]
 def operator_name(node: fx.Node) -> str:
     """The operator without its overload: "add" for aten.add.Tensor."""
     packet = getattr(node.target, "overloadpacket", None)
+    if getattr(node.target, "namespace", "") == "prims":
+        return str(packet)
     return str(getattr(packet if packet is not None else node.target, "__name__", node.target))
 
 
@@ -67,7 +70,7 @@ class Lowering:
         self.program = program
         self.rules = rules
         self.values: dict[fx.Node, Any] = {}
-        self.known: dict[fx.Node, torch.Tensor] = {}  # what can be computed now
+        self.known: dict[fx.Node, Any] = {}  # what can be computed now: tensors, also several of one operator
         self.metas: dict[fx.Node, Any] = {}
         self.fused: dict[fx.Node, fx.Node] = {}  # activation -> the product that computes it
         self.ranged: dict[tuple[fx.Node, Format], tuple[Slot, Value]] = {}  # range and codes of a value
@@ -84,14 +87,16 @@ class Lowering:
                 spec, shape = next(specs)
                 self.metas[node] = torch.empty(shape, dtype=_input_dtype(spec), device="meta")
             elif node.op == "get_attr":
-                self.known[node] = constant_value(self.graph, node)
-                self.metas[node] = self.known[node].to("meta")
+                value = constant_value(self.graph, node)
+                self.metas[node] = value
+                if isinstance(value, torch.Tensor):
+                    self.known[node], self.metas[node] = value, value.to("meta")
             elif node.op == "call_function":
                 self._infer_call(node)
 
     def _infer_call(self, node: fx.Node) -> None:
         target: Any = node.target
-        if operator_name(node) == "view":  # our strides may be others than those that torch made the view for
+        if target is torch.ops.aten.view.default:  # our strides may be others than those that torch made the view for
             target = torch.ops.aten.reshape.default
         inputs = node.all_input_nodes
         args, kwargs = map_arg((node.args, node.kwargs), self.metas.__getitem__)
@@ -99,10 +104,9 @@ class Lowering:
             if all(item in self.known or not _has_tensor(self.metas[item]) for item in inputs) and _is_pure(node):
                 real, named = map_arg((node.args, node.kwargs), lambda n: self.known.get(n, self.metas[n]))
                 found = target(*real, **named)
-                if isinstance(found, torch.Tensor):
+                if _has_tensor(found):
                     self.known[node] = found
-                    self.metas[node] = found.to("meta")
-                    return
+                    found = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), found)
                 self.metas[node] = found
                 return
             if operator_name(node) in _SHAPES_ONLY:
@@ -117,6 +121,8 @@ class Lowering:
                 kwargs = {**kwargs, "device": "meta"}
             self.metas[node] = target(*args, **kwargs)
         except Exception as error:  # whatever torch raises for a type that it does not take
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise Unsupported(f"node {label(node)!r}: {node.target} depends on data, which has no kernel") from error
             raise Unsupported(f"node {label(node)!r}: {node.target} does not take these types: {error}") from error
 
     # ---- lowering
@@ -199,7 +205,8 @@ class Lowering:
 
     def constant(self, argument: Any) -> torch.Tensor | None:
         """A tensor that is known now."""
-        return self.known.get(argument) if isinstance(argument, fx.Node) else None
+        found: torch.Tensor | None = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        return found
 
     def weight(self, argument: Any, what: str) -> torch.Tensor:
         """A constant float32 tensor."""

@@ -31,8 +31,8 @@ class DryProgram(Program):
         """Nothing."""
 
 
-def refusals(source: Source, machine: Machine) -> dict[fx.Node, str]:
-    """Why operators have no kernel at the source's sizes: all of them, each as if the others had one.
+def refusals(source: Source, machine: Machine) -> tuple[dict[fx.Node, str], dict[fx.Node, Any]]:
+    """Why operators have no kernel at the source's sizes, each as if the others had one; and all values' types.
 
     Raises:
         Unsupported: an input has a type that no kernel takes.
@@ -44,7 +44,7 @@ def refusals(source: Source, machine: Machine) -> dict[fx.Node, str]:
         found = {node: reason for node in graph.calls() if (reason := refusal(node))}
         if not found:
             raise
-        return found
+        return found, {}
     lowering.run_inputs()
     found = {}
     for node in graph.nodes:
@@ -56,7 +56,7 @@ def refusals(source: Source, machine: Machine) -> dict[fx.Node, str]:
         except Unsupported as error:
             found[node] = str(error).removeprefix(f"node {label(node)!r}: ")
             lowering.values[node] = _stand_in(lowering, meta)
-    return found
+    return found, lowering.metas
 
 
 def _stand_in(lowering: Lowering, meta: Any) -> Any:

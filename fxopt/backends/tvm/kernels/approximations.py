@@ -40,7 +40,7 @@ def exp(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     shifted = kernel.let(clamped * float32(1 / math.log(2), lanes) + float32(_ROUND, lanes))
     count = kernel.let(shifted - float32(_ROUND, lanes))
     rest = kernel.let((clamped - count * float32(_LN2_HIGH, lanes)) - count * float32(_LN2_LOW, lanes))
-    power = _polynomial(kernel, rest, _EXP, lanes)
+    power = polynomial(kernel, rest, _EXP, lanes)
     integers = typed("int32", lanes)
     bits = (reinterpret(integers, shifted) << _int(23, lanes)) + _int(126 << 23, lanes)  # 2**(count - 1)
     scaled = kernel.let(power * reinterpret(typed("float32", lanes), bits) * float32(2.0, lanes))
@@ -53,13 +53,13 @@ def erf(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     end = float32(_ERF_END, lanes)
     cut = kernel.let(tirx.Min(end, tirx.Max(float32(-_ERF_END, lanes), x)))
     position = kernel.let(cut * cut * float32(2 / _ERF_END**2, lanes) - float32(1.0, lanes))
-    return kernel.let(cut * _polynomial(kernel, position, _ERF, lanes))
+    return kernel.let(cut * polynomial(kernel, position, _ERF, lanes))
 
 
 def tanh(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     """Within 3 units in the last place: a polynomial near zero, 1 - 2 / (e**2x + 1) elsewhere."""
     square = kernel.let(x * x)
-    near = x + x * square * _polynomial(kernel, square, _TANH, lanes)
+    near = x + x * square * polynomial(kernel, square, _TANH, lanes)
     far = float32(1.0, lanes) - float32(2.0, lanes) / (exp(kernel, x + x, lanes) + float32(1.0, lanes))
     return kernel.let(tirx.Select(square < float32(_TANH_SMALL**2, lanes), near, far))
 
@@ -104,10 +104,10 @@ def silu(kernel: Kernel, x: Expr, lanes: int) -> Expr:
 def _without_bell(kernel: Kernel, x: Expr, bell: Sequence[float], lanes: int) -> Expr:
     size = kernel.let(tirx.Min(tirx.Max(x, float32(0.0, lanes) - x), float32(_BELL_END, lanes)))
     position = kernel.let(size * float32(2 / _BELL_END, lanes) - float32(1.0, lanes))
-    return kernel.let(tirx.Max(float32(0.0, lanes), x) - size * _polynomial(kernel, position, bell, lanes))
+    return kernel.let(tirx.Max(float32(0.0, lanes), x) - size * polynomial(kernel, position, bell, lanes))
 
 
-def _polynomial(kernel: Kernel, x: Expr, coefficients: Sequence[float], lanes: int) -> Expr:
+def polynomial(kernel: Kernel, x: Expr, coefficients: Sequence[float], lanes: int) -> Expr:
     """sum(c_i * x**i), by Horner's rule."""
     value = float32(coefficients[-1], lanes)
     for coefficient in reversed(coefficients[:-1]):

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, float32, int32, spread, typed
+from fxopt.backends.tvm.emit import Expr, Kernel, cast, differs, each, float32, int32, is_nan, spread, typed
 from fxopt.backends.tvm.kernels.activations import ACTIVATIONS, apply
 from fxopt.backends.tvm.kernels.approximations import erf, exp
+from fxopt.backends.tvm.kernels.functions import FUNCTIONS
 from fxopt.backends.tvm.kernels.quantize import float_of, rounded
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
@@ -127,6 +128,8 @@ def evaluate(kernel: Kernel, tree: Tree, load: Callable[[int], Expr], lanes: int
         return apply(kernel, operator, values[0], lanes)
     if operator in ("exp", "erf"):
         return (exp if operator == "exp" else erf)(kernel, values[0], lanes)
+    if operator in FUNCTIONS:
+        return FUNCTIONS[operator](kernel, values[0], lanes)
     return OPERATORS[operator](*values)
 
 
@@ -138,18 +141,18 @@ def _constant(value: float, dtype: str, lanes: int) -> Expr:
 
 def _cast(value: Expr, source: str, target: str, lanes: int) -> Expr:
     if target == "uint8":
-        return tirx.NE(value, _constant(0, source, lanes))
+        return differs(value, _constant(0, source, lanes))
     if source == "uint8":
         return _from_truth(value, target, lanes)
     return cast(typed(target, lanes), value)
 
 
 def _maximum(a: Expr, b: Expr) -> Expr:
-    return tirx.Select(tirx.NE(a, a), a, tirx.Max(a, b))  # Max(a, b) is a > b ? a : b, so that NaN in b stays
+    return tirx.Select(is_nan(a), a, tirx.Max(a, b))  # Max(a, b) is a > b ? a : b, so that NaN in b stays
 
 
 def _minimum(a: Expr, b: Expr) -> Expr:
-    return tirx.Select(tirx.NE(a, a), a, tirx.Min(a, b))
+    return tirx.Select(is_nan(a), a, tirx.Min(a, b))
 
 
 def _rsqrt(a: Expr) -> Expr:
@@ -177,7 +180,7 @@ OPERATORS: dict[str, Callable[..., Expr]] = {
     "floor": tirx.floor,
     "where": tirx.Select,
     "eq": tirx.EQ,
-    "ne": tirx.NE,
+    "ne": differs,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
@@ -185,4 +188,7 @@ OPERATORS: dict[str, Callable[..., Expr]] = {
     "and": tirx.And,
     "or": tirx.Or,
     "not": tirx.Not,
+    "floordiv": tirx.floordiv,
+    "floormod": tirx.floormod,
+    "truncdiv": tirx.truncdiv,
 }

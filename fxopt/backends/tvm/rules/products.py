@@ -157,6 +157,11 @@ def _linear(low: Lowering, call: Call) -> Value:
 def _addmm(low: Lowering, call: Call) -> Value:
     if call["alpha"] != 1 or call["beta"] != 1:
         raise Unsupported(f"has alpha {call['alpha']} and beta {call['beta']}, expected 1 and 1")
+    if low.constant(call["mat2"]) is None:
+        product = _product(low, call.node, low.value(call["mat1"]), low.value(call["mat2"]))
+        made = low.program.value(product.shape)
+        low.emit(("add", ("load", 0), ("load", 1)), (product, low.value(call["self"])), made)
+        return made
     bias = low.weight(call["self"], "bias")
     if bias.dim() != 1:
         raise Unsupported(f"its bias has shape {tuple(bias.shape)}, expected one axis")
