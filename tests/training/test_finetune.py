@@ -161,7 +161,7 @@ def test_transformers_of_both_origins_learn_alike(name: str) -> None:
         result = tuned(
             graph, data, loss=lambda outputs, goal: (_first(outputs) - goal).square().mean(), schedule="constant",
             train=f"^({'|'.join(names)})$",
-            optimizer=lambda values: torch.optim.SGD(values, lr=0.02),
+            optimizer=lambda values: torch.optim.SGD(values, lr=2e-3),
         )  # fmt: skip
         results.append([step.loss for step in result.history])
     assert results[0][2] < results[0][1] < results[0][0]
