@@ -53,7 +53,9 @@ def erf(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     end = float32(_ERF_END, lanes)
     cut = kernel.let(tirx.Min(end, tirx.Max(float32(-_ERF_END, lanes), x)))
     position = kernel.let(cut * cut * float32(2 / _ERF_END**2, lanes) - float32(1.0, lanes))
-    return kernel.let(cut * _polynomial(kernel, position, _ERF, lanes))
+    square = kernel.let(position * position)  # two chains of sums, which do not wait for each other
+    even, odd = (_polynomial(kernel, square, _ERF[start::2], lanes) for start in (0, 1))
+    return kernel.let(cut * (even + position * odd))
 
 
 def tanh(kernel: Kernel, x: Expr, lanes: int) -> Expr:
