@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables_small
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -309,6 +310,8 @@ SECTIONS = (
     ("sparse_memory", sparse_memory),
     ("ort_fusions", ort_fusions),
     ("embeddings", embeddings),
+    ("wasm", lambda result: tables_small.wasm(result, where(result))),
+    ("arm_instructions", lambda result: tables_small.arm_instructions(result, where(result))),
     ("onnx_suite", onnx_suite),
     ("onnx_large", onnx_large),
 )

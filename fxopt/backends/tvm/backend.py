@@ -81,7 +81,7 @@ class Tvm(Backend):
         return refusal(node)
 
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
-        """The fxopt operators that have a kernel: none yet; sparsity needs no operator."""
+        """The fxopt operators that have a kernel; sparsity needs none, for weights are looked at."""
         from fxopt.backends.tvm.rules import RULES
 
         return "" if op in RULES else f"operator {op} has no kernel in the tvm backend"

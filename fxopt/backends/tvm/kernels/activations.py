@@ -8,10 +8,7 @@ from fxopt.backends.tvm.emit import Expr, Kernel, float32
 from fxopt.backends.tvm.kernels import approximations
 from fxopt.backends.tvm.library import tirx
 
-Activation = Literal[
-    "", "relu", "relu6", "hardswish", "hardsigmoid", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "gelu_short",
-    "gelu_tanh_short",
-]  # fmt: skip
+Activation = Literal["", "relu", "relu6", "hardswish", "hardsigmoid", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 

@@ -48,12 +48,26 @@ def exp(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     return kernel.let(tirx.Select(x < float32(low, lanes), float32(0.0, lanes), bounded))
 
 
+def exp_below_one(kernel: Kernel, x: Expr, lanes: int) -> Expr:
+    """e**x as `exp` gives it for x <= 0, as softmax needs it: fewer operations."""
+    low = -86.6
+    clamped = kernel.let(tirx.Max(float32(low, lanes), x))  # this order keeps NaN
+    shifted = kernel.let(clamped * float32(1 / math.log(2), lanes) + float32(_ROUND, lanes))
+    count = kernel.let(shifted - float32(_ROUND, lanes))
+    rest = kernel.let((clamped - count * float32(_LN2_HIGH, lanes)) - count * float32(_LN2_LOW, lanes))
+    bits = (reinterpret(typed("int32", lanes), shifted) << _int(23, lanes)) + _int(127 << 23, lanes)  # 2**count
+    scaled = polynomial(kernel, rest, _EXP, lanes) * reinterpret(typed("float32", lanes), bits)
+    return kernel.let(tirx.Select(x < float32(low, lanes), float32(0.0, lanes), scaled))
+
+
 def erf(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     """The error function within 2.2e-7: x * P(x**2), with x cut at 3.9 on both sides."""
     end = float32(_ERF_END, lanes)
     cut = kernel.let(tirx.Min(end, tirx.Max(float32(-_ERF_END, lanes), x)))
     position = kernel.let(cut * cut * float32(2 / _ERF_END**2, lanes) - float32(1.0, lanes))
-    return kernel.let(cut * polynomial(kernel, position, _ERF, lanes))
+    square = kernel.let(position * position)  # two chains of sums, which do not wait for each other
+    even, odd = (polynomial(kernel, square, _ERF[start::2], lanes) for start in (0, 1))
+    return kernel.let(cut * (even + position * odd))
 
 
 def tanh(kernel: Kernel, x: Expr, lanes: int) -> Expr:

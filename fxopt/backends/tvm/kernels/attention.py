@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fxopt.backends.tvm.emit import Expr, Kernel, each, float32, int32, spread, tail
-from fxopt.backends.tvm.kernels.rows import softmax_row
+from fxopt.backends.tvm.kernels.approximations import exp_below_one
+from fxopt.backends.tvm.kernels.rows import add, reduce_row
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 
@@ -121,12 +122,31 @@ class _Emitter:
         lanes = self.machine.lanes
         each_pair = 2 * lanes if size.keys >= 2 * lanes else lanes
         each(kernel, size.keys, each_pair, lambda at, n: self.scores(first, query, (b, head), at, n, count))
+        shares = kernel.local(count)
         for i in range(count):
-            softmax_row(kernel, self.machine, size.keys, self.scratch, int32(i * size.keys), self.scratch,
-                        int32(i * size.keys))  # fmt: skip
+            kernel.store(shares, i, float32(1.0) / self.exponentials(i * size.keys))
         values = self.start(2, b, key_head)
         result = kernel.let(((b * size.queries + query) * size.heads + head) * size.value_width)
-        each(kernel, size.value_width, each_pair, lambda at, n: self.weighted(result, values, at, n, count))
+        each(kernel, size.value_width, each_pair, lambda at, n: self.weighted(result, values, at, n, count, shares))
+
+    def exponentials(self, start: int) -> Expr:
+        """e**(score - largest) in the place of a row of scores; returns their sum.
+
+        A NaN among the scores may get lost in the maximum; its exponential is NaN all the same.
+        """
+        kernel, keys, scratch = self.kernel, self.size.keys, self.scratch
+
+        def score(at: Expr, n: int) -> Expr:
+            return kernel.let(kernel.load(scratch, at + start, n))
+
+        high = reduce_row(kernel, self.machine, keys, -math.inf, lambda a, b: tirx.Max(b, a), score)
+
+        def exponential(at: Expr, n: int) -> Expr:
+            value = exp_below_one(kernel, kernel.let(score(at, n) - spread(high, n)), n)
+            kernel.store(scratch, at + start, value, n)
+            return value
+
+        return reduce_row(kernel, self.machine, keys, 0.0, add, exponential)
 
     def scores(self, first: Expr, query: Expr, where: tuple[Expr, Expr], at: Expr, lanes: int, count: int) -> None:
         """`count` queries times `lanes` keys."""
@@ -166,8 +186,8 @@ class _Emitter:
             score = tirx.Select(keys <= spread(query, lanes), score, none)
         return score
 
-    def weighted(self, result: Expr, values: Expr, at: Expr, lanes: int, count: int) -> None:
-        """`count` results of `lanes` columns."""
+    def weighted(self, result: Expr, values: Expr, at: Expr, lanes: int, count: int, shares: Any) -> None:
+        """`count` results of `lanes` columns, by the sums of their exponentials."""
         size, kernel = self.size, self.kernel
         sums = kernel.local(count * lanes)
         pieces = tail(lanes, self.machine.lanes)
@@ -185,4 +205,5 @@ class _Emitter:
         for i in range(count):
             for offset, n in pieces:
                 place = result + i * (size.heads * size.value_width) + at + offset
-                kernel.store(self.y, place, kernel.load(sums, i * lanes + offset, n), n)
+                value = kernel.load(sums, i * lanes + offset, n) * spread(kernel.load(shares, i), n)
+                kernel.store(self.y, place, value, n)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxopt.backends.tvm.emit import Expr, Kernel, each, float32, int32, is_nan, spread
-from fxopt.backends.tvm.kernels.approximations import exp
+from fxopt.backends.tvm.kernels.approximations import exp_below_one
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 
@@ -60,7 +60,7 @@ def softmax_row(kernel: Kernel, machine: Machine, size: int, x: Any, source: Exp
 
     def exponential(at: Expr, lanes: int) -> Expr:
         shifted = kernel.let(kernel.load(x, source + at, lanes) - spread(high, lanes))
-        value = exp(kernel, shifted, lanes)
+        value = exp_below_one(kernel, shifted, lanes)
         kernel.store(y, place + at, value, lanes)
         return value
 

@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from fxopt.backends.tvm.codes import Coded, Levels
-from fxopt.backends.tvm.kernels.activations import Activation
 from fxopt.backends.tvm.kernels.bsr import pack_bsr
 from fxopt.backends.tvm.kernels.dense import pack_bias
 from fxopt.backends.tvm.kernels.dense_int8 import Product, dense_int8, work_space
@@ -25,11 +24,9 @@ from fxopt.backends.tvm.values import Slot, Value
 from fxopt.errors import Unsupported
 from fxopt.ir.packing import unpack
 
-_SHORT: dict[str, Activation] = {"gelu": "gelu_short", "gelu_tanh": "gelu_tanh_short"}
 # Density of blocks below which products in floats that skip the others beat all products of codes: these run at 1.8
 # times (pairs of codes) or 4 times (groups of four) the rate of floats (benchmarks/wasm.py, benchmarks/tvm_kernels.py).
 _EMPTY_ENOUGH = {2: 0.4, 4: 0.18}
-_SHORT_ERROR = 1.5e-5  # of these forms
 
 
 def constants(low: Lowering, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -150,9 +147,6 @@ def _product(
     outputs, inner = codes.shape
     act = activation(low, node)
     levels, factors = rounding(low, last(low, node), outputs)
-    if act in _SHORT and levels is not None:
-        error = _SHORT_ERROR * (1.0 if factors is None else float(factors.abs().max()))
-        act = _SHORT[act] if error < levels.scale / 64 else act
     rows = math.prod(q.shape[:-1])
     size = Product(rows, inner, outputs, act, found is not None, False, levels, factors is not None)
     made = program.value((*q.shape[:-1], outputs), "float32" if levels is None else levels.stored.dtype)
