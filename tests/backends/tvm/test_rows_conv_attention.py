@@ -51,7 +51,7 @@ EXACT = {
     "tanh": torch.tanh,
 }
 RELATIVE = {"exp": 2, "tanh": 3, "sigmoid": 3, "silu": 4}  # units in the last place
-ABSOLUTE = {"erf": 2.2e-7, "relu": 0.0, "relu6": 0.0, "hardswish": 4e-7, "hardsigmoid": 2e-7}
+ABSOLUTE = {"erf": 2.4e-7, "relu": 0.0, "relu6": 0.0, "hardswish": 4e-7, "hardsigmoid": 2e-7}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -81,7 +81,7 @@ def test_activations(build: Builder, target: str) -> None:
             assert (error <= RELATIVE[name] * ULP * np.abs(expected[inside]) + 3e-38).all(), (name, error.max())
         elif name in ABSOLUTE:
             assert (error <= ABSOLUTE[name] * np.maximum(1, np.abs(expected[inside]))).all(), (name, error.max())
-        else:  # x times a function within 2.2e-7
+        else:  # x times a function within 2.5e-7
             assert (error <= 2.5e-7 * np.maximum(1e-30, np.abs(x[inside]))).all(), (name, error.max())
 
 
