@@ -71,7 +71,9 @@ def met(scores: torch.Tensor, term: Term, values: Values) -> torch.Tensor:
 def probabilities(view: Attention, scores: torch.Tensor, values: Values) -> torch.Tensor:
     """The softmax, with a sink where there is one."""
     if view.sink is not None:
-        column = values[view.sink].double().reshape(-1)[:, None, None].expand(*scores.shape[:-1], 1)
+        sink = values[view.sink].double()
+        sink = sink[0, :, 0, 0] if sink.dim() == 4 else sink
+        column = sink[:, None, None].expand(*scores.shape[:-1], 1)
         return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     found = scores.softmax(-1)
     return found.nan_to_num() if view.empty_rows_are_zero else found

@@ -105,7 +105,7 @@ def _highest_hidden(graph: Graph, term: Term) -> float:
         found = boolean(graph, term)
         if found is None:  # a triangle
             return _of_triangle(graph, term)
-        return found.hidden
+        return found.hidden if term.form == "added" else _replacing(found.hidden)
     wide = value.double() * term.factor
     hidden = wide[wide != 0]
     return float(hidden.max()) if hidden.numel() else -math.inf

@@ -114,6 +114,10 @@ def _lifted(graph: Graph, view: Attention) -> tuple[Attention, fx.Node, int] | R
         unfolded = _unfolded(graph, view)
         if unfolded is not None and all(_is_known(term, q, unfolded[0]) for term in view.terms):
             return *unfolded, 1
+    if len(q) == 5 and view.groups > 1:
+        merged = _unfolded(graph, view)
+        if merged is not None and not view.terms:
+            return *merged, 1
     frame = (*q[:-1], (view.k.shape or (None, None))[-2])
     for term in view.terms:
         if term.frame is None or same_sizes(term.frame, frame) or view.kind != "spelled-out":
@@ -127,8 +131,9 @@ def _lifted(graph: Graph, view: Attention) -> tuple[Attention, fx.Node, int] | R
 
 
 def _unfolded(graph: Graph, view: Attention) -> tuple[Attention, fx.Node] | None:
-    """The view before batch and heads were made one axis; its result is reshaped back to both."""
-    operands = [_before_fold(graph, operand) for operand in (view.q, view.k, view.v)]
+    """The view before batch and heads were made one axis, or heads two; its result is reshaped back."""
+    before = _before_fold if len(view.q.shape or ()) == 3 else _before_split
+    operands = [before(graph, operand) for operand in (view.q, view.k, view.v)]
     users = [user for user in view.node.users if not reads_shape(user)]
     if any(operand is None for operand in operands) or len(users) != 1 or view.result_perm is not None:
         return None
@@ -137,7 +142,10 @@ def _unfolded(graph: Graph, view: Attention) -> tuple[Attention, fx.Node] | None
     if read(graph, users[0], "reshape") is None or not same_sizes(shape_of(users[0]), made):
         return None
     sizes = [operand.shape or () for operand in (q, k, v)]
-    if not (same_sizes(sizes[0][:2], sizes[1][:2]) and same_sizes(sizes[1][:3], sizes[2][:3])):
+    if not (same_sizes(sizes[0][:1], sizes[1][:1]) and same_sizes(sizes[1][:3], sizes[2][:3])):
+        return None
+    shared = sizes[1][1]
+    if not isinstance(shared, int) or sizes[0][1] != shared * view.groups:
         return None
     return replace(view, q=q, k=k, v=v), users[0]
 
@@ -158,6 +166,20 @@ def _before_fold(graph: Graph, operand: Operand) -> Operand | None:
         return None
     perm = None if operand.perm is None else (0, 1, *(axis + 1 for axis in operand.perm[1:]))
     return untransposed(graph, Operand(folded[0], None if perm == (0, 1, 2, 3) else perm))
+
+
+def _before_split(graph: Graph, operand: Operand) -> Operand | None:
+    """[batch, heads, ...] when the operand is [batch, groups, heads of a group, ...] of it."""
+    shaped = read(graph, operand.node, "reshape") or read(graph, operand.node, "unsqueeze")
+    if shaped is None or operand.replay or operand.perm not in (None, (0, 1, 2, 3, 4), (0, 1, 2, 4, 3)):
+        return None
+    before, after = shape_of(shaped[0]), shape_of(operand.node)
+    if before is None or after is None or len(before) != 4 or not same_sizes(before[2:], after[3:]):
+        return None
+    if not same_sizes(before[:1], after[:1]):
+        return None
+    perm = None if operand.perm is None else (0, 1, *(axis - 1 for axis in operand.perm[3:]))
+    return untransposed(graph, Operand(shaped[0], None if perm == (0, 1, 2, 3) else perm))
 
 
 def _windows(graph: Graph, view: Attention, term: Term, frame: tuple[Any, ...]) -> int | None:

@@ -78,6 +78,9 @@ def fuse_torch(graph: Graph, plan: Plan, masks: Masks, name: str) -> None:
 
 def _row(b: Builder, sink: fx.Node) -> fx.Node:
     """One number per head."""
+    constant = b.graph.constant(sink)
+    if constant is not None and constant.dim() == 4:
+        return b.const(constant[0, :, 0, 0].clone(), "sink")
     return sink if len(shape_of(sink) or ()) == 1 else b.reshape(sink, [-1])
 
 

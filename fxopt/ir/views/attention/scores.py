@@ -12,7 +12,7 @@ from torch import fx
 from fxopt.ir.graph import Graph, shape_of
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.neutral import read
-from fxopt.ir.views.attention.numbers import is_one, number, same_sizes
+from fxopt.ir.views.attention.numbers import is_one, number, same_sizes, shown
 from fxopt.ir.views.attention.products import Product, product
 from fxopt.ir.views.attention.softmax import called, cast_below, is_last, keeps_rows, without_maximum
 from fxopt.ir.views.attention.view import HIDDEN_BELOW, Term
@@ -191,7 +191,7 @@ class _Descent:
         if self.way.softcap:
             return Refusal("the soft cap is applied behind the mask {}", called(term.node))
         if not _same_shape(scores, node):
-            shapes = (shape_of(node), shape_of(scores))
+            shapes = (shown(shape_of(node)), shown(shape_of(scores)))
             return Refusal("the mask {} makes scores {} of scores {}", called(term.node), *shapes)
         self.way.terms.append(replace(term, frame=shape_of(node)))
         return None
@@ -306,10 +306,13 @@ def _blend(keep: torch.Tensor, low: torch.Tensor) -> float | None:
 
 
 def _per_head(graph: Graph, node: fx.Node) -> fx.Node | None:
-    """One number per head, below reshapes, expansions and casts to [batch, heads, queries, 1]."""
+    """One number per head, below reshapes, expansions and casts to [batch, heads, queries, 1]; constants stay."""
     shape = shape_of(node)
     if shape is None or len(shape) != 4 or not is_one(shape[-1]):
         return None
+    constant = graph.constant(node)
+    if constant is not None:
+        return node if bool((constant == constant[:1, :, :1]).all()) else None
     names, heads = ("expand", "reshape", "unsqueeze"), shape[1]
     for _ in range(8):
         found = next(filter(None, (read(graph, node, name) for name in names)), None)

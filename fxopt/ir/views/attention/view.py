@@ -76,7 +76,7 @@ class Attention:
         softcap: c, where scores become c * tanh(scores / c); 0: they do not.
         terms: in the order in which they meet the scores.
         left, right: how far before and after its own position a query sees; None: to the end. `right` 0 is causal.
-        sink: one more score per head, of a key without a value.
+        sink: one more score per head, of a key without a value; a constant may repeat it: [batch, heads, queries, 1].
         empty_rows_are_zero: what a query without any key gives: zeros, else NaN.
         result_perm: `node` has the axes of the result in this order.
         inner: the nodes that are nothing but parts of it.
