@@ -28,6 +28,7 @@ from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger, Refusal
 from fxopt.ir.memory import is_large, limit, spilled
+from fxopt.ir.target import Cost, Prediction
 from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
 from fxopt.passes.base import Candidate, Context, ConvertingPass, ExactPass, LossyPass, Pass
 from fxopt.passes.manager import PassManager
@@ -248,7 +249,7 @@ class Optimizer:
         for step, candidate in offered:
             work = step.work(graph, candidate) if candidate.refusal is None else None
             if work is not None:
-                before, after = (predict(cost, self.request.target) for cost in work)
+                before, after = map(self.predicted, work)
                 price = Price(before, after, math.nan)
                 if not pays(price, self.request.objective):
                     found[candidate] = price
@@ -263,7 +264,6 @@ class Optimizer:
     ) -> tuple[list[Candidate], dict[Candidate, Price]]:
         candidates: list[Candidate] = []
         prices: dict[Candidate, Price] = dict(unpaid)
-        target = self.request.target
         for index, (step, candidate) in enumerate(offered):
             if candidate in unpaid:
                 pass
@@ -272,7 +272,7 @@ class Optimizer:
             elif candidate.refusal is None:
                 with _naming(step, candidate):
                     estimate = step.estimate(graph, candidate, stats)
-                before, after = predict(estimate.before, target), predict(estimate.after, target)
+                before, after = self.predicted(estimate.before), self.predicted(estimate.after)
                 prices[candidate] = Price(before, after, estimate.error, estimate.saved_bytes)
             candidates.append(candidate)
             if self.request.progress is not None:
@@ -371,9 +371,14 @@ class Optimizer:
             return self.request.samples[0]
         return synthetic_sample(self.original.inputs, self.original.sizes)
 
+    def predicted(self, cost: Cost) -> Prediction:
+        """The time of one operator: by the backend's own model, where it has one, else by the roofline."""
+        target = self.request.target
+        return self.request.backend.predicted(cost, target) or predict(cost, target)
+
     def summary(self, graph: Graph) -> Summary:
         """The model's figures, with its predicted time on the target."""
-        predicted = predict_graph(graph, self.request.target)
+        predicted = predict_graph(graph, self.request.target, self.request.backend.predicted)
         return summary(graph, int(predicted.macs), predicted.total)
 
     def finish(
@@ -387,6 +392,11 @@ class Optimizer:
         timing: Timing | None = None,
     ) -> Outcome:
         request = self.request
+        with self.stage("compiling"):
+            for verdict in executable.verdicts():
+                self.ledger.add(verdict)
+            for note in executable.notes():
+                self.ledger.note(note)
         report = Report(
             target=request.target.name,
             backend=request.backend.name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxopt.errors import InvalidOption, unknown
+from fxopt.errors import InvalidOption, MissingDependency, unknown
 
 if TYPE_CHECKING:
     from fxopt.backends.base import Backend
@@ -73,7 +73,7 @@ def resolve_target(target: str | Target, threads: int | None) -> Target:
 def resolve_backend(name: str | None, target: Target, notes: list[str]) -> Backend:
     """The backend of a name or `name{option=value}`, or the target's own.
 
-    It is `eager`, with a note, where this version lacks the target's own.
+    It is `eager`, with a note, where this version lacks the target's own, or what that one needs is not installed.
 
     Raises:
         UnknownName: the backend, an option or its value does not exist.
@@ -93,8 +93,15 @@ def resolve_backend(name: str | None, target: Target, notes: list[str]) -> Backe
     for option in settings:
         if option not in found.options:
             raise unknown(f"option of backend {plain}", option, found.options)
-    found.require()
+    try:
+        found.require()
+    except MissingDependency as error:
+        if name is not None or target.is_host:
+            raise
+        notes.append(f"{error}: decided for {target.name}, run in eager")
+        return resolve_backend("eager", target, notes)
     backend: Backend = found(**settings)
+    backend.target = target
     backend.require()
     return backend
 

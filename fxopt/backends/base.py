@@ -6,13 +6,15 @@ import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import fx
 
 from fxopt.errors import MissingDependency
 from fxopt.ir.graph import Graph
-from fxopt.ir.target import Target
+from fxopt.ir.ledger import Verdict
+from fxopt.ir.target import Cost, Prediction, Target
 
 
 class Executable(ABC):
@@ -32,6 +34,17 @@ class Executable(ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the artifact; nothing half-written is left when it fails."""
 
+    def verdicts(self) -> Sequence[Verdict]:
+        """What the backend decided about single nodes; asked for once, of the executable that goes out."""
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """What the report should say of the backend's work."""
+        return ()
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what the backend made into the folder of a saved result, beside the graph."""
+
     def close(self) -> None:
         """Release threads and memory."""
 
@@ -42,6 +55,7 @@ class Backend(ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
     extra: ClassVar[str] = ""  # the extra of the package that installs them
     options: ClassVar[tuple[str, ...]] = ()  # what `name{option=value}` may set, keywords of the class
+    target: Target | None = None  # what it is asked about, where it is known
 
     @property
     @abstractmethod
@@ -59,6 +73,10 @@ class Backend(ABC):
     @abstractmethod
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Turn the graph into something that runs."""
+
+    def predicted(self, cost: Cost, target: Target) -> Prediction | None:
+        """The time of an operator of this work and form, where the backend knows better than the roofline."""
+        return None
 
     def prefers(self, op: str) -> str:
         """ "" when the backend's own fusion into `op` is fast, else the reason to avoid it (with what was measured)."""

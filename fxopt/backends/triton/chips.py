@@ -18,7 +18,7 @@ LEAST = 80  # compute capability 8.0: products of 16-bit floats and int8 that th
 class Chip:
     """A GPU.
 
-    Units: bytes of shared memory, clock cycles a second. Rates are per SM and clock: instructions of a thread, and
+    Units: bytes of shared memory, clock cycles a second. Rates are per multiprocessor and clock: instructions of a thread, and
     multiply-adds of 16-bit floats in tensor cores (8-bit operands: twice as many).
     """
 
@@ -33,6 +33,7 @@ class Chip:
     registers: int = 65536
     tensor_rate: int = 1024
     convert_rate: int = 64
+    float_rate: int = 128
 
     @property
     def triton_target(self) -> tuple[str, int, int]:
@@ -69,7 +70,7 @@ def chip_of_arch(arch: int, multiprocessors: int, clock: float, name: str = "") 
         raise Unsupported(f"compute capability {arch // 10}.{arch % 10}: the kernels need {LEAST // 10}.{LEAST % 10} or later")
     label = name or f"sm_{arch}"
     if arch in (80, 87):
-        return Chip(label, arch, multiprocessors, clock, 164 * _KIB, 163 * _KIB, convert_rate=16)
+        return Chip(label, arch, multiprocessors, clock, 164 * _KIB, 163 * _KIB, convert_rate=16, float_rate=64)
     if arch in (86, 89):
         blocks = 16 if arch == 86 else 24
         return Chip(label, arch, multiprocessors, clock, 100 * _KIB, 99 * _KIB, 1536, blocks, tensor_rate=512)

@@ -38,11 +38,6 @@ _CLASSES = (
     ("move", r"(MOV|SEL|CS2R|S2R|S2UR|R2UR|R2P|P2R|PLOP3|NOP)"),
 )
 _UNIFORM = re.compile(r"U(?!TC|TMA|BLKCP)(?=[A-Z])")  # the same instruction once per warp
-# Multiply-adds of 16-bit floats per warp and instruction; 8-bit operands run at twice the rate.
-_PER_WARP = {"HMMA.16816": 2048, "HMMA.1688": 1024, "IMMA.16832": 2048, "IMMA.16816": 1024, "HMMA.SP.16832": 2048}
-_WARPGROUP = re.compile(r"[HIQ]GMMA\.(\d+)x(\d+)x(\d+)")
-
-
 @dataclass(frozen=True)
 class StaticReport:
     """One compiled kernel.
@@ -50,8 +45,8 @@ class StaticReport:
     Attributes:
         registers: of a thread. spilled: bytes of a thread that are stored to memory for lack of registers.
         shared: bytes of a block.
-        instructions: of the whole kernel, by class; `loop`: of its hottest loop (most tensor instructions, else longest).
-        opcodes: of that loop, by full name.
+        loop: instructions of the hottest loop by class (most tensor instructions, else the longest).
+        tensor_names: the tensor-core instructions of the whole kernel, by the beginning of their names ("HMMA").
     """
 
     kernel: str
@@ -60,9 +55,8 @@ class StaticReport:
     registers: int
     spilled: int
     shared: int
-    instructions: Mapping[str, int]
     loop: Mapping[str, int]
-    opcodes: Mapping[str, int]
+    tensor_names: Mapping[str, int]
 
     @property
     def loop_length(self) -> int:
@@ -72,19 +66,6 @@ class StaticReport:
     def per_weight(self, weights: int) -> float:
         """Thread instructions per weight, where the hottest loop takes so many weights a trip."""
         return self.loop_length * self.warps * 32 / weights
-
-    @property
-    def tensor_work(self) -> float:
-        """Multiply-adds, in units of 16-bit ones, that a warp has done in tensor cores after a trip of the loop."""
-        total = 0.0
-        for name, count in self.opcodes.items():
-            group = _WARPGROUP.match(name)
-            if group is not None:
-                rows, columns, depth = map(int, group.groups())
-                total += count * rows * columns * depth / 4 / (1 if name.startswith("HGMMA") else 2)
-            else:
-                total += count * next((work for key, work in _PER_WARP.items() if name.startswith(key)), 0)
-        return total
 
     def resident(self, chip: Chip) -> int:
         """Blocks that a multiprocessor holds at the same time."""
@@ -133,10 +114,10 @@ def report_on(kernel: Any) -> StaticReport:
     code = _instructions(listing)
     loop = _hottest(code)
     spilled = sum(_width(name) for _, name, _ in code if name.startswith("STL"))
-    arch = kernel.metadata.target.arch
+    tensor = Counter(name.split(".")[0] for _, name, _ in code if re.match(_CLASSES[0][1], name))
     return StaticReport(
-        str(kernel.metadata.name), int(arch), int(kernel.metadata.num_warps), int(found[1]), spilled,
-        int(kernel.metadata.shared), _classified(name for _, name, _ in code), _classified(loop), Counter(loop),
+        str(kernel.metadata.name), int(kernel.metadata.target.arch), int(kernel.metadata.num_warps), int(found[1]),
+        spilled, int(kernel.metadata.shared), _classified(loop), dict(tensor),
     )  # fmt: skip
 
 

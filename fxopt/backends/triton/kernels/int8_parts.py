@@ -18,16 +18,17 @@ def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def store_int8(
-    acc, SA, MOVED, SB, SUMS, BIAS, OTHER, Y, m, n, M, N,
+    acc, SA, ZERO, SB, SUMS, BIAS, OTHER, Y, m, n, M, N,
     PER_ROW: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
     """Sums int32 [m, n] times the scales of x (SA [M], or one number) and of the weight (SB [N]), with the epilogue.
 
-    HAS_ZERO: codes of x are moved by a zero point, which MOVED (a number) times the row sums of the weight makes up for.
+    HAS_ZERO: codes of x are moved by 128 and a zero point (ZERO, a number), which the row sums of the weight make up for.
     """
     mask = (m < M)[:, None] & (n < N)[None, :]
     if HAS_ZERO:
-        acc += tl.load(MOVED) * tl.load(SUMS + n, mask=n < N, other=0)[None, :]
+        moved = (128.0 - tl.load(ZERO)).to(tl.int32)
+        acc += moved * tl.load(SUMS + n, mask=n < N, other=0)[None, :]
     if PER_ROW:
         scale = tl.load(SA + m, mask=m < M, other=0.0)[:, None]
     else:

@@ -9,11 +9,9 @@ from fxopt.backends.triton.kernels.planes import joined, scaled
 
 
 @triton.jit
-def input_tile(x, here, k, left, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr):
+def input_tile(x, here, k, left, EVEN_K: tl.constexpr):
     """x transposed, [k, m]; `here` [1, m] says which rows there are, `left` how many inputs from the tile's first on."""
-    if EVEN_M and EVEN_K:
-        return tl.load(x)
-    elif EVEN_K:
+    if EVEN_K:
         return tl.load(x, mask=here, other=0.0)
     else:
         return tl.load(x, mask=here & (k < left)[:, None], other=0.0)
@@ -23,7 +21,7 @@ def input_tile(x, here, k, left, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr):
 def eight_planes(
     acc, w0, w1, w2, w3, w4, w5, w6, w7, x, here, left, S, Z, row, NP,
     FIRST: tl.constexpr, GROUP: tl.constexpr, HAS_OFFSET: tl.constexpr, JOINED: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """acc [n, m] plus the product of 128 inputs, in planes that begin with plane FIRST of the tile.
 
@@ -43,18 +41,18 @@ def eight_planes(
         w7 = scaled(w7, S, Z, row, NP, FIRST + 7, GROUP, HAS_OFFSET)
     part = acc if SCALED or GROUP == 0 else tl.zeros_like(acc)
     if JOINED:
-        tile = input_tile(x, here, tl.arange(0, 128), left, EVEN_M, EVEN_K)
+        tile = input_tile(x, here, tl.arange(0, 128), left, EVEN_K)
         part = dot(joined(w0, w1, w2, w3, w4, w5, w6, w7), tile, part)
     else:
         c = tl.arange(0, 16)
-        part = dot(w0, input_tile(x, here, c, left, EVEN_M, EVEN_K), part)
-        part = dot(w1, input_tile(x + 16, here, c + 16, left, EVEN_M, EVEN_K), part)
-        part = dot(w2, input_tile(x + 32, here, c + 32, left, EVEN_M, EVEN_K), part)
-        part = dot(w3, input_tile(x + 48, here, c + 48, left, EVEN_M, EVEN_K), part)
-        part = dot(w4, input_tile(x + 64, here, c + 64, left, EVEN_M, EVEN_K), part)
-        part = dot(w5, input_tile(x + 80, here, c + 80, left, EVEN_M, EVEN_K), part)
-        part = dot(w6, input_tile(x + 96, here, c + 96, left, EVEN_M, EVEN_K), part)
-        part = dot(w7, input_tile(x + 112, here, c + 112, left, EVEN_M, EVEN_K), part)
+        part = dot(w0, input_tile(x, here, c, left, EVEN_K), part)
+        part = dot(w1, input_tile(x + 16, here, c + 16, left, EVEN_K), part)
+        part = dot(w2, input_tile(x + 32, here, c + 32, left, EVEN_K), part)
+        part = dot(w3, input_tile(x + 48, here, c + 48, left, EVEN_K), part)
+        part = dot(w4, input_tile(x + 64, here, c + 64, left, EVEN_K), part)
+        part = dot(w5, input_tile(x + 80, here, c + 80, left, EVEN_K), part)
+        part = dot(w6, input_tile(x + 96, here, c + 96, left, EVEN_K), part)
+        part = dot(w7, input_tile(x + 112, here, c + 112, left, EVEN_K), part)
     if SCALED or GROUP == 0:
         return part
     else:

@@ -11,7 +11,7 @@ from fxopt.backends.triton.kernels.planes import group_row, planes2
 def w2a16(
     X, Q, S, Z, F, BIAS, OTHER, Y, M, N, K, NP, stride_x, TILES,
     GROUP: tl.constexpr, HAS_OFFSET: tl.constexpr, JOINED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_K: tl.constexpr, IS_SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr, IS_SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
     """Program (m, n, split); operands as those of `w4a16`. A tile is multiplied in two halves of 128 inputs."""
@@ -30,11 +30,11 @@ def w2a16(
         left = K - t * 256
         acc = eight_planes(
             acc, w0, w1, w2, w3, w4, w5, w6, w7, x, here, left, S, Z, row, NP,
-            0, GROUP, HAS_OFFSET, JOINED, EVEN_M, EVEN_K,
+            0, GROUP, HAS_OFFSET, JOINED, EVEN_K,
         )  # fmt: skip
         acc = eight_planes(
             acc, w8, w9, wa, wb, wc, wd, we, wf, x + 128, here, left - 128, S, Z, row, NP,
-            8, GROUP, HAS_OFFSET, JOINED, EVEN_M, EVEN_K,
+            8, GROUP, HAS_OFFSET, JOINED, EVEN_K,
         )  # fmt: skip
         words += NP * 16
         x += 256

@@ -15,7 +15,7 @@ from fxopt.backends.triton.kernels.planes import group_row, planes4
 def w4a16(
     X, Q, S, Z, F, BIAS, OTHER, Y, M, N, K, NP, stride_x, TILES,
     GROUP: tl.constexpr, IS_SHIFT: tl.constexpr, HAS_OFFSET: tl.constexpr, JOINED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr, IS_SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EVEN_K: tl.constexpr, IS_SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
     """Program (m, n, split): rows n * BN ... of the weight, rows m * BM ... of x, TILES tiles of 128 inputs.
@@ -38,7 +38,7 @@ def w4a16(
         left = K - t * 128
         acc = eight_planes(
             acc, w0, w1, w2, w3, w4, w5, w6, w7, x, here, left, S, Z, row, NP,
-            0, GROUP, HAS_OFFSET, JOINED, EVEN_M, EVEN_K,
+            0, GROUP, HAS_OFFSET, JOINED, EVEN_K,
         )  # fmt: skip
         words += NP * 16
         x += 128

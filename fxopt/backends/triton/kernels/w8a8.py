@@ -8,7 +8,7 @@ from fxopt.backends.triton.kernels.int8_parts import store_int8, tile_of
 
 @triton.jit(do_not_specialize=["M"])
 def w8a8(
-    A, B, SA, MOVED, SB, SUMS, BIAS, OTHER, Y, M, N, K,
+    A, B, SA, ZERO, SB, SUMS, BIAS, OTHER, Y, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
     PER_ROW: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
@@ -44,5 +44,5 @@ def w8a8(
         b += BK
     sums = tl.trans(acc) if SWAP else acc
     store_int8(
-        sums, SA, MOVED, SB, SUMS, BIAS, OTHER, Y, m, n, M, N, PER_ROW, HAS_ZERO, HAS_BIAS, ACT, COMBINE
+        sums, SA, ZERO, SB, SUMS, BIAS, OTHER, Y, m, n, M, N, PER_ROW, HAS_ZERO, HAS_BIAS, ACT, COMBINE
     )  # fmt: skip

@@ -8,7 +8,7 @@ from fxopt.backends.triton.kernels.int8_parts import store_int8, tile_of
 
 @triton.jit(do_not_specialize=["M"])
 def w8a8_tma(
-    A, B, SA, MOVED, SB, SUMS, BIAS, OTHER, Y, M, N, K,
+    A, B, SA, ZERO, SB, SUMS, BIAS, OTHER, Y, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PER_ROW: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
@@ -22,5 +22,5 @@ def w8a8_tma(
     m = pm * BM + tl.arange(0, BM)
     n = pn * BN + tl.arange(0, BN)
     store_int8(
-        acc, SA, MOVED, SB, SUMS, BIAS, OTHER, Y, m, n, M, N, PER_ROW, HAS_ZERO, HAS_BIAS, ACT, COMBINE
+        acc, SA, ZERO, SB, SUMS, BIAS, OTHER, Y, m, n, M, N, PER_ROW, HAS_ZERO, HAS_BIAS, ACT, COMBINE
     )  # fmt: skip

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fxopt.backends.triton.chips import chip_for
-from fxopt.backends.triton.configs import Config, linear_config, splits_for
-from fxopt.backends.triton.formats import Layout, Packed, dequantized, parse
+from fxopt.backends.triton.configs import Choice, choice_of, linear_key, splits_for
+from fxopt.backends.triton.epilogues import Epilogue
+from fxopt.backends.triton.formats import Packed, dequantized, parse
 from fxopt.backends.triton.launch import launch
-from fxopt.backends.triton.ops.registry import KernelOp, contiguous_rows
-from fxopt.errors import InvalidOption
+from fxopt.backends.triton.ops.registry import KernelOp, contiguous_rows, usable
 
-ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
-COMBINATIONS = ("", "add", "mul")
+MOST_ROWS = 512  # of more, the weight is dequantised first: reading it again costs little beside the product
 _REDUCED = 1024  # columns of a program that sums partial results
+_DEQUANTIZED = 64  # rows of a program that dequantises
 
 
 def _reference(
@@ -35,58 +35,60 @@ def _reference(
     combine: str,
 ) -> Tensor:
     packed = Packed(parse(layout), words, scales, offsets, factors, outputs, columns, group)
-    y = torch.nn.functional.linear(x.float(), dequantized(packed), None if bias is None else bias.float())
-    return epilogue(y, other, activation, combine).to(x.dtype)
-
-
-def epilogue(y: Tensor, other: Tensor | None, activation: str, combine: str) -> Tensor:
-    """The activation of float32 values, plus or times a second operand.
-
-    Raises:
-        InvalidOption: the activation or combination is unknown, or has no operand.
-    """
-    _code(ACTIVATIONS, activation, "activation")
-    if (other is None) != (_code(COMBINATIONS, combine, "combination") == 0):
-        raise InvalidOption(f"combine={combine!r} {'without' if other is None else 'with'} a second operand")
-    if activation == "relu":
-        y = y.relu()
-    elif activation == "silu":
-        y = torch.nn.functional.silu(y)
-    elif activation:
-        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    if other is not None:
-        y = y + other if combine == "add" else y * other
-    return y
-
-
-def _code(known: tuple[str, ...], name: str, what: str) -> int:
-    if name not in known:
-        raise InvalidOption(f"{what} {name!r}; expected one of {known}")
-    return known.index(name)
+    y = torch.nn.functional.linear(x.float(), dequantized(packed))
+    return Epilogue(bias, other, activation, combine).apply(y).to(x.dtype)
 
 
 def _kernels(*flat: Any) -> Tensor:
     """The same with kernels; arguments as those of the reference."""
     x, words, scales, offsets, factors, bias, other, layout, outputs, columns, group, activation, combine = flat
-    rows = contiguous_rows(x, columns)
-    count = len(rows)
-    y = x.new_empty(count, outputs)
-    if other is not None:
-        other = other.reshape(count, outputs).contiguous()
     packed = Packed(parse(layout), words, scales, offsets, factors, outputs, columns, group)
-    in_two = x.dtype == torch.float32
-    if in_two:
-        rows = two_terms(rows)
-    config = linear_config(chip_for(x), packed, rows)
-    splits = splits_for(chip_for(x), config, len(rows), packed)
-    tail = (bias, other, _code(ACTIVATIONS, activation, "activation"), _code(COMBINATIONS, combine, "combination"))
-    if splits == 1 and not in_two:
-        product(rows, packed, config, y, 1, tail)
-    else:
-        parts = torch.empty(splits, len(rows), outputs, dtype=torch.float32, device=x.device)
-        product(rows, packed, config, parts, splits)
-        _reduce(parts, y, splits * (2 if in_two else 1), tail)
+    rows = contiguous_rows(x, columns)
+    if len(rows) > MOST_ROWS:
+        y = torch.nn.functional.linear(rows, _whole_weight(packed, x))
+        return Epilogue(bias, other, activation, combine).apply(y).reshape(*x.shape[:-1], outputs)
+    y = x.new_empty(len(rows), outputs)
+    tail = Epilogue(bias, other, activation, combine).flat(len(rows), outputs)
+    parts = partial_sums(rows, packed, y, tail)
+    if parts is not None:
+        _reduce(parts, y, tail)
     return y.reshape(*x.shape[:-1], outputs)
+
+
+def _whole_weight(packed: Packed, x: Tensor) -> Tensor:
+    """The weight [outputs, columns] in the type of x."""
+    from fxopt.backends.triton.kernels.dequantize_words import dequantize_words
+
+    layout, rows = packed.layout, packed.words.shape[1]
+    weight = x.new_empty(packed.outputs, packed.columns)
+    offsets = packed.scales if packed.offsets is None else packed.offsets
+    arguments = (packed.words, packed.scales, offsets, packed.factors, weight, *weight.shape, rows)
+    constants = {
+        "GROUP": packed.group, "BITS": layout.bits, "IS_SHIFT": layout.is_shift,
+        "HAS_OFFSET": packed.offsets is not None, "BN": _DEQUANTIZED,
+    }  # fmt: skip
+    launch(dequantize_words, (len(packed.words), rows // _DEQUANTIZED), arguments, constants, 4, 1)
+    return weight
+
+
+def partial_sums(x: Tensor, packed: Packed, y: Tensor | None, tail: Epilogue) -> Tensor | None:
+    """x @ weight.T as partial sums float32 [splits, rows, outputs], or, where one is enough, whole in y (then None).
+
+    Args:
+        x: [rows, in], rows contiguous; float32 is computed as the sum of two bfloat16 terms.
+        y: [rows, outputs]; None: always partial sums.
+    """
+    in_two = x.dtype == torch.float32
+    operand = two_terms(x) if in_two else x
+    chip, count = chip_for(x), len(operand)
+    choice = usable(chip, linear_key(packed, operand.dtype, count))
+    splits = splits_for(chip, choice, count, packed)
+    if splits == 1 and not in_two and y is not None:
+        _product(operand, packed, choice, 1, y, tail, False)
+        return None
+    parts = torch.empty(splits, count, packed.outputs, dtype=torch.float32, device=x.device)
+    _product(operand, packed, choice, splits, parts, Epilogue(), True)
+    return parts.reshape(-1, len(x), packed.outputs)
 
 
 def two_terms(x: Tensor) -> Tensor:
@@ -95,45 +97,35 @@ def two_terms(x: Tensor) -> Tensor:
     return torch.cat([high, (x - high.float()).to(torch.bfloat16)])
 
 
-Tail = tuple[Tensor | None, Tensor | None, int, int]  # bias, second operand, activation, combination
-
-
-def product(
-    x: Tensor, packed: Packed, config: Config, y: Tensor, splits: int, tail: Tail | None = None
-) -> None:
-    """x @ weight.T into y [rows, outputs] with its epilogue, or (no `tail`) into partial sums [splits, rows, outputs]."""
+def _product(x: Tensor, packed: Packed, choice: Choice, splits: int, y: Tensor, tail: Epilogue, is_split: bool) -> None:
     from fxopt.backends.triton.kernels.w2a16 import w2a16
     from fxopt.backends.triton.kernels.w4a16 import w4a16
 
-    layout = packed.layout
-    bias, other, activation, combine = (None, None, 0, 0) if tail is None else tail
-    rows = len(x)
-    tiles = -(-(-(-packed.columns // layout.tile)) // splits)
+    layout, rows = packed.layout, len(x)
+    tiles = -(-packed.columns // layout.tile)
     arguments = (
         x, packed.words, packed.scales, packed.scales if packed.offsets is None else packed.offsets, packed.factors,
-        x if bias is None else bias, x if other is None else other, y,
-        rows, packed.outputs, packed.columns, packed.words.shape[1], x.stride(0), tiles,
+        *tail.operands(x), y, rows, packed.outputs, packed.columns, packed.words.shape[1], x.stride(0),
+        -(-tiles // splits),
     )  # fmt: skip
     constants = {
-        "GROUP": packed.group, "HAS_OFFSET": packed.offsets is not None, "JOINED": config.joined,
-        "BM": config.bm, "BN": config.bn,
-        "EVEN_M": rows % config.bm == 0, "EVEN_K": packed.columns % layout.tile == 0, "IS_SPLIT": tail is None,
-        "HAS_BIAS": bias is not None, "ACT": activation, "COMBINE": combine,
+        "GROUP": packed.group, "HAS_OFFSET": packed.offsets is not None, **choice.constants,
+        "EVEN_K": packed.columns % layout.tile == 0,
+        "IS_SPLIT": is_split, **tail.constants(),
     }  # fmt: skip
     if layout.bits == 4:
         constants["IS_SHIFT"] = layout.is_shift
-    grid = (-(-rows // config.bm), packed.words.shape[1] // config.bn, splits)
-    launch(w4a16 if layout.bits == 4 else w2a16, grid, arguments, constants, config.warps, config.stages)
+    grid = (-(-rows // choice["BM"]), packed.words.shape[1] // choice["BN"], splits)
+    launch(w4a16 if layout.bits == 4 else w2a16, grid, arguments, constants, choice.warps, choice.stages)
 
 
-def _reduce(parts: Tensor, y: Tensor, splits: int, tail: Tail) -> None:
+def _reduce(parts: Tensor, y: Tensor, tail: Epilogue) -> None:
     from fxopt.backends.triton.kernels.split_reduce import split_reduce
 
-    bias, other, activation, combine = tail
     rows, columns = y.shape
-    arguments = (parts, y if bias is None else bias, y if other is None else other, y, rows, columns, splits)
-    constants = {"BN": _REDUCED, "HAS_BIAS": bias is not None, "ACT": activation, "COMBINE": combine}
-    launch(split_reduce, (rows, -(-columns // _REDUCED)), arguments, constants, 4, 1)
+    arguments = (parts, *tail.operands(y), y, rows, columns, len(parts))
+    grid = (rows, -(-columns // _REDUCED))
+    launch(split_reduce, grid, arguments, {"BN": _REDUCED, **tail.constants()}, 4, 1)
 
 
 linear_packed = KernelOp("linear_packed", _reference, _kernels)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from fxopt.backends.triton.chips import Chip
+from fxopt.backends.triton.configs import Choice, choice_of
+from fxopt.errors import Unsupported
+
 P = ParamSpec("P")
 _LIBRARY: Any = torch.library.Library("fxopt_triton", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -40,3 +44,15 @@ def contiguous_rows(x: Tensor, columns: int) -> Tensor:
     """x [..., columns] as a matrix whose rows are contiguous; a copy only where it must be."""
     rows = x.reshape(-1, columns)
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def usable(chip: Chip, key: str) -> Choice:
+    """The tiles of a kernel.
+
+    Raises:
+        Unsupported: the kernel is not to be used on this chip.
+    """
+    choice = choice_of(chip, key)
+    if choice is None:
+        raise Unsupported(f"{key} has no configuration for {chip.sm} that compiles without spills")
+    return choice
