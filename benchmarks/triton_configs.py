@@ -65,7 +65,8 @@ def linears() -> Iterator[Space]:
                         return Work(programs * splits, size / tile / splits, adds, moved, choice.stages)
 
                     searched = element == "fp16" and how in hows[:2] and layout != "shift4"
-                    like = f"{layout.replace('shift', 'planar')}/fp16/{rows}/{'scaled' if how in hows[1::2] else 'summed'}"
+                    alike = "scaled" if how in hows[1::2] else "summed"
+                    like = f"{layout.replace('shift', 'planar')}/fp16/{rows}/{alike}"
                     yield Space(f"{layout}/{element}/{rows}/{how}", made, work, "" if searched else like)
 
 
@@ -175,10 +176,12 @@ def main() -> None:
 
 def write(path: Any, arch: int, rows: dict[str, Any]) -> None:
     """A table, one row a line."""
-    lines = [f'  "{key}": {{\n' + ",\n".join(f'   "{version}": {json.dumps(row, sort_keys=True)}' for version, row in sorted(found.items())) + "\n  }"
-             for key, found in sorted(rows.items())]
+    lines = []
+    for key, found in sorted(rows.items()):
+        inside = (f'   "{version}": {json.dumps(row, sort_keys=True)}' for version, row in sorted(found.items()))
+        lines.append(f'  "{key}": {{\n' + ",\n".join(inside) + "\n  }")
     note = f'"arch": "sm_{arch}", "made": "by benchmarks/triton_configs.py from static reports; nothing was timed"'
-    path.write_text(f"{{\n {note},\n \"rows\": {{\n" + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
+    path.write_text(f'{{\n {note},\n "rows": {{\n' + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ _EVERYWHERE = ("linear_w8a8", "linear_w8a8_dynamic", "linear_fp8")
 
 
 def answer(target: Target | None, op: str, dtype: str, pattern: str) -> str:
-    """"" for yes, else the reason."""
+    """ "" for yes, else the reason."""
     if op in _EVERYWHERE:
         return ""
     asked = dict(item.split("=", 1) for item in pattern.split(",") if "=" in item)
@@ -45,9 +45,9 @@ def predicted(cost: Cost, target: Target) -> Prediction | None:
     form = dict(cost.form)
     element = _TYPES.get(cost.dtype)
     layout = SHIFT4 if form.get("op") == "linear_shift" else layout_for(form.get("bits", 0))
-    if target.kind != "cuda" or form.get("op") not in ("linear_nbits", "linear_shift") or layout is None or element is None:
+    if target.kind != "cuda" or form.get("op") not in ("linear_nbits", "linear_shift"):
         return None
-    if refusal(layout.bits, form["group"], form["in"]):
+    if layout is None or element is None or refusal(layout.bits, form["group"], form["in"]):
         return None
     rows = form["rows"] * (2 if cost.dtype == "float32" else 1)  # two terms
     found = worth.packed_linear(target, rows, form["out"], form["in"], layout, form["group"], element)

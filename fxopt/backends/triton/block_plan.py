@@ -62,11 +62,20 @@ def block_plan(patterns: tuple[int, ...], length: int, queries: int, keys: int, 
     work = torch.argsort(counts[1:] - counts[:-1], descending=True, stable=True)
     listed = torch.cat(columns) if columns else torch.zeros(0)
     pairs = len(lists) * blocks * -(-length // keys)
-    on = [
-        tensor.to(torch.int32).to(device)
-        for tensor in (work, counts, torch.tensor(partial), listed, torch.tensor(parameters).reshape(-1, NUMBERS))
-    ]
-    return BlockPlan(*on, blocks, len(listed) / pairs if pairs else 0.0)
+
+    def stored(numbers: Tensor) -> Tensor:
+        return numbers.to(torch.int32).to(device)
+
+    heads = torch.tensor(parameters).reshape(-1, NUMBERS)
+    return BlockPlan(
+        stored(work),
+        stored(counts),
+        stored(torch.tensor(partial)),
+        stored(listed),
+        stored(heads),
+        blocks,
+        len(listed) / pairs if pairs else 0.0,
+    )
 
 
 def may_renumber(patterns: tuple[int, ...], length: int) -> bool:
@@ -78,13 +87,11 @@ def _has_frames(pattern: Pattern, length: int) -> bool:
     return pattern[0] == 1 and pattern[2] < length and length % pattern[2] == 0
 
 
-def _seen(
-    pattern: Pattern, length: int, queries: int, keys: int, frames: int, frame: int
-) -> tuple[Tensor, Tensor]:
+def _seen(pattern: Pattern, length: int, queries: int, keys: int, frames: int, frame: int) -> tuple[Tensor, Tensor]:
     """Which blocks of numbers see each other at all, and which whole; blocks that are not filled are never whole.
 
-    With frames, number u is at place u // frames of some frame, and the pattern's period is a frame: places decide. Sinks
-    are in the first frame; a block that may hold one counts as seen.
+    With frames, number u is at place u // frames of some frame, and the pattern's period is a frame: places decide.
+    Sinks are in the first frame; a block that may hold one counts as seen.
     """
     rows, columns = _ranges(length, queries), _ranges(length, keys)
     filled = columns[:, 1] - columns[:, 0] == keys - 1

@@ -1,7 +1,8 @@
 """Compiled kernels in a folder: taken out of Triton's cache where they were made, put into it where they are used.
 
-A bundle holds no paths of the machine that made it. Triton finds a kernel again by its key: the Triton build, the kernel's
-source, types, constants and chip. So what does not fit is never run; it is compiled at its first use instead.
+A bundle holds no paths of the machine that made it. Triton finds a kernel again by its key: the Triton build, the
+kernel's source, types, constants and chip. So what does not fit is never run; it is compiled at its first use instead.
+Machine code runs as it is: load only what you trust.
 
     manifest.json           architecture, Triton version and build, kernels
     <key>/<kernel>.cubin    machine code
@@ -64,22 +65,24 @@ class Bundle:
                 _plain(key): {_plain(name): (folder / key / name).read_bytes() for name in names}
                 for key, names in manifest["kernels"].items()
             }
-            fields = (str(manifest[name]) for name in ("arch", "triton", "build"))
-            return cls(*fields, tuple(manifest["layouts"]), kernels)
+            layouts = tuple(map(str, manifest["layouts"]))
+            return cls(str(manifest["arch"]), str(manifest["triton"]), str(manifest["build"]), layouts, kernels)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InvalidModel):
                 raise
-            raise InvalidModel(f"{folder} holds no kernels that can be read: {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise InvalidModel(f"{folder} holds no kernels that can be read: {reason}") from error
 
     def misfit(self, arch: str) -> str:
         """Why the kernels are not used on a chip of this architecture with the installed Triton; "" when they are."""
         made, here = f"{self.arch}, Triton {self.triton}", f"{arch}, Triton {library.version()}"
         if self.layouts != _layouts():
-            return f"the saved kernels take packed weights of {', '.join(self.layouts)}, this version has {', '.join(_layouts())}"
+            theirs, ours = ", ".join(self.layouts), ", ".join(_layouts())
+            return f"the saved kernels take packed weights of {theirs}, this version has {ours}"
         if (self.arch, self.triton) != (arch, library.version()):
             return f"the saved kernels were compiled for {made}; here is {here}"
         if self.build != library.build_key():
-            return f"the saved kernels were compiled by another build of Triton {self.triton} (another Python version, say)"
+            return f"the saved kernels were compiled by another build of Triton {self.triton} (of another Python, say)"
         return ""
 
     def install(self) -> int:
@@ -90,7 +93,7 @@ class Bundle:
             described = next(name for name in files if name.endswith(".json"))
             if manager.get_group(described) is not None:
                 continue
-            group = {name: manager.put(content, name, binary=name.endswith(".cubin")) for name, content in files.items()}
+            group = {name: manager.put(content, name) for name, content in files.items()}
             manager.put_group(described, group)
             added += 1
         return added

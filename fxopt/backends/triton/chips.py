@@ -18,8 +18,8 @@ LEAST = 80  # compute capability 8.0: products of 16-bit floats and int8 that th
 class Chip:
     """A GPU.
 
-    Units: bytes of shared memory, clock cycles a second. Rates are per multiprocessor and clock: instructions of a thread, and
-    multiply-adds of 16-bit floats in tensor cores (8-bit operands: twice as many).
+    Units: bytes of shared memory, clock cycles a second. Rates are per multiprocessor and clock: instructions of
+    a thread, and multiply-adds of 16-bit floats in tensor cores (8-bit operands: twice as many).
     """
 
     name: str
@@ -42,7 +42,7 @@ class Chip:
 
     @property
     def sm(self) -> str:
-        """"sm_80"."""
+        """ "sm_80"."""
         return f"sm_{self.arch}"
 
 
@@ -67,7 +67,8 @@ def chip_of_arch(arch: int, multiprocessors: int, clock: float, name: str = "") 
         Unsupported: it is before 8.0.
     """
     if arch < LEAST:
-        raise Unsupported(f"compute capability {arch // 10}.{arch % 10}: the kernels need {LEAST // 10}.{LEAST % 10} or later")
+        given, least = divmod(arch, 10), divmod(LEAST, 10)
+        raise Unsupported(f"compute capability {given[0]}.{given[1]}: the kernels need {least[0]}.{least[1]} or later")
     label = name or f"sm_{arch}"
     if arch in (80, 87):
         return Chip(label, arch, multiprocessors, clock, 164 * _KIB, 163 * _KIB, convert_rate=16, float_rate=64)

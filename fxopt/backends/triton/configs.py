@@ -1,8 +1,8 @@
 """Which tile sizes, warps and stages a kernel is launched with: tables per architecture and Triton version.
 
 Nothing is timed at run time. The tables in `config_tables/` were made without a GPU, from the static reports of all
-candidates (`python -m benchmarks.triton_configs`); each row holds the report of what it chose, from which the cost model
-(`cost.py`) works.
+candidates (`python -m benchmarks.triton_configs`); each row holds the report of what it chose, from which the cost
+model (`cost.py`) works.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ class Choice:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         assert self.report is not None
-        report = {name: getattr(self.report, name) for name in ("registers", "spilled", "shared", "loop", "tensor_names")}
+        names = ("registers", "spilled", "shared", "loop", "tensor_names")
+        report = {name: getattr(self.report, name) for name in names}
         return {"constants": dict(self.constants), "warps": self.warps, "stages": self.stages, "report": report}
 
 
 def linear_key(packed: Packed, element: torch.dtype, rows: int) -> str:
     """The key of a linear with packed weights: kernel, element type, tile height, what is scaled."""
     how = "offset" if packed.offsets is not None else "scaled" if scales_weights(packed.group, False) else "summed"
-    return f"{packed.layout.name}/{ELEMENTS[element]}/{_at_least(rows, LINEAR_ROWS)}/{how if packed.group else f'{how}-whole'}"
+    whole = "" if packed.group else "-whole"
+    return f"{packed.layout.name}/{ELEMENTS[element]}/{_at_least(rows, LINEAR_ROWS)}/{how}{whole}"
 
 
 def int8_key(rows: int, copies_tiles: bool) -> str:
@@ -83,13 +85,13 @@ def _at_least(value: int, sizes: tuple[int, ...]) -> int:
     return next((size for size in sizes if value <= size), sizes[-1])
 
 
-_FORCED: ContextVar[Mapping[str, Choice]] = ContextVar("fxopt_triton_choices", default={})  # noqa: B039: never changed
+_FORCED: ContextVar[Mapping[str, Choice] | None] = ContextVar("fxopt_triton_choices", default=None)
 
 
 @contextmanager
 def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
     """Inside, these keys have these choices: for making the tables, and for tests."""
-    token = _FORCED.set({**_FORCED.get(), **choices})
+    token = _FORCED.set({**(_FORCED.get() or {}), **choices})
     try:
         yield
     finally:
@@ -98,7 +100,7 @@ def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
 
 def choice_of(chip: Chip, key: str) -> Choice | None:
     """The choice for a key; None when the kernel is not to be used: no candidate of it compiled without spills."""
-    forced_choice = _FORCED.get().get(key)
+    forced_choice = (_FORCED.get() or {}).get(key)
     if forced_choice is not None:
         return forced_choice
     rows: dict[str, Any] = table(table_arch(chip.arch)).get(key, {})

@@ -28,11 +28,13 @@ class Epilogue:
     combine: str = ""
 
     def __post_init__(self) -> None:
-        for known, name, what in ((ACTIVATIONS, self.activation, "activation"), (COMBINATIONS, self.combine, "combine")):
+        names = ((ACTIVATIONS, self.activation, "activation"), (COMBINATIONS, self.combine, "combine"))
+        for known, name, what in names:
             if name not in known:
                 raise InvalidOption(f"{what}={name!r}; expected one of {known}")
         if bool(self.combine) != (self.other is not None):
-            raise InvalidOption(f"combine={self.combine!r} {'with' if self.other is not None else 'without'} a second operand")
+            given = "without" if self.other is None else "with"
+            raise InvalidOption(f"combine={self.combine!r} {given} a second operand")
 
     def constants(self) -> dict[str, Any]:
         """The kernel's constants."""

@@ -18,7 +18,7 @@ from fxopt.backends.triton.chips import LEAST
 from fxopt.backends.triton.cuda_graphs import Replays
 from fxopt.backends.triton.lower import lowered
 from fxopt.backends.triton.lower.job import Job
-from fxopt.errors import FxoptError, InvalidModel
+from fxopt.errors import InvalidModel
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Verdict
@@ -36,7 +36,7 @@ def usable_gpu() -> str:
 
 
 class TritonExecutable(EagerExecutable):
-    """The graph, lowered and compiled when it is first needed: by a call on a GPU, by `verdicts` or by `save_beside`."""
+    """The graph, lowered and compiled when it is first needed: by a call on a GPU, `verdicts` or `save_beside`."""
 
     def __init__(
         self, graph: Graph, target: Target, evaluator: Evaluator | None = None, saved: Path | None = None
@@ -67,7 +67,7 @@ class TritonExecutable(EagerExecutable):
         if not kernels.reports and not kernels.refused:
             return []
         return [
-            f"{len(kernels.reports)} kernels compiled for {kernels.chip.sm}, {len(kernels.refused)} of them not used; nothing "
+            f"{len(kernels.reports)} kernels compiled for {kernels.chip.sm}, {len(kernels.refused)} not used; nothing "
             "was run on the target. What torch.compile makes of the rest is compiled there"
         ]
 
@@ -81,7 +81,8 @@ class TritonExecutable(EagerExecutable):
         """The outputs on flat inputs; those on another device than the GPU come back there."""
         if not usable_gpu() or not all(isinstance(value, Tensor) for value in inputs):
             return super().run(inputs)
-        device = next((value.device for value in inputs if value.is_cuda), torch.device("cuda", torch.cuda.current_device()))
+        here = torch.device("cuda", torch.cuda.current_device())
+        device = next((value.device for value in inputs if value.is_cuda), here)
         results = self._runner(device)([value.to(device) for value in inputs])
         back = inputs[0].device if inputs else device
         return [result.to(back) for result in results]
@@ -120,6 +121,3 @@ class TritonExecutable(EagerExecutable):
         """Drop what was captured and lowered."""
         self._runners.clear()
         self._job = None
-
-
-__all__ = ["FxoptError", "TritonExecutable", "usable_gpu"]

@@ -1,8 +1,8 @@
-"""How the kernels want weights: codes in planes, scales beside them. Versioned: a kernel only takes what it was written for.
+"""How kernels want weights: codes in planes, scales beside them; versioned, so that a kernel gets what it was made for.
 
 The inputs of a row are cut into tiles of 16 words; plane i of a tile holds 16 neighbouring inputs, word c has its code
-of plane i in bits i * bits ... (i + 1) * bits - 1. So one word gives one value to each plane, and the tile that a program
-loads is one contiguous piece of memory:
+of plane i in bits i * bits ... (i + 1) * bits - 1. So one word gives one value to each plane, and the tile that a
+program loads is one contiguous piece of memory:
 
     words int32 [tiles, rows, 16]: input tile * 16 * planes + i * 16 + c
 
@@ -71,7 +71,8 @@ def parse(text: str) -> Layout:
     if name not in LAYOUTS:
         raise unknown("packed layout", name, LAYOUTS)
     if text != str(LAYOUTS[name]):
-        raise Unsupported(f"packed weights have layout {name} version {version}, expected {LAYOUTS[name]}; pack them again")
+        known = LAYOUTS[name]
+        raise Unsupported(f"packed weights have layout {name}, version {version}; expected {known}: pack them again")
     return LAYOUTS[name]
 
 
@@ -162,7 +163,7 @@ def pack_integers(
 
 
 def pack_shifts(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Packed:
-    """Pack signs and exponents: codes uint8 [out, in] as in `fxopt.ir.ops.linear_shift`, scales float32 [out, groups]."""
+    """Pack signs and exponents: codes uint8 [out, in] as in `linear_shift`, scales float32 [out, groups]."""
     outputs, columns = codes.shape
     reason = refusal(4, group, columns)
     if reason:
@@ -200,7 +201,7 @@ def _filled(factors: Tensor, words: Tensor) -> Tensor:
 
 
 def pack_words(codes: Tensor, layout: Layout, fill: int, moved: int = 0) -> Tensor:
-    """uint8 codes [out, in], each raised by `moved`, as int32 words [tiles, rows, 16]; `fill` is the code of padding."""
+    """uint8 codes [out, in], raised by `moved`, as int32 words [tiles, rows, 16]; `fill` is the code of padding."""
     outputs, columns = codes.shape
     tiles, rows = -(-columns // layout.tile), -(-outputs // ROWS) * ROWS
     words = torch.empty(tiles, rows, COLUMNS, dtype=torch.int32, device=codes.device)

@@ -1,4 +1,4 @@
-"""Triton's own modules, untyped. Kernels import them directly; everything else comes through here, when it is needed."""
+"""Triton's own modules, untyped: kernels import them directly, everything else gets them here, when it needs them."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def integers(element: Element, bits: int) -> str:
 def shift4(element: Element) -> str:
     """Eight planes of +-2 ** (c - 15), of codes of a sign bit and three bits c; c = 0 is zero.
 
-    The bits are moved to where a float has its sign and exponent: nothing is multiplied in fp16; in bf16, whose exponents
-    begin lower, the result is scaled by a power of two.
+    The bits are moved to where a float has its sign and exponent: nothing is multiplied in fp16; in bf16, whose
+    exponents begin lower, the result is scaled by a power of two.
     """
     exponent = _MANTISSA[element]  # position of its lowest bit
     bias = {"fp16": 15, "bf16": 127}[element]
@@ -83,7 +83,7 @@ class _Text:
     """A block of instructions; pairs of constants get a register each."""
 
     def __init__(self, planes: int, element: Element) -> None:
-        self.element = element
+        self.element: Element = element
         self.constants: dict[int, str] = {}
         self.lines = [f"prmt.b32 {out}, ${planes}, ${planes + 1}, {half};" for out, half in (("t", _LOW), ("u", _HIGH))]
 

@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fxopt.backends.triton import library
@@ -38,6 +37,8 @@ _CLASSES = (
     ("move", r"(MOV|SEL|CS2R|S2R|S2UR|R2UR|R2P|P2R|PLOP3|NOP)"),
 )
 _UNIFORM = re.compile(r"U(?!TC|TMA|BLKCP)(?=[A-Z])")  # the same instruction once per warp
+
+
 @dataclass(frozen=True)
 class StaticReport:
     """One compiled kernel.
@@ -156,11 +157,10 @@ def _hottest(code: list[_Instruction]) -> list[str]:
         if target is not None and int(target[1], 16) < address:
             begin = int(target[1], 16)
             bodies.append((begin, address, [other for place, other, _ in code if begin <= place <= address]))
-    inner = [body for begin, end, body in bodies if not any(begin <= b and e < end or begin < b and e <= end for b, e, _ in bodies)]
-    if not inner:
+    if not bodies:
         return []
-    with_tensor = [body for _, _, body in bodies]
-    best = max(with_tensor, key=lambda body: (_tensor(body), -len(body)))
+    best = max((body for _, _, body in bodies), key=lambda body: (_tensor(body), -len(body)))
+    inner = [body for begin, end, body in bodies if not any(begin < b and e < end for b, e, _ in bodies)]
     return best if _tensor(best) else max(inner, key=len)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.backends.triton.formats import LAYOUTS, ROWS, COLUMNS, scales_weights
+from fxopt.backends.triton.formats import COLUMNS, LAYOUTS, ROWS, scales_weights
 from fxopt.backends.triton.ops.decode_attention import decode_attention
 from fxopt.backends.triton.ops.linear_int8 import linear_int8
 from fxopt.backends.triton.ops.linear_packed import linear_packed

@@ -17,7 +17,8 @@ from fxopt.ir.target import Target
 
 _LEAST = 0.95  # of the time of what it replaces
 _SHARE = 0.9  # of the bandwidth
-_DENSE_ATTENTION = 0.6  # of the peak: what the best dense kernels reach (Shah et al., "FlashAttention-3", 2024: 0.37 to 0.66)
+# Share of the peak that the best dense attention reaches: 0.37 to 0.66 in Shah et al., "FlashAttention-3" (2024).
+_DENSE_ATTENTION = 0.6
 _SPARSE_24 = 0.7  # of twice the dense rate: 1.4x, as PyTorch's tutorial on semi-structured sparsity measured on an A100
 _LEAST_SPARSE_ROWS = 64
 _LAUNCH = 2e-6  # seconds of a second launch
@@ -37,7 +38,7 @@ class Comparison:
         return self.kernel < _LEAST * self.plain
 
     def refusal(self, what: str, instead: str, target: Target) -> str:
-        """"" when the kernel pays, else why it does not."""
+        """ "" when the kernel pays, else why it does not."""
         if self.pays:
             return ""
         return (
@@ -91,7 +92,9 @@ def shape_of_packed(outputs: int, columns: int, layout: Layout, group: int, elem
     return Packed(layout, words, scales, None, meta(rows, dtype=torch.float32), outputs, columns, group)
 
 
-def nbits_refusal(target: Target, rows: int, outputs: int, columns: int, bits: int, group: int, element: torch.dtype) -> str:
+def nbits_refusal(
+    target: Target, rows: int, outputs: int, columns: int, bits: int, group: int, element: torch.dtype
+) -> str:
     """Why weights of so many bits do not pay at this size; "" when they do."""
     layout = layout_for(bits)
     found = None if layout is None else packed_linear(target, rows, outputs, columns, layout, group, element)
@@ -118,7 +121,9 @@ def sparse_24_refusal(target: Target, rows: int, outputs: int, columns: int, ele
     if name not in target.sparse_24:
         return f"{target.name} lists no 2:4 rate of {name}"
     if rows < _LEAST_SPARSE_ROWS:
-        return f"2:4 products are filled up to {_LEAST_SPARSE_ROWS} rows; there are {rows} (nothing measured on {target.name})"
+        return (
+            f"2:4 products do not pay for fewer than {_LEAST_SPARSE_ROWS} rows ({rows}; not measured on {target.name})"
+        )
     moved = 2.0 * (outputs * columns * 9 / 16 + rows * (outputs + columns))
     rate = target.sparse_24[name] * efficiency(target, "linear", name) * _SPARSE_24
     seconds = max(moved / (target.bandwidth * _SHARE), 2.0 * rows * outputs * columns / rate)
@@ -126,8 +131,10 @@ def sparse_24_refusal(target: Target, rows: int, outputs: int, columns: int, ele
     return Comparison(seconds, plain, "compute").refusal(f"2:4 of {outputs} x {columns} at {rows} rows", name, target)
 
 
-def break_even_density(target: Target, heads: int, length: int, width: int, element: torch.dtype, renumbered: bool) -> float:
-    """The share of blocks below which pattern-sparse attention is predicted to be faster than dense attention; 0: never."""
+def break_even_density(
+    target: Target, heads: int, length: int, width: int, element: torch.dtype, renumbered: bool
+) -> float:
+    """The share of blocks below which pattern-sparse attention is predicted to be faster than dense; 0: never."""
     chip = chip_of(target)
     choice = choice_of(chip, pattern_key(element, width, renumbered))
     if choice is None or choice.report is None:

@@ -8,7 +8,8 @@ TARGET = Target(
     arch="sm_100",
     backend="triton",
     source=(
-        "NVIDIA HGX B200 data sheet (a GPU of eight, half of the rates stated with sparsity); L2 size as reported by its driver; "
+        "NVIDIA HGX B200 data sheet (a GPU of eight, half of the rates stated with sparsity); L2 size as its driver "
+        "reports it; "
         "launch time and efficiency factors are assumptions"
     ),
     error="never measured",

@@ -1,7 +1,7 @@
 """Attention in which every head sees keys by a pattern: everything, a diagonal, many diagonals, stripes, nothing.
 
-Source: the patterns of Chen et al., "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video Diffusion
-Transformers" (2025), in one formula.
+Source: the patterns of Chen et al., "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video
+Diffusion Transformers" (2025), in one formula.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def patterns_of(numbers: Sequence[int]) -> list[Pattern]:
     for start in range(0, len(numbers), NUMBERS):
         slope, offset, period, width, sink = (int(number) for number in numbers[start : start + NUMBERS])
         if slope not in (0, 1) or period < 1:
-            raise InvalidInput(f"pattern {start // NUMBERS} has slope {slope} and period {period}; expected 0 or 1, and >= 1")
+            raise InvalidInput(
+                f"pattern {start // NUMBERS} has slope {slope} and period {period}; expected 0 or 1, and >= 1"
+            )
         found.append((slope, offset, period, width, sink))
     return found
 

@@ -1,7 +1,7 @@
 """Linear whose weights are signs and powers of two, with a scale per output and group of inputs.
 
-Source: You et al., "ShiftAddViT: Mixture of Multiplication Primitives Towards Efficient Vision Transformer" (2023), with
-exponents clamped to -6 ... 0 as its 4-bit form does, and zero.
+Source: You et al., "ShiftAddViT: Mixture of Multiplication Primitives Towards Efficient Vision Transformer" (2023),
+with exponents clamped to -6 ... 0 as its 4-bit form does, and zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LARGEST = 7  # the code whose value is one
 
 
 def shift_values(codes: Tensor) -> Tensor:
-    """The weights of codes 0 ... 15, float32: bit 3 is the sign, bits 0 to 2 c stand for 2 ** (c - 7), or 0 for c = 0."""
+    """The weights of codes 0 ... 15, float32: bit 3 is the sign, bits 0 to 2 stand for 2 ** (c - 7), or 0 for c = 0."""
     place = (codes & 7).float()
     magnitude = torch.where(place > 0, torch.exp2(place - _LARGEST), 0.0)
     return torch.where(codes > _LARGEST, -magnitude, magnitude)

@@ -52,7 +52,9 @@ def test_scales(element: ptx.Element, with_offset: bool) -> None:
     assert (READ[element](result) == (-7.5 if with_offset else -10.5)).all()
 
 
-@pytest.mark.parametrize(("element", "bits", "most"), [("fp16", 4, 1.25), ("bf16", 4, 1.5), ("fp16", 2, 1.125), ("bf16", 2, 1.25)])
+@pytest.mark.parametrize(
+    ("element", "bits", "most"), [("fp16", 4, 1.25), ("bf16", 4, 1.5), ("fp16", 2, 1.125), ("bf16", 2, 1.25)]
+)
 def test_instructions_per_value(element: ptx.Element, bits: int, most: float) -> None:
     """Constants are loaded once, outside of the loop."""
     lines = [line.strip() for line in ptx.integers(element, bits).strip("{} ").split(";")]

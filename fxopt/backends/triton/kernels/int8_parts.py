@@ -8,7 +8,7 @@ from fxopt.backends.triton.kernels.epilogue import finished
 
 @triton.jit
 def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """The tile of a program: GROUP row tiles run through all columns together, so that both operands stay in the cache."""
+    """The tile of a program: GROUP row tiles run through all columns together, so that operands stay in the cache."""
     down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
     first = pid // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)
@@ -23,7 +23,7 @@ def store_int8(
 ):  # fmt: skip
     """Sums int32 [m, n] times the scales of x (SA [M], or one number) and of the weight (SB [N]), with the epilogue.
 
-    HAS_ZERO: codes of x are moved by 128 and a zero point (ZERO, a number), which the row sums of the weight make up for.
+    HAS_ZERO: codes of x are moved by 128 and a zero point (ZERO, a number); the row sums of the weight make up for it.
     """
     mask = (m < M)[:, None] & (n < N)[None, :]
     if HAS_ZERO:

@@ -10,7 +10,7 @@ from fxopt.backends.triton.kernels.planes import joined, scaled
 
 @triton.jit
 def input_tile(x, here, k, left, EVEN_K: tl.constexpr):
-    """x transposed, [k, m]; `here` [1, m] says which rows there are, `left` how many inputs from the tile's first on."""
+    """x transposed, [k, m]; `here` [1, m] says which rows there are, `left` how many inputs from the tile's first."""
     if EVEN_K:
         return tl.load(x, mask=here, other=0.0)
     else:
@@ -66,7 +66,7 @@ def store_linear(
     acc, F, BIAS, OTHER, Y, m, n, M, N,
     IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
-    """The sums [n, m], times the factors of their rows, into Y [M, N]; with IS_SPLIT, into partial sums [splits, M, N]."""
+    """The sums [n, m] times their rows' factors into Y [M, N]; with IS_SPLIT, into partial sums [splits, M, N]."""
     y = tl.trans(acc * tl.load(F + n)[:, None])
     row = m.to(tl.int64)
     mask = (m < M)[:, None] & (n < N)[None, :]

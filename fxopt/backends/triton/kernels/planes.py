@@ -26,8 +26,9 @@ if INTERPRETED:
     def planes4(p, IS_SHIFT: tl.constexpr, ELEMENT: tl.constexpr):
         """The eight planes of 4-bit codes."""
         if IS_SHIFT:
-            return (_power(p, 0, ELEMENT), _power(p, 1, ELEMENT), _power(p, 2, ELEMENT), _power(p, 3, ELEMENT),
-                    _power(p, 4, ELEMENT), _power(p, 5, ELEMENT), _power(p, 6, ELEMENT), _power(p, 7, ELEMENT))  # fmt: skip
+            return (_power(p, 0, ELEMENT), _power(p, 1, ELEMENT), _power(p, 2, ELEMENT),
+                    _power(p, 3, ELEMENT), _power(p, 4, ELEMENT), _power(p, 5, ELEMENT),
+                    _power(p, 6, ELEMENT), _power(p, 7, ELEMENT))  # fmt: skip
         else:
             return (_integer(p, 0, 4, ELEMENT), _integer(p, 1, 4, ELEMENT), _integer(p, 2, 4, ELEMENT),
                     _integer(p, 3, 4, ELEMENT), _integer(p, 4, 4, ELEMENT), _integer(p, 5, 4, ELEMENT),

@@ -16,9 +16,9 @@ def qkv_rope(
 ):  # fmt: skip
     """Program (row, head): row = batch * LENGTH + position, head of HEADS queries, KV_HEADS keys, KV_HEADS values.
 
-    PARTS float32 [SPLITS, ROWS, (HEADS + 2 * KV_HEADS) * D]; X [ROWS, K], the input, with NORM; COS, SIN [batch, LENGTH,
-    D], batches cos_b and positions cos_s apart; outputs [batch, heads, LENGTH, D]. With ROTATED, y[d] = x[d] * cos[d] -
-    x[d + D / 2] * sin[d], and + x[d - D / 2] in the second half. HALF is the power of two that holds D / 2.
+    PARTS float32 [SPLITS, ROWS, (HEADS + 2 * KV_HEADS) * D]; X [ROWS, K], the input, with NORM; COS, SIN [batch,
+    LENGTH, D], batches cos_b and positions cos_s apart; outputs [batch, heads, LENGTH, D]. With ROTATED, y[d] = x[d] *
+    cos[d] - x[d + D / 2] * sin[d], and + x[d - D / 2] in the second half. HALF is the power of two that holds D / 2.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""Activations to int8, a row per program: with a scale of the row's own, or with a scale and zero point that are given."""
+"""Activations to int8, a row per program: with a scale of the row's own, or a scale and zero point that are given."""
 
 import triton
 import triton.language as tl

@@ -12,7 +12,7 @@ def w8a8_tma(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PER_ROW: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
-    """A and B: descriptors of int8 [M, K] and [N, K] with blocks [BM, BK] and [BN, BK]; what is outside reads as zero."""
+    """A, B: descriptors of int8 [M, K] and [N, K] with blocks [BM, BK] and [BN, BK]; what is outside reads as zero."""
     pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     acc = tl.zeros((BM, BN), tl.int32)
     for start in range(0, K, BK):

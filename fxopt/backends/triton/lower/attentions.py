@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,4 +106,3 @@ def patterned(job: Job, node: fx.Node) -> None:
 
 
 RULES: dict[Any, Callable[[Job, fx.Node], None]] = {_SDPA: sdpa, attention_pattern.target: patterned}
-__all__ = ["RULES", "math", "ungrouped"]

@@ -1,9 +1,9 @@
-"""What the rules of lowering share: the graph, the chip, verdicts, and a check that a kernel compiles for a node's shape."""
+"""What the rules of lowering share: graph, chip, verdicts, and a check that a kernel compiles for a node's shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fxopt.backends.triton.offline import compiled
 from fxopt.backends.triton.ops.registry import KernelOp
 from fxopt.backends.triton.static_report import StaticReport, report_on
 from fxopt.errors import Unsupported
-from fxopt.ir.graph import DynamicSize, Graph, hint, label, tensor_value
+from fxopt.ir.graph import Graph, hint, label, tensor_value
 from fxopt.ir.ledger import Verdict
 from fxopt.ir.target import Target
 
@@ -161,6 +161,3 @@ def rows_of(node: object) -> int:
     for dim in () if value is None else value.shape[:-1]:
         count *= hint(dim)
     return count
-
-
-__all__ = ["NAME", "DynamicSize", "Job", "Kernels", "replace", "rows_of"]

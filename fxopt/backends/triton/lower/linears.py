@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ from fxopt.backends.triton.ops.linear_int8 import COPIED, LONGEST, linear_int8
 from fxopt.backends.triton.ops.linear_packed import linear_packed
 from fxopt.backends.triton.ops.tensor_range import tensor_range
 from fxopt.backends.triton.worth import sparse_24_refusal
-from fxopt.ir.graph import tensor_value
+from fxopt.ir.graph import Graph, tensor_value
 from fxopt.ir.ops.linear_24 import expand_24, linear_24
 from fxopt.ir.ops.linear_fp8 import linear_fp8
 from fxopt.ir.ops.linear_nbits import dequantized, linear_nbits
 from fxopt.ir.ops.linear_shift import BITS, linear_shift, shift_values
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
-from fxopt.ir.packing import unpack
+from fxopt.ir.packing import pack, unpack
 
 _LINEAR = torch.ops.aten.linear.default
 _FP8 = 89
@@ -40,26 +41,55 @@ def element_of(x: object) -> torch.dtype | None:
     return value.dtype if value.dtype in ELEMENTS else torch.bfloat16 if value.dtype == torch.float32 else None
 
 
-def pack_nbits(job: Job, node: fx.Node) -> Packed | str:
-    """The packed weight of a `linear_nbits` or `linear_shift`, or why it has no kernel."""
+@dataclass(frozen=True)
+class Coded:
+    """The operands of a `linear_nbits` or `linear_shift` with a constant weight."""
+
+    x: Any
+    codes: Tensor  # uint8 [out, in]
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Any
+    columns: int
+    bits: int
+    group: int
+    activation_bits: int
+    is_shift: bool
+
+    @property
+    def refusal(self) -> str:
+        """Why there is no kernel; "" when there is one."""
+        if self.activation_bits != 16:
+            return f"activations are rounded to {self.activation_bits} bits; the kernels take them as they are"
+        if element_of(self.x) is None:
+            return "the activations are no 16- or 32-bit floats"
+        return formats.refusal(self.bits, self.group, self.columns)
+
+    def packed(self) -> Packed:
+        """The weight as kernels want it."""
+        element = element_of(self.x)
+        assert element is not None and not self.refusal
+        if self.is_shift:
+            return formats.pack_shifts(self.codes, self.scales, self.group, element)
+        return formats.pack_integers(self.codes, self.scales, self.zeros, self.bits, self.group, element)
+
+    def dense(self) -> Tensor:
+        """The weight in float32, [out, in]."""
+        if self.is_shift:
+            return shift_values(self.codes) * self.scales.repeat_interleave(self.group, 1)[:, : self.columns]
+        return dequantized(pack(self.codes, self.bits), self.scales, self.zeros, self.bits, self.group, self.columns)
+
+
+def coded(graph: Graph, node: fx.Node) -> Coded | None:
+    """The operands of a node; None when its weight is no constant."""
     is_shift = node.target is linear_shift.target
-    x, packed, scales, *rest = node.args
-    zeros, _, columns, bits, group, activation_bits = (None, *rest[:2], BITS, rest[2], 16) if is_shift else rest
-    stored, steps, middle = (job.graph.constant(value) for value in (packed, scales, zeros))
-    element = element_of(x)
-    if activation_bits != 16:
-        return f"activations are rounded to {activation_bits} bits; the kernels take them as they are"
-    if element is None:
-        return "the activations are no 16- or 32-bit floats"
+    given: Any = node.args
+    x, packed, scales, *rest = given
+    zeros, bias, columns, bits, group, rounded = (None, *rest[:2], BITS, rest[2], 16) if is_shift else rest
+    stored, steps, middle = (graph.constant(value) for value in (packed, scales, zeros))
     if stored is None or steps is None or (zeros is not None and middle is None):
-        return "its weight is no constant"
-    reason = formats.refusal(int(bits), int(group), int(columns))
-    if reason:
-        return reason
-    codes = unpack(stored, int(bits), int(columns))
-    if is_shift:
-        return formats.pack_shifts(codes, steps, int(group), element)
-    return formats.pack_integers(codes, steps, middle, int(bits), int(group), element)
+        return None
+    return Coded(x, unpack(stored, bits, columns), steps, middle, bias, columns, bits, group, rounded, is_shift)
 
 
 def packed_arguments(job: Job, node: fx.Node, packed: Packed) -> tuple[Any, ...]:
@@ -73,27 +103,24 @@ def packed_arguments(job: Job, node: fx.Node, packed: Packed) -> tuple[Any, ...]
 
 def nbits(job: Job, node: fx.Node) -> None:
     """`linear_nbits`, `linear_shift`."""
-    is_shift = node.target is linear_shift.target
-    found = pack_nbits(job, node)
-    if isinstance(found, str):
-        if "rounded" in found or element_of(node.args[0]) is None:
-            job.refused(node, found, "the reference")
-        else:
-            _in_cublas(job, node, found)
+    found = coded(job.graph, node)
+    if found is None:
+        job.refused(node, "its weight is no constant", "the reference")
         return
-    bias = node.args[3 if is_shift else 4]
-    behind = following(node)
-    tail = behind.activation, behind.combine
+    if found.refusal:
+        _in_cublas(job, node, found, found.refusal)
+        return
+    packed, behind = found.packed(), following(node)
     arguments = (
-        node.args[0], *packed_arguments(job, node, found), bias, behind.other, str(found.layout), found.outputs,
-        found.columns, found.group, *tail,
+        found.x, *packed_arguments(job, node, packed), found.bias, behind.other, str(packed.layout), packed.outputs,
+        packed.columns, packed.group, behind.activation, behind.combine,
     )  # fmt: skip
     reason = job.uncompilable(linear_packed, arguments, rows=0)
     if reason:
-        _in_cublas(job, node, reason)
+        _in_cublas(job, node, found, reason)
         return
-    rows = rows_of(node.args[0])
-    job.kernel(node, f"{found.layout} of {found.outputs} x {found.columns}, {rows} rows{_and(behind)}")
+    sizes = f"{packed.outputs} x {packed.columns}, {rows_of(found.x)} rows"
+    job.kernel(node, f"{packed.layout} of {sizes}{_and(behind)}")
     _finish(job, linear_packed.target, arguments, node, behind)
 
 
@@ -113,29 +140,21 @@ def _finish(job: Job, target: Any, arguments: tuple[Any, ...], node: fx.Node, be
         job.graph.erase(old)
 
 
-def _in_cublas(job: Job, node: fx.Node, reason: str) -> None:
-    """The weight as floats, made now."""
-    is_shift = node.target is linear_shift.target
-    x, packed, scales, *rest = node.args
-    zeros, bias, columns, bits, group = (None, *rest[:2], BITS, rest[2]) if is_shift else rest[:5]
-    stored, steps, middle = (job.graph.constant(value) for value in (packed, scales, zeros))
-    value = tensor_value(x)
-    if stored is None or steps is None or value is None or (zeros is not None and middle is None):
+def _in_cublas(job: Job, node: fx.Node, found: Coded, reason: str) -> None:
+    """The weight as floats, made now; activations that are rounded need the reference."""
+    value = tensor_value(found.x)
+    if value is None or found.activation_bits != 16:
         job.refused(node, reason, "the reference")
         return
-    if is_shift:
-        weight = shift_values(unpack(stored, BITS, int(columns)))
-        weight = weight * steps.repeat_interleave(int(group), 1)[:, : int(columns)]
-    else:
-        weight = dequantized(stored, steps, middle, int(bits), int(group), int(columns))
     job.refused(node, reason, _CUBLAS)
-    made = job.call(_LINEAR, (x, job.constant(weight.to(value.dtype), node, "weight"), bias), node)
-    job.substitute(node, made)
+    weight = job.constant(found.dense().to(value.dtype), node, "weight")
+    job.substitute(node, job.call(_LINEAR, (found.x, weight, found.bias), node))
 
 
 def int8(job: Job, node: fx.Node) -> None:
     """`linear_w8a8`, `linear_w8a8_dynamic`."""
-    x, codes, scales, bias, *given = node.args
+    operands: Any = node.args
+    x, codes, scales, bias, *given = operands
     weight, value = job.graph.constant(codes), tensor_value(x)
     if weight is None or value is None or value.dtype not in (*ELEMENTS, torch.float32):
         job.refused(node, "its weight is no constant, or its input no float", "the reference")
@@ -202,4 +221,3 @@ RULES: dict[Any, Callable[[Job, fx.Node], None]] = {
     linear_fp8.target: float8,
     linear_24.target: sparse_24,
 }
-__all__ = ["RULES", "Tensor", "element_of", "pack_nbits", "packed_arguments"]

@@ -1,22 +1,20 @@
-"""Three linears of one input that become the heads of attention: one product, with norm and rotary embedding behind it."""
+"""Three linears of one input that become the heads of attention: one product, norm and rotary embedding behind it."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fxopt.backends.triton import formats
 from fxopt.backends.triton.lower.job import Job, rows_of
-from fxopt.backends.triton.lower.linears import element_of, packed_arguments
+from fxopt.backends.triton.lower.linears import coded, packed_arguments
 from fxopt.backends.triton.ops.qkv_packed import qkv_packed
 from fxopt.ir.graph import hint, label, tensor_value
 from fxopt.ir.ops.linear_nbits import linear_nbits
-from fxopt.ir.packing import unpack
 from fxopt.ir.views.norm import Norm, norm
 
 _ATEN = torch.ops.aten
@@ -52,12 +50,10 @@ def _groups(job: Job) -> Iterator[tuple[Heads, Heads, Heads]]:
     """Queries, keys and values of one input with weights of one form."""
     found: dict[Any, list[Heads]] = {}
     for node in job.graph.calls():
-        if node.target is not linear_nbits.target:
-            continue
-        x, _, _, zeros, _, columns, bits, group, activation_bits = node.args
-        heads = _heads(node)
-        if heads is not None and zeros is None and activation_bits == 16:
-            found.setdefault((x, columns, bits, group), []).append(heads)
+        heads = _heads(node) if node.target is linear_nbits.target else None
+        if heads is not None:
+            x, columns, bits, group, rounded = (node.args[index] for index in (0, 5, 6, 7, 8))
+            found.setdefault((x, columns, bits, group, rounded), []).append(heads)
     for members in found.values():
         if len(members) != 3 or any((item.cos is None) != (members[0].cos is None) for item in members[:2]):
             continue
@@ -94,10 +90,14 @@ def _rotated(t: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     times_sin, total = _only_user(joined[0]), _only_user(plain[0])
     if times_sin is None or times_sin.target is not _ATEN.mul.Tensor or total is None:
         return None
-    if total.target is not _ATEN.add.Tensor or total.kwargs or {*total.args} != {plain[0], times_sin}:
+    if total.target is not _ATEN.add.Tensor or total.kwargs or not _adds(total, plain[0], times_sin):
         return None
     cos, sin = _other(plain[0], t), _other(times_sin, joined[0])
     return (total, cos, sin) if isinstance(cos, fx.Node) and isinstance(sin, fx.Node) else None
+
+
+def _adds(total: fx.Node, a: fx.Node, b: fx.Node) -> bool:
+    return list(total.args) in ([a, b], [b, a])
 
 
 def _turns_half(cat: fx.Node, t: fx.Node) -> bool:
@@ -115,7 +115,7 @@ def _slice(node: Any, t: fx.Node) -> tuple[int, int | None] | None:
     value = tensor_value(t)
     if not isinstance(node, fx.Node) or node.target is not _ATEN.slice.Tensor or node.args[0] is not t or value is None:
         return None
-    axis, begin, end = (list(node.args[1:]) + [0, None, None])[:3]
+    axis, begin, end = [*node.args[1:], 0, None, None][:3]
     width = hint(value.shape[-1])
     if axis not in (3, -1) or not isinstance(begin, int) or (end is not None and not isinstance(end, int)):
         return None
@@ -144,23 +144,24 @@ def _angles(job: Job, node: fx.Node | None, place: fx.Node) -> fx.Node | None:
     value = tensor_value(node)
     assert value is not None
     made = job.call(_ATEN.squeeze.dim, (node, 1), place)
-    made.meta["val"] = torch.empty(tuple(map(hint, (value.shape[0], *value.shape[2:]))), dtype=value.dtype, device="meta")
+    sizes = tuple(map(hint, (value.shape[0], *value.shape[2:])))
+    made.meta["val"] = torch.empty(sizes, dtype=value.dtype, device="meta")
     return made
 
 
 def _fuse(job: Job, group: tuple[Heads, Heads, Heads]) -> None:
     q, k, v = group
-    element = element_of(q.linear.args[0])
-    if rows_of(q.linear.args[0]) > _MOST_ROWS or element is None or (q.cos is not None and not _has_angles(q)):
+    if rows_of(q.linear.args[0]) > _MOST_ROWS or (q.cos is not None and not _has_angles(q)):
         return
-    place = _place(job, group)
-    packed = None if place is None else _packed(job, group, element)
-    if packed is None or place is None:
-        return
-    biases = [job.graph.constant(item.linear.args[4]) for item in group]
+    every = [coded(job.graph, item.linear) for item in group]
+    weights = [item for item in every if item is not None and item.zeros is None and not item.refusal]
+    place = _place(job, group) if len(weights) == 3 else None
+    biases = [job.graph.constant(item.bias) for item in weights]
     present = [bias for bias in biases if bias is not None]
-    if len(present) not in (0, 3) or any(item.linear.args[4] is not None for item in group) != bool(present):
+    if place is None or len(present) != sum(item.bias is not None for item in weights) or len(present) not in (0, 3):
         return
+    codes = torch.cat([item.codes for item in weights])
+    packed = replace(weights[0], codes=codes, scales=torch.cat([item.scales for item in weights])).packed()
     bias = job.constant(torch.cat(present), q.linear, "bias") if present else None
     x, eps = _input(job, q.linear.args[0])
     arguments = (
@@ -172,7 +173,8 @@ def _fuse(job: Job, group: tuple[Heads, Heads, Heads]) -> None:
         job.refused(q.linear, f"queries, keys and values at once: {reason}", "three products")
         return
     behind = "".join((", norm" if eps is not None else "", ", rotary embedding" if q.cos is not None else ""))
-    job.kernel(q.linear, f"queries, keys and values at once: {packed.layout} of {packed.outputs} x {packed.columns}{behind}")
+    sizes = f"{packed.outputs} x {packed.columns}"
+    job.kernel(q.linear, f"queries, keys and values at once: {packed.layout} of {sizes}{behind}")
     for item in (k, v):
         job.kernel(item.linear, f"part of {label(q.linear)}")
     made = job.call(qkv_packed.target, arguments, place)
@@ -194,7 +196,7 @@ def _place(job: Job, group: tuple[Heads, ...]) -> fx.Node | None:
 
 
 def _input(job: Job, x: Any) -> tuple[fx.Node, float | None]:
-    """What is multiplied: the input of a root-mean-square norm without weight that only these linears use, and its eps."""
+    """What is multiplied: the input of a root-mean-square norm without weight that only they use, and its eps."""
     found = norm(job.graph, x)
     if not isinstance(found, Norm) or found.kind != "rms" or found.axes != 1 or found.weight_node is not None:
         return x, None
@@ -202,17 +204,3 @@ def _input(job: Job, x: Any) -> tuple[fx.Node, float | None]:
     if len(x.users) != 3 or before is None or after is None or before.dtype != after.dtype:
         return x, None
     return found.x, found.eps
-
-
-def _packed(job: Job, group: tuple[Heads, ...], element: torch.dtype) -> formats.Packed | None:
-    """The weights over each other."""
-    _, _, _, _, _, columns, bits, size, _ = group[0].linear.args
-    codes, scales = [], []
-    for item in group:
-        stored, steps = job.graph.constant(item.linear.args[1]), job.graph.constant(item.linear.args[2])
-        if stored is None or steps is None or formats.refusal(int(bits), int(size), int(columns)):  # type: ignore[arg-type]
-            return None
-        codes.append(unpack(stored, int(bits), int(columns)))  # type: ignore[arg-type]
-        scales.append(steps)
-    every: Tensor = torch.cat(codes)
-    return formats.pack_integers(every, torch.cat(scales), None, int(bits), int(size), element)  # type: ignore[arg-type]

@@ -31,7 +31,8 @@ def refusal(queries: int, heads: int, kv_heads: int, width: int, element: torch.
         return f"the operands are {element}; it takes float16 and bfloat16"
     rows = queries * heads // max(1, kv_heads)
     if rows > DECODE_ROWS[-1]:
-        return f"{queries} queries of {heads // max(1, kv_heads)} heads per key head are {rows} rows; it takes {DECODE_ROWS[-1]}"
+        each = heads // max(1, kv_heads)
+        return f"{queries} queries of {each} heads per key head are {rows} rows; it takes {DECODE_ROWS[-1]}"
     if width > 256:
         return f"heads of width {width}; it takes 256"
     return ""

@@ -66,12 +66,11 @@ def _kernels(*flat: Any) -> Tensor:
     chip = chip_for(x)
     copies = chip.arch >= _COPIES_TILES and count > INT8_ROWS[-2]
     _product(levels, codes, arguments, constants, usable(chip, int8_key(count, copies)), copies)
-    return y.reshape(*x.shape[:-1], outputs)
+    result: Tensor = y.reshape(*x.shape[:-1], outputs)
+    return result
 
 
-def quantized_rows(
-    rows: Tensor, columns: int, x_scale: Tensor | None, x_zero: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def quantized_rows(rows: Tensor, columns: int, x_scale: Tensor | None, x_zero: Tensor | None) -> tuple[Tensor, Tensor]:
     """int8 codes [rows, columns] of rows [rows, in], filled up, and the scales: one per row unless one is given."""
     from fxopt.backends.triton.kernels.quantize_rows import quantize_rows
 

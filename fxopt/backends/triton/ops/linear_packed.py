@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxopt.backends.triton.chips import chip_for
-from fxopt.backends.triton.configs import Choice, choice_of, linear_key, splits_for
+from fxopt.backends.triton.configs import Choice, linear_key, splits_for
 from fxopt.backends.triton.epilogues import Epilogue
 from fxopt.backends.triton.formats import Packed, dequantized, parse
 from fxopt.backends.triton.launch import launch
@@ -46,13 +46,15 @@ def _kernels(*flat: Any) -> Tensor:
     rows = contiguous_rows(x, columns)
     if len(rows) > MOST_ROWS:
         y = torch.nn.functional.linear(rows, _whole_weight(packed, x))
-        return Epilogue(bias, other, activation, combine).apply(y).reshape(*x.shape[:-1], outputs)
+        whole: Tensor = Epilogue(bias, other, activation, combine).apply(y).reshape(*x.shape[:-1], outputs)
+        return whole
     y = x.new_empty(len(rows), outputs)
     tail = Epilogue(bias, other, activation, combine).flat(len(rows), outputs)
     parts = partial_sums(rows, packed, y, tail)
     if parts is not None:
         _reduce(parts, y, tail)
-    return y.reshape(*x.shape[:-1], outputs)
+    result: Tensor = y.reshape(*x.shape[:-1], outputs)
+    return result
 
 
 def _whole_weight(packed: Packed, x: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def _reference(
     if eps is not None:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = torch.nn.functional.linear(wide, dequantized(packed), None if bias is None else bias.float())
-    y = y.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2)
-    q, k, v = y.split([heads, kv_heads, kv_heads], 1)
+    y = y.reshape(*x.shape[:-1], heads + 2 * kv_heads, -1).transpose(1, 2)
+    q, k, v = torch.split(y, [heads, kv_heads, kv_heads], 1)
     if cos is not None and sin is not None:
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
     return q.to(x.dtype).contiguous(), k.to(x.dtype).contiguous(), v.to(x.dtype).contiguous()
