@@ -1,7 +1,7 @@
 """Seconds of a kernel from its static report: what each pipe of a multiprocessor is busy with, and the memory.
 
 An estimate that was never compared with a clock. Rates are those of the CUDA programming guide (table of arithmetic
-throughput); latencies and the reached share of the bandwidth are assumptions.
+throughput); latencies and reached shares are assumptions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from fxopt.backends.triton.chips import Chip
 from fxopt.backends.triton.static_report import StaticReport
+from fxopt.cost_model.roofline import efficiency
 from fxopt.ir.target import Target
 
 _ISSUE = 128  # instructions of a thread per clock and multiprocessor, in all
@@ -63,7 +64,8 @@ def estimate(report: StaticReport, chip: Chip, target: Target, work: Work) -> Es
     busiest = max(cycles, key=lambda name: cycles[name])
     resident = max(1, report.resident(chip))
     rounds = math.ceil(work.programs / chip.multiprocessors)
-    computing = cycles[busiest] * work.trips * rounds / chip.clock
+    # The busiest pipe is busy for the share of the time that good kernels reach on the target.
+    computing = cycles[busiest] * work.trips * rounds / chip.clock / efficiency(target, "linear")
     streaming = work.moved / (target.bandwidth * _SHARE)
     running = min(work.programs, chip.multiprocessors * resident)
     in_flight = running * max(1, work.stages - 1) * work.moved / max(1.0, work.programs * work.trips)

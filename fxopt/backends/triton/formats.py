@@ -148,18 +148,16 @@ def pack_integers(
         raise Unsupported(reason)
     moved = layout.middle - (1 << (bits - 1))  # 3-bit codes in 4 bits
     group = 0 if group >= columns else group
+    kept = dtype if scales_weights(group, zeros is not None) else torch.float16
     relative, factors = _relative(scales, group, layout, columns)
-    offsets = None
-    if zeros is not None:
-        missing = relative.shape[1] - zeros.shape[1]
-        offsets = torch.nn.functional.pad((1 << (bits - 1)) - zeros.float(), (0, missing)) * relative
+    relative = relative.to(kept)
     words = pack_words(codes, layout, layout.middle, moved)
-    wide = not scales_weights(group, offsets is not None)
-    kept = torch.float16 if wide else dtype
-    return Packed(
-        layout, words, _stored(relative, words, kept), None if offsets is None else _stored(offsets, words, kept),
-        _filled(factors, words), outputs, columns, group,
-    )  # fmt: skip
+    offsets = None
+    if zeros is not None:  # of the rounded scales: a code at its zero point stays next to zero
+        above = torch.nn.functional.pad((1 << (bits - 1)) - zeros.float(), (0, relative.shape[1] - zeros.shape[1]))
+        offsets = _stored(above * relative.float(), words, kept)
+    stored = _stored(relative, words, kept)
+    return Packed(layout, words, stored, offsets, _filled(factors, words), outputs, columns, group)
 
 
 def pack_shifts(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Packed:
@@ -223,7 +221,8 @@ def unpack_words(words: Tensor, layout: Layout, outputs: int, columns: int) -> T
     mask = (1 << layout.bits) - 1
     planes = [((words >> (layout.bits * plane)) & mask).to(torch.uint8) for plane in range(layout.planes)]
     codes = torch.stack(planes, 2)  # [tiles, rows, planes, 16]
-    return codes.permute(1, 0, 2, 3).reshape(words.shape[1], -1)[:outputs, :columns]
+    every = codes.permute(1, 0, 2, 3).reshape(words.shape[1], len(words) * layout.tile)
+    return every[:outputs, :columns]
 
 
 def dequantized(packed: Packed) -> Tensor:

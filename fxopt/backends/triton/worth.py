@@ -17,8 +17,9 @@ from fxopt.ir.target import Target
 
 _LEAST = 0.95  # of the time of what it replaces
 _SHARE = 0.9  # of the bandwidth
-# Share of the peak that the best dense attention reaches: 0.37 to 0.66 in Shah et al., "FlashAttention-3" (2024).
-_DENSE_ATTENTION = 0.6
+# Shares of the peak that attention reaches on an H100, in the best dense kernel and in one written in Triton: Shah et
+# al., "FlashAttention-3" (2024).
+_DENSE_ATTENTION, _TRITON_ATTENTION = 0.6, 0.4
 _SPARSE_24 = 0.7  # of twice the dense rate: 1.4x, as PyTorch's tutorial on semi-structured sparsity measured on an A100
 _LEAST_SPARSE_ROWS = 64
 _LAUNCH = 2e-6  # seconds of a second launch
@@ -139,10 +140,9 @@ def break_even_density(
     choice = choice_of(chip, pattern_key(element, width, renumbered))
     if choice is None or choice.report is None:
         return 0.0
-    whole = _pattern_seconds(target, chip, choice, heads, length, width)
-    name = str(element).removeprefix("torch.")
-    dense = 4.0 * heads * length * length * width / (peak(target, name) * _DENSE_ATTENTION)
-    return min(1.0, _LEAST * dense / whole)
+    best = 4.0 * heads * length * length * width / peak(target, str(element).removeprefix("torch."))
+    whole = max(best / _TRITON_ATTENTION, _pattern_seconds(target, chip, choice, heads, length, width))
+    return _LEAST * best / _DENSE_ATTENTION / whole
 
 
 def _pattern_seconds(target: Target, chip: Chip, choice: Choice, heads: int, length: int, width: int) -> float:
