@@ -58,8 +58,16 @@ def _groups(job: Job) -> Iterator[tuple[Heads, Heads, Heads]]:
         if len(members) != 3 or any((item.cos is None) != (members[0].cos is None) for item in members[:2]):
             continue
         q, k, v = members
-        if v.cos is None and k.shape == v.shape and q.shape[2:] == k.shape[2:] and q.cos is k.cos and q.sin is k.sin:
+        alike = k.shape == v.shape and q.shape[2:] == k.shape[2:] and _same(q.cos, k.cos) and _same(q.sin, k.sin)
+        if v.cos is None and alike:
             yield q, k, v
+
+
+def _same(a: fx.Node | None, b: fx.Node | None) -> bool:
+    """One node, or the same call twice."""
+    if a is None or b is None or a is b:
+        return a is b
+    return a.op == b.op == "call_function" and (a.target, a.args, a.kwargs) == (b.target, b.args, b.kwargs)
 
 
 def _heads(node: fx.Node) -> Heads | None:
@@ -178,17 +186,18 @@ def _fuse(job: Job, group: tuple[Heads, Heads, Heads]) -> None:
     for item in (k, v):
         job.kernel(item.linear, f"part of {label(q.linear)}")
     made = job.call(qkv_packed.target, arguments, place)
-    for index, item in enumerate(group):
-        job.substitute(item.result, job.call(operator.getitem, (made, index), place))
+    parts = [job.call(operator.getitem, (made, index), place) for index in range(len(group))]
+    for item, part in zip(group, parts, strict=True):
+        job.substitute(item.result, part)
 
 
 def _place(job: Job, group: tuple[Heads, ...]) -> fx.Node | None:
-    """Before which node all three can be computed: their operands come earlier, their users later; None: nowhere."""
+    """The first user of the three, when their operands come before it; None: there is no place for all three."""
     order = {node: index for index, node in enumerate(job.graph.nodes)}
-    first = min((item.result for item in group), key=order.__getitem__)
-    operands = [group[0].linear.args[0], group[0].cos, group[0].sin]
-    late = [node for node in operands if isinstance(node, fx.Node) and order[node] >= order[first]]
-    if any(node.op != "get_attr" for node in late):
+    first = min((user for item in group for user in item.result.users), key=order.__getitem__, default=None)
+    operands = (group[0].linear.args[0], group[0].cos, group[0].sin)
+    late = [node for node in operands if isinstance(node, fx.Node) and first and order[node] >= order[first]]
+    if first is None or any(node.op != "get_attr" for node in late):
         return None
     for node in dict.fromkeys(late):
         first.prepend(node)
