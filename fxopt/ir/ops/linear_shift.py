@@ -30,7 +30,7 @@ def shift_values(codes: Tensor) -> Tensor:
 
 
 def shift_codes(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [out, in] and scales float32 [out, groups] of a weight [out, in]: the nearest power of two each."""
+    """Codes uint8 [out, in] and scales float32 [out, groups] of a weight [out, in]: the nearest exponents."""
     out, columns = weight.shape
     groups = group_count(columns, group)
     blocks = torch.nn.functional.pad(weight.float(), (0, groups * group - columns)).reshape(out, groups, group)

@@ -8,7 +8,17 @@ import torch
 from fxopt.backends.triton.block_plan import block_plan, may_renumber
 from fxopt.errors import InvalidInput
 from fxopt.ir.ops.attention_pattern import (
-    Pattern, attention_pattern, blocks_seen, dense, density, diagonal, diagonals, nothing, patterns_of, seen_by, stripes,
+    Pattern,
+    attention_pattern,
+    blocks_seen,
+    dense,
+    density,
+    diagonal,
+    diagonals,
+    nothing,
+    patterns_of,
+    seen_by,
+    stripes,
 )  # fmt: skip
 
 PATTERNS = [
