@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxopt.errors import FxoptError, InvalidModel, OutputError, Unsupported
+from fxopt.errors import FxoptError, InvalidModel, MissingDependency, OutputError, UnknownName, Unsupported
 from fxopt.ir.folders import MANIFEST, write_folder
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
 from fxopt.made_for import KEY, concern, recorded
 
 if TYPE_CHECKING:
+    from fxopt.backends.base import Executable
     from fxopt.backends.onnxruntime.providers import Provider
     from fxopt.request import Outcome
 
@@ -117,6 +118,7 @@ def _fill(outcome: Outcome, folder: Path) -> dict[str, Any]:
         from fxopt.ir.text import save_text
 
         save_text(graph, folder / "graph")
+    outcome.executable.save_beside(folder)
     call = graph.call_spec.to_json() if graph.call_spec is not None else None
     return {
         "call": call,
@@ -168,11 +170,25 @@ def load(path: Path, threads: int | None = None, function: str | None = None) ->
         raise InvalidModel(f"{manifest_file} lacks {lacking[0]!r}; save the result again")
     if manifest["graph"] == "onnx":
         return _load_onnx(path / "model.onnx", threads, manifest)
-    from fxopt.backends.eager import EagerExecutable
     from fxopt.ir.text import load_text
 
     graph = load_text(path / "graph")
-    return _outcome(graph, EagerExecutable(graph), manifest)
+    return _outcome(graph, _in_torch(graph, manifest, path), manifest)
+
+
+def _in_torch(graph: Graph, manifest: dict[str, Any], path: Path) -> Executable:
+    """On a GPU, with the kernels that were saved beside the graph; else, or where Triton is not installed, as it is."""
+    from fxopt.backends.eager import EagerExecutable
+    from fxopt.backends.triton import Triton
+    from fxopt.catalog import find_target
+
+    if manifest.get("backend") != "triton":
+        return EagerExecutable(graph)
+    try:
+        return Triton().open(graph, find_target(str(manifest.get("target"))), path / "kernels")
+    except (MissingDependency, UnknownName) as error:
+        warnings.warn(f"fxopt: {error}; the result runs in the reference", stacklevel=5)
+        return EagerExecutable(graph)
 
 
 def _load_compiled(path: Path, manifest: dict[str, Any], function: str | None) -> Outcome:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fxopt.backends.base import Executable
-from fxopt.cost_model.roofline import predict_graph
+from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.elsewhere import fastest
 from fxopt.errors import FxoptError, unknown
@@ -24,6 +24,7 @@ from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger
 from fxopt.ir.memory import is_large, limit, spilled
 from fxopt.ir.shapes import update
+from fxopt.ir.target import Cost, Prediction
 from fxopt.ir.verify import NumericCheck, synthetic_sample
 from fxopt.offers import NO_DATA, offers
 from fxopt.passes.base import Context, ConvertingPass, ExactPass
@@ -251,9 +252,14 @@ class Optimizer:
             return self.request.samples[0]
         return synthetic_sample(self.original.inputs, self.original.sizes)
 
+    def predicted(self, cost: Cost) -> Prediction:
+        """The time of one operator: by the backend's own model, where it has one, else by the roofline."""
+        target = self.request.target
+        return self.request.backend.predicted(cost, target) or predict(cost, target)
+
     def summary(self, graph: Graph) -> Summary:
         """The model's figures, with its predicted time on the target."""
-        predicted = predict_graph(graph, self.request.target)
+        predicted = predict_graph(graph, self.request.target, self.request.backend.predicted)
         return summary(graph, int(predicted.macs), predicted.total)
 
     def finish(
@@ -275,6 +281,11 @@ class Optimizer:
             verified = executable.verify(self.verification)
         if verified:
             self.ledger.note(verified)
+        with self.stage("compiling"):
+            for verdict in executable.verdicts():
+                self.ledger.add(verdict)
+            for note in executable.notes():
+                self.ledger.note(note)
         report = Report(
             target=request.target.name,
             backend=request.backend.name,

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fxopt.cost_model.roofline import predict
 from fxopt.errors import PassError
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Refusal
@@ -66,7 +65,7 @@ def _unpaid(job: Optimizer, graph: Graph, offered: _Offered) -> dict[Candidate, 
     for step, candidate in offered:
         work = step.work(graph, candidate) if candidate.refusal is None else None
         if work is not None:
-            before, after = (predict(cost, job.request.target) for cost in work)
+            before, after = map(job.predicted, work)
             price = Price(before, after, math.nan)
             if not pays(price, job.request.objective):
                 found[candidate] = price
@@ -78,14 +77,14 @@ def _priced(
 ) -> tuple[list[Candidate], dict[Candidate, Price]]:
     candidates: list[Candidate] = []
     prices: dict[Candidate, Price] = dict(unpaid)
-    target, progress = job.request.target, job.request.progress
+    progress = job.request.progress
     for index, (step, candidate) in enumerate(offered):
         if candidate not in unpaid and candidate.refusal is None:
             refusal: Refusal | None = Refusal("no calibration sample reaches it")
             if all(node in stats for node in step.observed(graph, candidate)):
                 with naming(step, candidate):
                     estimate = step.estimate(graph, candidate, stats)
-                before, after = predict(estimate.before, target), predict(estimate.after, target)
+                before, after = job.predicted(estimate.before), job.predicted(estimate.after)
                 prices[candidate] = Price(before, after, estimate.error, estimate.saved_bytes)
                 refusal = estimate.refusal
             candidate = candidate if refusal is None else replace(candidate, refusal=refusal)

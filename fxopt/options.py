@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxopt.errors import InvalidOption, unknown
+from fxopt.errors import InvalidOption, MissingDependency, unknown
 
 if TYPE_CHECKING:
     from fxopt.backends.base import Backend
@@ -82,7 +82,7 @@ def resolve_backend(
 ) -> Backend:
     """The backend of a name or `name{option=value}`, or the target's own.
 
-    It is `eager`, with a note, where this version lacks the target's own.
+    It is `eager`, with a note, where this version lacks the target's own, or what that one needs is not installed.
 
     Args:
         given: more options of the backend, from arguments of their own (None: not given).
@@ -110,8 +110,15 @@ def resolve_backend(
         if value is not None and option not in found.options:
             raise InvalidOption(f"{option} is for backends that compile code, such as tvm; {plain} has none")
     settings.update({option: value for option, value in (given or {}).items() if value is not None})
-    found.require()
+    try:
+        found.require()
+    except MissingDependency as error:
+        if name is not None or target.is_host:
+            raise
+        notes.append(f"{error}: decided for {target.name}, run in eager")
+        return resolve_backend("eager", target, notes)
     backend: Backend = found(**settings)
+    backend.target = target
     backend.require()
     return backend
 

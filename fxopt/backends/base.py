@@ -13,7 +13,8 @@ from torch import fx
 
 from fxopt.errors import MissingDependency
 from fxopt.ir.graph import Graph
-from fxopt.ir.target import Target
+from fxopt.ir.ledger import Verdict
+from fxopt.ir.target import Cost, Prediction, Target
 
 
 class Executable(ABC):
@@ -45,6 +46,17 @@ class Executable(ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the artifact; nothing half-written is left when it fails."""
 
+    def verdicts(self) -> Sequence[Verdict]:
+        """What the backend decided about single nodes; asked for once, of the executable that goes out."""
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """What the report should say of the backend's work."""
+        return ()
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what the backend made into the folder of a saved result, beside the graph."""
+
     def close(self) -> None:
         """Release threads and memory."""
 
@@ -56,6 +68,7 @@ class Backend(ABC):
     extra: ClassVar[str] = ""  # the extra of the package that installs them
     is_compiler: ClassVar[bool] = False  # what comes out is code for the target, also where no pass changed anything
     options: ClassVar[tuple[str, ...]] = ()  # what `name{option=value}` may set, keywords of the class
+    target: Target | None = None  # what it is asked about, where it is known
 
     @property
     @abstractmethod
@@ -92,6 +105,10 @@ class Backend(ABC):
     def with_sizes(self, sizes: Mapping[str, int], name: str) -> Backend:
         """The backend for a model of this name, of which the user fixed some dimensions."""
         return self
+
+    def predicted(self, cost: Cost, target: Target) -> Prediction | None:
+        """The time of an operator of this work and form, where the backend knows better than the roofline."""
+        return None
 
     def prefers(self, op: str) -> str:
         """ "" when the backend's own fusion into `op` is fast, else the reason to avoid it (with what was measured)."""

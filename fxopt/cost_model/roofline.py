@@ -16,7 +16,7 @@ reached share of the bandwidths (1 where they were measured), "parallel" that of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from fxopt.ir.graph import Graph, label
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.target import Cost, Prediction, Target
 
+# What a backend predicts of an operator by itself; None: the roofline does.
+Own = Callable[[Cost, Target], Prediction | None]
 PRODUCTS = ("linear", "conv", "attention")  # multiply-adds, at the rate of their element type
 _MEMORY_CORES = 4
 _DEFAULT_EFFICIENCY = 0.5
@@ -155,10 +157,13 @@ def _memory_seconds(moved: float, cold: float, target: Target) -> tuple[float, f
     return warm / (target.cache_bandwidth or 1.0) / share, (moved - warm) / target.bandwidth / share
 
 
-def predict_graph(graph: Graph, target: Target) -> GraphPrediction:
+def predict_graph(graph: Graph, target: Target, own: Own | None = None) -> GraphPrediction:
     """The time of every node and of the whole."""
     nodes = work(graph)
     predictions = predict_work(nodes, target)
+    if own is not None:
+        pairs = zip(nodes, predictions, strict=True)
+        predictions = [own(found.cost, target) or prediction for found, prediction in pairs]
     seconds = dict.fromkeys(("compute", "memory", "launch"), 0.0)
     for prediction in predictions:
         seconds[prediction.bound] += prediction.seconds

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Cost:
     launches: int = 1
     macs: float | None = None  # multiply-adds of a product, where they are not half of `flops`
     zeros: Zeros | None = None  # of the weight, where a kernel for them would be used: work and bytes count them too
+    form: tuple[tuple[str, Any], ...] = ()  # operator and sizes, for backends with a prediction of their own
 
     def __add__(self, other: Cost) -> Cost:
         """Both, one after the other, in the terms of the larger one."""

@@ -107,7 +107,8 @@ def _(
     macs = float(rows * out * inner)
     dtype = str(x.dtype).removeprefix("torch.")
     work = 2 * macs * (_UNPACKING_8 if bits == 8 else _UNPACKING)
-    return Cost(work, rows * (inner + out) * size + weights, dtype, "linear.nbits", 1, macs)
+    form = (("op", "linear_nbits"), ("rows", rows), ("out", out), ("in", inner), ("bits", bits), ("group", group))
+    return Cost(work, rows * (inner + out) * size + weights, dtype, "linear.nbits", 1, macs, form)
 
 
 @linear_nbits.samples

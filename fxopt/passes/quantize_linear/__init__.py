@@ -42,7 +42,8 @@ class QuantizeLinear(LossyPass):
         bits: of the weights; None is neutral: nothing is offered. 8 computes in integers unless `activations` says
             otherwise, 2, 3 and 4 are for linears that wait for their weights (few rows at a time), and for small files.
         activations: with 8 bits "dynamic" (range found at run time), "static" (calibrated), "auto" (both are offered
-            where both exist); weight-only: "int8" (each row and group rounded to 8 bits, fast: "auto") or "float".
+            where both exist); weight-only: "int8" (each row and group rounded to 8 bits), "float", or "auto": what is
+            fast, "float" on CUDA targets and "int8" elsewhere.
         group: inputs per scale of a weight-only form (of convolutions: of the flattened kernel); 0: one per output.
         symmetric: weight-only: no zero points.
         method: weight-only: "gptq", or "rtn" (round to nearest).
@@ -124,9 +125,8 @@ class QuantizeLinear(LossyPass):
             float8 = Float8(self.name, self.activations, self.format == "fp8", self._of_int8)
             parts: dict[str, tuple[_Part, ...]] = {"int8": (integer,), "fp8": (float8,), "auto": (integer, float8)}
             return parts[self.format]
-        activations = "int8" if self.activations == "auto" else self.activations
         options = self.name, self.bits, self.group, self.symmetric, self.method, self.act_order
-        return WeightOnly(*options, activations), ConvWeights(*options)
+        return WeightOnly(*options, self.activations), ConvWeights(*options)
 
     def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
         """One candidate per linear or convolution and kind of activation range; none for what is quantised already."""

@@ -31,28 +31,29 @@ class WeightOnly:
     symmetric: bool
     method: str  # "gptq" or "rtn"
     act_order: bool
-    activations: str  # "int8" or "float"
+    activations: str  # "int8", "float" or "auto": a candidate's setting says what it became
 
     def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
         """One candidate per linear."""
+        fast = "float" if ctx.target.kind == "cuda" else "int8"
+        kind = fast if self.activations == "auto" else self.activations
         for view in linears(graph):
             if isinstance(view, tuple):
                 node, refusal = view
-                yield self._candidate(node, "", 0, refusal)
+                yield self._candidate(node, "", 0, kind, refusal)
                 continue
             out, columns = view.features(graph)
             group = self.group or columns
             name = f"linear_nbits {out}x{columns} {self.bits} bits"
-            yield self._candidate(view.node, name, group, self._refusal(graph, ctx, view, group))
+            yield self._candidate(view.node, name, group, kind, self._refusal(graph, ctx, view, group, kind))
 
-    def _candidate(self, node: fx.Node, group_name: str, group: int, refusal: Refusal | None) -> Candidate:
+    def _candidate(self, node: fx.Node, group_name: str, group: int, kind: str, refusal: Refusal | None) -> Candidate:
         setting = Setting.of(
-            self.name, bits=self.bits, group=group, symmetric=self.symmetric, method=self.method,
-            activations=self.activations,
-        )  # fmt: skip
+            self.name, bits=self.bits, group=group, symmetric=self.symmetric, method=self.method, activations=kind
+        )
         return Candidate(self.name, node.name, label(node), setting, refusal, group_name)
 
-    def _refusal(self, graph: Graph, ctx: Context, view: Linear, group: int) -> Refusal | None:
+    def _refusal(self, graph: Graph, ctx: Context, view: Linear, group: int, kind: str) -> Refusal | None:
         refusal = unfit(graph, ctx, view)
         if refusal is not None:
             return refusal
@@ -63,7 +64,6 @@ class WeightOnly:
             return Refusal("the type of its input {} is not known", label(view.x))
         if graph.origin == "onnx" and value_of(view.x).dtype not in (torch.float32, torch.float16):
             return Refusal("MatMulNBits takes float32 and float16; the input has type {}", value_of(view.x).dtype)
-        kind = "int8" if self.activations == "int8" else "float"
         unsupported = ctx.supports("linear_nbits", f"int{self.bits}", f"group={group},activations={kind}")
         return Refusal(unsupported) if unsupported else None
 
@@ -82,7 +82,7 @@ class WeightOnly:
         rounding = self._rounding(candidate)
         after = linear_nbits.cost_of(
             value_of(view.x), *rounding.storage(out, columns), None, columns, self.bits, rounding.group,
-            self._activation_bits,
+            _activation_bits(candidate),
         )  # fmt: skip
         return float_cost(view, view.weight(graph)), after
 
@@ -99,7 +99,7 @@ class WeightOnly:
         seen = stats[view.x]
         assert seen.sample is not None
         x = seen.sample.float()
-        activations = rounded_activations(x, group) if self.activations == "int8" else x
+        activations = rounded_activations(x, group) if _activation_bits(candidate) == 8 else x
         reference, result = (x.new_empty(len(x), len(weight)) for _ in range(2))
         rounding = self._rounding(candidate)
         for rows, rounded in rounding.nearest(weight):
@@ -108,10 +108,6 @@ class WeightOnly:
         only = len(view.weight_node.users) == 1
         saved = (view.weight(graph).nbytes if only else 0) - rounding.stored_bytes(*weight.shape)
         return Estimate(error, before, after, saved)
-
-    @property
-    def _activation_bits(self) -> int:
-        return 8 if self.activations == "int8" else 16
 
     def apply(self, graph: Graph, candidate: Candidate, stats: Stats) -> None:
         """Replace the linear."""
@@ -132,9 +128,13 @@ class WeightOnly:
             weight.shape[1],
             self.bits,
             group,
-            self._activation_bits,
+            _activation_bits(candidate),
         )
         replaced(graph, view, view.node, linear_nbits.target, arguments, self.name)
+
+
+def _activation_bits(candidate: Candidate) -> int:
+    return 8 if candidate.setting["activations"] == "int8" else 16
 
 
 def _view(graph: Graph, candidate: Candidate) -> Linear:

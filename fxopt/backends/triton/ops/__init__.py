@@ -1,0 +1,1 @@
+"""The backend's operators, one per file: a reference on any device, and the same with kernels."""

@@ -1,0 +1,139 @@
+"""Attention in which every head sees keys by a pattern: everything, a diagonal, many diagonals, stripes, nothing.
+
+Source: the patterns of Chen et al., "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video
+Diffusion Transformers" (2025), in one formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt.errors import InvalidInput
+from fxopt.ir.op import op
+from fxopt.ir.target import Cost
+
+NUMBERS = 5  # of a pattern
+EVER = 1 << 28  # a period or width that no length reaches
+_BLOCK = 64  # in which the work is counted
+Pattern = tuple[int, int, int, int, int]  # slope, offset, period, width, sink
+
+
+def dense() -> Pattern:
+    """Every key."""
+    return (0, 0, EVER, EVER, 0)
+
+
+def diagonal(window: int, sink: int = 0) -> Pattern:
+    """Keys at most `window` away, and the first `sink` ones."""
+    return (1, -window, EVER, 2 * window + 1, sink)
+
+
+def diagonals(window: int, period: int, sink: int = 0) -> Pattern:
+    """Keys at most `window` away from the query's place in any frame of `period` tokens."""
+    return (1, -window, period, 2 * window + 1, sink)
+
+
+def stripes(first: int, width: int, period: int = EVER, sink: int = 0) -> Pattern:
+    """`width` keys from `first` on, again every `period`, for all queries."""
+    return (0, first, period, width, sink)
+
+
+def nothing() -> Pattern:
+    """No key: the head's output is zero."""
+    return (0, 0, EVER, 0, 0)
+
+
+def patterns_of(numbers: Sequence[int]) -> list[Pattern]:
+    """The patterns of a flat list, one per head.
+
+    Raises:
+        InvalidInput: the list has no whole number of patterns, or one has no legal slope or period.
+    """
+    if len(numbers) % NUMBERS:
+        raise InvalidInput(f"{len(numbers)} numbers are no patterns of {NUMBERS}")
+    found: list[Pattern] = []
+    for start in range(0, len(numbers), NUMBERS):
+        slope, offset, period, width, sink = (int(number) for number in numbers[start : start + NUMBERS])
+        if slope not in (0, 1) or period < 1:
+            raise InvalidInput(
+                f"pattern {start // NUMBERS} has slope {slope} and period {period}; expected 0 or 1, and >= 1"
+            )
+        found.append((slope, offset, period, width, sink))
+    return found
+
+
+def seen_by(pattern: Pattern, queries: Tensor, keys: Tensor) -> Tensor:
+    """Which of the keys (numbers [m]) each of the queries (numbers [n]) sees, [n, m]."""
+    slope, offset, period, width, sink = pattern
+    distance = torch.remainder(keys[None] - slope * queries[:, None] - offset, period)
+    return (distance < width) | (keys < sink)[None]
+
+
+def blocks_seen(pattern: Pattern, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pairs of blocks see each other at all, and which surely whole: bool [blocks, blocks] each.
+
+    Args:
+        queries, keys: first and last number of each block, [blocks, 2]; in between, all occur.
+    """
+    slope, offset, period, width, sink = pattern
+    low = keys[None, :, 0] - slope * queries[:, None, 1] - offset
+    high = keys[None, :, 1] - slope * queries[:, None, 0] - offset
+    inside = torch.remainder(low, period)
+    spread = high - low
+    some = (width > 0) & ((inside < width) | (inside + spread >= period)) | (keys[None, :, 0] < sink)
+    whole = (inside + spread < width) | (width >= period) | (keys[None, :, 1] < sink)
+    return some, whole & some
+
+
+@op
+def attention_pattern(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float) -> Tensor:
+    """softmax(q @ k.T * scale, over the keys that are seen) @ v, in the type of q; rows that see nothing give zeros.
+
+    Args:
+        q, k, v: float [batch, heads, length, width].
+        patterns: slope, offset, period, width and sink of every head: query i sees key j where
+            (j - slope * i - offset) mod period < width, or j < sink.
+    """
+    every = patterns_of(patterns)
+    if len(every) != q.shape[1]:
+        raise InvalidInput(f"{len(every)} patterns for {q.shape[1]} heads")
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    places = torch.arange(q.shape[2], device=q.device)
+    seen = torch.stack([seen_by(pattern, places, places) for pattern in every])
+    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
+    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
+    weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    return torch.matmul(weights, v.to(wide)).to(q.dtype)
+
+
+def density(patterns: Sequence[int], length: int, block: int = _BLOCK) -> float:
+    """The share of pairs of blocks that are not skipped, over all heads."""
+    starts = torch.arange(0, length, block)
+    blocks = torch.stack([starts, (starts + block - 1).clamp(max=length - 1)], 1)
+    every = patterns_of(patterns)
+    if not every or not length:
+        return 0.0
+    return sum(float(blocks_seen(pattern, blocks, blocks)[0].double().mean()) for pattern in every) / len(every)
+
+
+@attention_pattern.cost
+def _(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float) -> Cost:
+    from fxopt.ir.graph import hint
+
+    batch, heads, length, width = (hint(dim) for dim in q.shape)
+    macs = 2.0 * batch * heads * length * length * width * density(patterns, length)
+    moved = 4 * batch * heads * length * width * q.dtype.itemsize
+    return Cost(2 * macs, moved, str(q.dtype).removeprefix("torch."), "attention.pattern", 1, macs)
+
+
+@attention_pattern.samples
+def _() -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    every = [dense(), diagonal(5), diagonals(2, 16), stripes(3, 4, 12), nothing(), diagonal(9, sink=2)]
+    for batch, length, width in ((2, 48, 8), (1, 37, 16), (0, 16, 8), (1, 1, 8)):
+        q, k, v = (torch.randn(batch, len(every), length, width, generator=generator) for _ in range(3))
+        yield q, k, v, [number for pattern in every for number in pattern], width**-0.5
