@@ -331,9 +331,11 @@ def test_zoo(name: str, origin: str) -> None:
             torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
 
 
-SCALED = """<ir_version: 10, opset_import: ["" : 19]>
-scaled (float[n, 2, h, 5] x) => (float[m, 2, k, 7] y)
-<float[4] scales = {1.0, 1.0, 2.0, 1.5}> { y = Resize<mode="linear">(x, , scales) }
+SCALED = """
+scaled (float[n, 2, h, 5] x) => (float[m, 2, k, 7] y) {
+  [scales] scales = Constant <value = float[4] {1.0, 1.0, 2.0, 1.5}> ()
+  [scaled] y = Resize <mode = "linear"> (x, , scales)
+}
 """
 
 
