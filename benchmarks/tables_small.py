@@ -20,8 +20,8 @@ def wasm(result: dict[str, Any], where: str) -> list[str]:
         "",
         f"`python -m benchmarks.wasm` on {where}, Node {', '.join(sorted(node))}, one thread; {peers}.",
         "",
-        "How many times as fast, median of alternating bursts (10th to 90th percentile). `simd128` unless the name says",
-        "relaxed. Error: largest difference to torch in float64, of the largest value.",
+        "How many times as fast, median of alternating bursts (10th to 90th percentile). `simd128` unless the name",
+        "says relaxed. Error: largest difference to torch in float64, of the largest value.",
     ]
     for name, group in result["groups"].items():
         lines += ["", f"### {_TITLES.get(name, name)}", "", "| case | fxopt | ms | error | over | times |"]

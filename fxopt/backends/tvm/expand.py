@@ -1,14 +1,14 @@
 """Operators without a kernel, written in those that have one: torch's own decompositions, at fixed sizes.
 
 `group_norm`, `softplus`, `upsample_bilinear2d`, `lstm` and many more are compositions of a few operators. Each node
-that is refused is traced alone, with fake tensors of its operands' types, and what comes out takes its place and its name.
+that is refused is traced alone, with fake tensors of its operands' types, and what comes out takes its place and its
+name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -131,17 +131,6 @@ def _shares(length: int, out: int) -> Tensor:
     )
 
 
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Decompositions of recurrent layers would choose its operators, which have none."""
-    enabled = torch.backends.mkldnn.enabled
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-
-
 def _replaced(graph: Graph, node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
     """Whether the node was decomposed; its users then take the results of what replaces it."""
     flat, structure = pytree.tree_flatten((node.args, node.kwargs))
@@ -160,7 +149,8 @@ def _replaced(graph: Graph, node: fx.Node, values: Mapping[fx.Node, Any]) -> boo
 
     examples = [torch.empty_like(values[item], device="cpu") for item in tensors]
     try:
-        with torch.no_grad(), _without_onednn():
+        # oneDNN's operators for recurrent layers have no decompositions
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
             pure = torch.func.functionalize(call)
             traced = make_fx(pure, decomposition_table=_table(), tracing_mode="fake")(*examples)
     except Exception:  # whatever torch raises: the operator stays, and is refused by name
@@ -184,7 +174,7 @@ def _inline(graph: Graph, node: fx.Node, traced: fx.GraphModule, operands: list[
                 made[item] = graph.fx.node_copy(item, made.__getitem__)
             made[item].meta = {"val": item.meta.get("val"), "provenance": provenance(node)}
     (result,) = traced.graph.output_node().args
-    found: Any = fx.map_arg(result, made.__getitem__)  # type: ignore[arg-type]
+    found: Any = fx.map_arg(result, made.__getitem__)
     if isinstance(found, fx.Node):
         node.replace_all_uses_with(found)
     else:

@@ -110,7 +110,8 @@ class Lowering:
                 self.metas[node] = found
                 return
             if operator_name(node) in _SHAPES_ONLY:
-                self.known[node] = target(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs)
+                shaped: Any = args[0]
+                self.known[node] = target(torch.empty_like(shaped, device="cpu"), *args[1:], **kwargs)
                 self.metas[node] = self.known[node].to("meta")
                 return
             known = _quick_type(operator_name(node), args)
@@ -122,7 +123,8 @@ class Lowering:
             self.metas[node] = target(*args, **kwargs)
         except Exception as error:  # whatever torch raises for a type that it does not take
             if isinstance(node.target, torch._ops.HigherOrderOperator):
-                raise Unsupported(f"node {label(node)!r}: {node.target} depends on data, which has no kernel") from error
+                why = "depends on data, which has no kernel"
+                raise Unsupported(f"node {label(node)!r}: {node.target} {why}") from error
             raise Unsupported(f"node {label(node)!r}: {node.target} does not take these types: {error}") from error
 
     # ---- lowering

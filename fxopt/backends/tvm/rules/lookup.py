@@ -110,7 +110,8 @@ def _index(low: Lowering, call: Call) -> Any:
     if len(indexed) == 1:
         places = _positions(low, indexed[0])
     elif all(item is not None for item in known):
-        whole = torch.broadcast_tensors(*(torch.where(i < 0, i + n, i) for i, n in zip(known, sizes, strict=True)))  # type: ignore[arg-type, no-untyped-call]
+        pairs = zip((item for item in known if item is not None), sizes, strict=True)
+        whole = torch.broadcast_tensors(*(torch.where(i < 0, i + n, i) for i, n in pairs))  # type: ignore[no-untyped-call]
         steps = [math.prod(sizes[number + 1 :]) for number in range(len(sizes))]
         places = low.program.constant(sum(i * step for i, step in zip(whole, steps, strict=True)).flatten().numpy())
     else:

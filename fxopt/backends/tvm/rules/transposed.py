@@ -15,7 +15,7 @@ from fxopt.errors import Unsupported
 
 
 def _transposed(low: Lowering, call: Call) -> Value:
-    """Stride s puts s - 1 zeros between pixels; the kernel is turned around, and padded by dilation * (size - 1) - pad."""
+    """Stride s puts s - 1 zeros between pixels; the kernel is turned around, padded by dilation * (size - 1) - pad."""
     weight = low.weight(call["weight"], "weight")
     rank = weight.dim() - 2
     if rank not in (1, 2):

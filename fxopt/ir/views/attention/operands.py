@@ -127,7 +127,8 @@ def _expanded(graph: Graph, node: fx.Node, axis: int) -> tuple[fx.Node, int] | N
 
 def _copied(graph: Graph, node: Any) -> fx.Node | None:
     found = read(graph, node, "identity")
-    return node if found is None else found[0]
+    source: fx.Node | None = node if found is None else found[0]
+    return source
 
 
 def _spread(graph: Graph, node: fx.Node) -> fx.Node | None:

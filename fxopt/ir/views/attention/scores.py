@@ -295,7 +295,7 @@ def _is_cap(graph: Graph, value: object) -> bool:
 def _blend(keep: torch.Tensor, low: torch.Tensor) -> float | None:
     """The number that is added where `keep` is 0, with nothing added where it is 1; None when it is not so."""
     try:
-        keep, low = torch.broadcast_tensors(keep.double(), low)
+        keep, low = torch.broadcast_tensors(keep.double(), low)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return None
     kept, hidden = keep == 1, keep == 0

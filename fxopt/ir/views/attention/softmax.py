@@ -87,7 +87,7 @@ def without_maximum(graph: Graph, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node
         return (x, (highest,)) if is_last(extremum[1][0], x) else None
     source = highest.args[0] if highest.target is operator.getitem and highest.args[1] == 0 else None
     if is_aten(source, aten.max.dim) and source.args[0] is x and argument(source, 2, "keepdim", False):
-        return (x, (highest, source)) if is_last(source.args[1], x) else None  # type: ignore[arg-type]
+        return (x, (highest, source)) if is_last(source.args[1], x) else None  # type: ignore[arg-type, return-value]
     return None
 
 
