@@ -99,6 +99,8 @@ class Lowering:
         if target is torch.ops.aten.view.default:  # our strides may be others than those that torch made the view for
             target = torch.ops.aten.reshape.default
         inputs = node.all_input_nodes
+        args: Any
+        kwargs: Any
         args, kwargs = map_arg((node.args, node.kwargs), self.metas.__getitem__)
         try:
             if all(item in self.known or not _has_tensor(self.metas[item]) for item in inputs) and _is_pure(node):

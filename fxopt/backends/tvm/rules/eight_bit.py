@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,20 +42,31 @@ def conv_w8a8(low: Lowering, call: Call) -> Coded:
     if rank not in (1, 2):
         raise Unsupported(f"convolves {rank} axes; the kernels take 1 or 2")
     x, y = levels_of(low, call, "x"), levels_of(low, call, "y")
-    shape = low.shape(call["x"])
-    lead = (0,) if rank == 1 else ()
-    one = (1,) if rank == 1 else ()
-    pads = call["pads"]
+    shape, pads = low.shape(call["x"]), call["pads"]
+    begins, ends = pads[:rank], pads[rank:]
     size = Conv(
-        batch=shape[0], channels=shape[1], height=1 if rank == 1 else shape[2], width=shape[-1],
-        outputs=codes.shape[0], kernel=(*one, *codes.shape[2:]), stride=(*one, *call["stride"]),
-        pads=(*lead, *pads[:rank], *lead, *pads[rank:]), dilation=(*one, *call["dilation"]), groups=int(call["groups"]),
-    )  # fmt: skip
+        batch=shape[0],
+        channels=shape[1],
+        height=1 if rank == 1 else shape[2],
+        width=shape[-1],
+        outputs=codes.shape[0],
+        kernel=_two(codes.shape[2:], 1),
+        stride=_two(call["stride"], 1),
+        pads=(*_two(begins, 0), *_two(ends, 0)),
+        dilation=_two(call["dilation"], 1),
+        groups=int(call["groups"]),
+    )
     made = low.program.value(low.shape(call.node), y.stored.dtype)
     if made.count:
         kernel = _depthwise if size.groups == size.channels > 1 and size.inner <= _MOST_TAPS else _general
         kernel(low, call["x"], size, (x, y), codes, scales, bias, made)
     return Coded(made, y)
+
+
+def _two(values: Sequence[Any], first: int) -> tuple[int, int]:
+    """Of rows and columns; one axis is that of columns."""
+    rows, columns = (first, *values) if len(values) == 1 else values
+    return int(rows), int(columns)
 
 
 def _general(
@@ -171,8 +182,11 @@ def average_pool_a8(low: Lowering, call: Call) -> Coded:
 
     def pools(found: Value) -> Value:
         batch, channels, height, width = found.shape
-        kernel, stride, pads = tuple(call["kernel"]), tuple(call["stride"]), tuple(call["pads"])
-        size = Conv(batch, channels, height, width, channels, kernel, stride, pads, groups=channels)
+        top, left, bottom, right = call["pads"]
+        kernel, stride = _two(call["kernel"], 1), _two(call["stride"], 1)
+        size = Conv(
+            batch, channels, height, width, channels, kernel, stride, (top, left, bottom, right), groups=channels
+        )
         made = low.program.value(low.shape(call.node))
         if made.count:
             low.program.call(pool, (size, True, bool(call["include_pad"])), found.slot, made.slot)
