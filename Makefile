@@ -29,7 +29,7 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
-slow: $(VENV)/.dev $(VENV)/.tvm
+slow: $(VENV)/.dev $(VENV)/.tvm $(VENV)/.triton
 	$(PYTEST) -m slow
 
 wheel: $(VENV)/.wheel
@@ -55,6 +55,10 @@ $(VENV)/.dev: $(VENV)/.torch
 
 $(VENV)/.tvm: $(VENV)/.dev
 	-$(PIP) install --editable '.[tvm]' # compiles own kernels; without it their tests are skipped with the reason
+	touch $@
+
+$(VENV)/.triton: $(VENV)/.dev
+	-$(PIP) install --editable '.[triton]' # compiles and interprets GPU kernels without a GPU; else as above
 	touch $@
 
 clean:

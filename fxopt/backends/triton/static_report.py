@@ -108,32 +108,41 @@ def report_on(kernel: Any) -> StaticReport:
     cubin = kernel.asm.get("cubin")
     if cubin is None:
         raise Unsupported(f"kernel {kernel.metadata.name} holds no cubin; reports are of NVIDIA kernels")
-    usage, listing = _disassembled(cubin)
-    found = re.search(r"REG:(\d+)", usage)
-    if found is None:
-        raise Unsupported(f"the disassembler says nothing of the registers of {kernel.metadata.name}")
+    registers, _ = usage_of(kernel)
+    listing = _tool("-sass", cubin)
     code = _instructions(listing)
     loop = _hottest(code)
     spilled = sum(_width(name) for _, name, _ in code if name.startswith("STL"))
     tensor = Counter(name.split(".")[0] for _, name, _ in code if re.match(_CLASSES[0][1], name))
     return StaticReport(
-        str(kernel.metadata.name), int(kernel.metadata.target.arch), int(kernel.metadata.num_warps), int(found[1]),
+        str(kernel.metadata.name), int(kernel.metadata.target.arch), int(kernel.metadata.num_warps), registers,
         spilled, int(kernel.metadata.shared), _classified(loop), dict(tensor),
     )  # fmt: skip
 
 
-def _disassembled(cubin: bytes) -> tuple[str, str]:
+def usage_of(kernel: Any) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: without a stack nothing is spilled.
+
+    Raises:
+        Unsupported: as `report_on`.
+    """
+    usage = _tool("-res-usage", kernel.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise Unsupported(f"the disassembler says nothing of the registers of {kernel.metadata.name}")
+    return int(found[1]), int(found[2])
+
+
+def _tool(option: str, cubin: bytes) -> str:
+    """What cuobjdump prints."""
     tool = str(library.module("knobs").nvidia.cuobjdump.path)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        texts = []
-        for option in ("-res-usage", "-sass"):
-            done = subprocess.run([tool, option, file.name], capture_output=True, text=True, timeout=60)
-            if done.returncode:
-                raise Unsupported(f"{tool} {option} fails: {done.stderr.strip()}")
-            texts.append(done.stdout)
-    return texts[0], texts[1]
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise Unsupported(f"{tool} {option} fails: {done.stderr.strip()}")
+    return done.stdout
 
 
 _Instruction = tuple[int, str, str]  # address, full name, text

@@ -150,7 +150,7 @@ def _replaced(graph: Graph, node: fx.Node, values: Mapping[fx.Node, Any]) -> boo
     examples = [torch.empty_like(values[item], device="cpu") for item in tensors]
     try:
         # oneDNN's operators for recurrent layers have no decompositions
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
             pure = torch.func.functionalize(call)
             traced = make_fx(pure, decomposition_table=_table(), tracing_mode="fake")(*examples)
     except Exception:  # whatever torch raises: the operator stays, and is refused by name

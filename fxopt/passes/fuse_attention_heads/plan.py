@@ -141,7 +141,7 @@ def _unfolded(graph: Graph, view: Attention) -> tuple[Attention, fx.Node] | None
     made = (*(q.shape or ())[:-1], (v.shape or (None,))[-1])
     if read(graph, users[0], "reshape") is None or not same_sizes(shape_of(users[0]), made):
         return None
-    sizes = [operand.shape or () for operand in (q, k, v)]
+    sizes: list[tuple[Any, ...]] = [operand.shape or () for operand in (q, k, v)]
     if not (same_sizes(sizes[0][:1], sizes[1][:1]) and same_sizes(sizes[1][:3], sizes[2][:3])):
         return None
     shared = sizes[1][1]

@@ -33,7 +33,7 @@ REPORT = StaticReport("k", 80, 4, 96, 0, 36000, {"tensor": 32, "half": 68, "logi
 
 
 def read(monkeypatch: pytest.MonkeyPatch, usage: str = "REG:96 STACK:0") -> StaticReport:
-    monkeypatch.setattr(static_report, "_disassembled", lambda cubin: (usage, LISTING))
+    monkeypatch.setattr(static_report, "_tool", lambda option, cubin: usage if option == "-res-usage" else LISTING)
     metadata = SimpleNamespace(name="k", num_warps=4, shared=128, target=SimpleNamespace(arch=80))
     kernel: Any = SimpleNamespace(asm={"cubin": b"."}, metadata=metadata)
     return report_on(kernel)

@@ -113,7 +113,8 @@ def _index(low: Lowering, call: Call) -> Any:
         pairs = zip((item for item in known if item is not None), sizes, strict=True)
         whole = torch.broadcast_tensors(*(torch.where(i < 0, i + n, i) for i, n in pairs))  # type: ignore[no-untyped-call]
         steps = [math.prod(sizes[number + 1 :]) for number in range(len(sizes))]
-        places = low.program.constant(sum(i * step for i, step in zip(whole, steps, strict=True)).flatten().numpy())
+        offsets = torch.stack([i * step for i, step in zip(whole, steps, strict=True)]).sum(0)
+        places = low.program.constant(offsets.flatten().numpy())
     else:
         raise Unsupported("indexes several axes behind the first ones by values that are not known")
     source = joined.viewed(flat, tuple(math.prod(flat[i + 1 :]) for i in range(len(flat))))

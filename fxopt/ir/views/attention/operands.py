@@ -171,7 +171,7 @@ def shared_heads(q: Operand, k: Shared, v: Shared) -> int | Refusal:
     shapes = [operand.shape for operand in (q, k.operand, v.operand)]
     if any(shape is None or len(shape) < 4 for shape in shapes):
         return 1
-    heads = [(shape or ())[_HEADS] for shape in shapes]
+    heads = [shape[_HEADS] for shape in shapes if shape is not None]
     if k.times > 1:
         return k.times
     if is_one(heads[1]) and is_one(heads[2]) and isinstance(heads[0], int) and heads[0] > 1:

@@ -122,10 +122,11 @@ def _piece(graph: Graph, node: Any) -> _Piece | None:
         return None
     x, axis = _split(source)
     sizes = [(shape_of(part) or (None,))[-1] for part in sorted(source.users, key=_index)]
-    if x is None or not is_last(axis, x) or len(sizes) <= index or not all(isinstance(size, int) for size in sizes):
+    known = [size for size in sizes if isinstance(size, int)]
+    if x is None or not is_last(axis, x) or len(sizes) <= index or len(known) < len(sizes):
         return None
-    start = sum(sizes[:index])
-    return _Piece(x, start, start + sizes[index], 1)
+    start = sum(known[:index])
+    return _Piece(x, start, start + known[index], 1)
 
 
 def _index(node: fx.Node) -> int:
