@@ -23,6 +23,7 @@ Observer = Callable[[fx.Node, Any], None]
 _LOW_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ONNX_LOW_FLOATS = (1, 10, 16)  # TensorProto FLOAT, FLOAT16, BFLOAT16
 _ONNX_DOUBLE = 11
+_FILLING = {torch.ops.aten.zeros.default, torch.ops.aten.ones.default, torch.ops.aten.empty.memory_format}
 
 
 def run(
@@ -216,9 +217,13 @@ def _widened(value: Any) -> Any:
 def _widened_casts(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Casts to a float type become casts to float64."""
+    """Casts to a float type become casts to float64, and so do new tensors of the default type."""
     if getattr(target, "op_type", "") == "Cast" and kwargs.get("to") in _ONNX_LOW_FLOATS:
         return args, {**kwargs, "to": _ONNX_DOUBLE}
+    if getattr(target, "op_type", "") == "ConstantOfShape" and kwargs.get("value") is None:
+        return args, {**kwargs, "value": torch.zeros(1, dtype=torch.float64)}
+    if target in _FILLING and kwargs.get("dtype") is None:
+        kwargs = {**kwargs, "dtype": torch.float64}
 
     def wide(value: Any) -> Any:
         return torch.float64 if value in _LOW_FLOATS else value

@@ -124,6 +124,27 @@ TEXTS: dict[str, tuple[str, str, int, Expected | str]] = {  # inputs, body, opse
         "float[b, 4, 6, 8] q, float[b, 2, 6, 8] k, float[b, 2, 6, 8] v",
         " y = Attention <softcap = 2.0> (q, k, v)", 23, Expected(scale=None, groups=2, softcap=2.0, zero_rows=True, fused=False),
     ),
+    "the operator Attention between transposes": (
+        "float[b, 6, 32] q, float[b, 6, 32] k, float[b, 6, 32] v, bool[b, 1, 6, 6] seen",
+        " split = Constant <value_ints = [0, 0, 4, 8]> ()"
+        + "".join(
+            f" {x}4 = Reshape ({x}, split) {x}t = Transpose <perm = [0, 2, 1, 3]> ({x}4)" for x in "qkv"
+        )
+        + " yh = Attention <scale = 0.5, softcap = 2.0> (qt, kt, vt, seen)" + JOIN,
+        23, Expected("general", 0.5, softcap=2.0, zero_rows=True),
+    ),
+    "the operator Attention of repeated heads": (
+        "float[b, 4, 6, 8] q, float[b, 2, 6, 8] k, float[b, 2, 6, 8] v",
+        " two = Constant <value_ints = [2]> ()  wide = Constant <value_ints = [1, 1, 2, 1, 1]> ()"
+        " four = Constant <value_ints = [0, 4, 6, 8]> ()"
+        + "".join(f" {x}u = Unsqueeze ({x}, two) {x}e = Expand ({x}u, wide) {x}r = Reshape ({x}e, four)" for x in "kv")
+        + " y = Attention <is_causal = 1> (q, kr, vr)",
+        23, Expected("causal", None, 2, zero_rows=True),
+    ),
+    "the operator Attention with a constant that hides nothing": (
+        HEADS, " m = Constant <value = float[1, 6] {0, 0, 0, 0, 0, 0}> ()  size = Constant <value_ints = [6, 6]> ()"
+        " w = Expand (m, size)  y = Attention (q, k, v, w)", 23, Expected(scale=None, zero_rows=True),
+    ),
     "MultiHeadAttention": (
         "float[b, 6, 32] q, float[b, 6, 32] k, float[b, 6, 32] v",
         " y = com.microsoft.MultiHeadAttention <num_heads = 4, unidirectional = 1> (q, k, v)", 17,

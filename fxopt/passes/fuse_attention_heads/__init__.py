@@ -8,10 +8,10 @@ from fxopt.ir.graph import Graph, label, tensor_value
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.views.attention import Attention, attentions
 from fxopt.passes.base import Context, ExactPass
-from fxopt.passes.fuse_attention_heads.onnx_form import OPSETS, Masks, fuse_onnx, onnx_refusal
+from fxopt.passes.fuse_attention_heads.onnx_form import OPSETS, Masks, fuse_onnx, onnx_refusal, simplifies_onnx
 from fxopt.passes.fuse_attention_heads.plan import Plan, planned
 from fxopt.passes.fuse_attention_heads.reasons import explain, refuse, whole
-from fxopt.passes.fuse_attention_heads.torch_form import fuse_torch, needs_fxopt, simplifies, torch_refusal
+from fxopt.passes.fuse_attention_heads.torch_form import fuse_torch, needs_fxopt, simplifies_torch, torch_refusal
 
 __all__ = ["FuseAttentionHeads"]
 
@@ -66,7 +66,9 @@ def _planned(graph: Graph, view: Attention, ctx: Context) -> Plan | Refusal | No
     bands = is_torch and needs_fxopt(view)
     plan = planned(graph, view, bands)
     if view.kind != "spelled-out":
-        return plan if isinstance(plan, Plan) and is_torch and simplifies(graph, plan) else None
+        if isinstance(plan, Refusal) or (not is_torch and _opset(graph) not in OPSETS):
+            return None
+        return plan if (simplifies_torch if is_torch else simplifies_onnx)(graph, plan) else None
     operator = "attention" if bands else "scaled_dot_product_attention" if is_torch else "Attention"
     unsupported = ctx.supports(operator, str(value.dtype).removeprefix("torch."))
     if unsupported:

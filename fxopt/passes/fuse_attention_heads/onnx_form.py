@@ -24,6 +24,7 @@ from fxopt.passes.fuse_attention_heads.plan import HEADS_FIRST, Plan, dtype_of, 
 from fxopt.passes.fuse_attention_heads.shape_readers import reread, unreadable
 
 OPSETS = (23, 24)  # in which backends have a kernel for Attention
+_OPTIONS = {"scale", "softcap", "is_causal", "qk_matmul_output_mode", "_outputs"}  # the mode of another result
 Masks = dict[Any, fx.Node]  # made once for all attentions that share one
 
 
@@ -44,6 +45,19 @@ def onnx_refusal(plan: Plan) -> Refusal | None:
         if size is None or len(size) > len(shape) + (plan.windows > 1):
             return Refusal("its mask is {}, not [batch, heads, length, keys]", shown(size))
     return unreadable(plan)
+
+
+def simplifies_onnx(graph: Graph, plan: Plan) -> bool:
+    """Whether the operator, which is there already, gets less to do: no transposes, no mask, no repeated heads."""
+    view = plan.view
+    if view.kind != "onnx" or view.heads is not None or set(view.node.kwargs) - _OPTIONS or onnx_refusal(plan):
+        return False
+    if all(is_flat(graph, operand) is not None for operand in (view.q, view.k, view.v)):
+        return True
+    if view.terms and not plan.mask.parts:
+        return True
+    given = shape_of(view.node.args[1])
+    return view.groups > 1 and given is not None and same_sizes(given[1:2], plan.shape[1:2])
 
 
 def fuse_onnx(graph: Graph, plan: Plan, masks: Masks, opset: int, name: str) -> None:
@@ -130,6 +144,8 @@ def _mask(b: Builder, plan: Plan, taken: list[fx.Node], axis: int, masks: Masks)
     """The mask as Attention takes it; `axis` is that of the length in `taken`."""
     if not plan.mask.parts:
         return None
+    if plan.view.kind == "onnx":
+        return plan.view.terms[0].node
     view, sizes = plan.view, list(plan.shape[-2:])
     terms = tuple((term.node, term.form, term.factor, term.hidden) for term in view.terms)
     key = (terms, view.empty_rows_are_zero, str(plan.shape[-3:]), plan.windows, dtype_of(view.q))

@@ -37,7 +37,7 @@ def torch_refusal(plan: Plan) -> Refusal | None:
     return None
 
 
-def simplifies(graph: Graph, plan: Plan) -> bool:
+def simplifies_torch(graph: Graph, plan: Plan) -> bool:
     """Whether torch's operator, which is there already, gets less: no mask, or heads before they were repeated."""
     view = plan.view
     if view.kind != "sdpa" or torch_refusal(plan) is not None:

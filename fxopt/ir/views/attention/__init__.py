@@ -24,7 +24,7 @@ def attentions(graph: Graph) -> Iterator[Attention | NotAttention]:
     """Every attention of the graph in the order of execution, and every softmax that is none, with the reason."""
     for node in list(graph.calls()):
         whole = one_operator(graph, node)
-        if isinstance(whole, Attention) and whole.kind in ("sdpa", "fxopt"):
+        if isinstance(whole, Attention) and whole.heads is None:
             whole = normalised(graph, whole)
         if isinstance(whole, Refusal):
             yield NotAttention(node, whole, (node,))
