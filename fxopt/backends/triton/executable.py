@@ -35,6 +35,15 @@ def usable_gpu() -> str:
     return str(torch.cuda.get_device_name()) if 10 * major + minor >= LEAST else ""
 
 
+def placed(graph: Graph, device: torch.device) -> torch.fx.GraphModule:
+    """A module with constants and new tensors on a device; the graph was captured on another one."""
+    graph = graph.copy()
+    for node in graph.calls():
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": device}
+    return graph.module.to(device)
+
+
 class TritonExecutable(EagerExecutable):
     """The graph, lowered and compiled when it is first needed: by a call on a GPU, `verdicts` or `save_beside`."""
 
@@ -72,10 +81,16 @@ class TritonExecutable(EagerExecutable):
         ]
 
     def save_beside(self, folder: Path) -> None:
-        """Write the kernels into a folder of their own."""
+        """Write the kernels and their static reports into a folder of their own."""
         kernels = self.job().kernels
         usable = [kernel for key, kernel in kernels.compiled.items() if key not in kernels.refused]
         bundled(usable, kernels.chip.sm).save(folder / "kernels")
+        lines = [
+            f"{report}; {100 * report.occupancy(kernels.chip):.0f} % of the threads of {kernels.chip.name}"
+            for report in kernels.reports.values()
+        ]
+        text = "\n".join([*lines, *(f"not used: {reason}" for reason in kernels.refused.values()), ""])
+        (folder / "kernels" / "reports.txt").write_text(text, encoding="utf-8")
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs on flat inputs; those on another device than the GPU come back there."""
@@ -91,8 +106,7 @@ class TritonExecutable(EagerExecutable):
         if device not in self._runners:
             register()
             self._install(device)
-            module = self.job().graph.module.to(device)
-            compiled = torch.compile(module, fullgraph=True)
+            compiled = torch.compile(placed(self.job().graph, device), fullgraph=True)
 
             def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
                 with torch.no_grad():

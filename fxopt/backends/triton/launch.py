@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fxopt.backends.triton.chips import PRETENDED, Chip
+from fxopt.errors import Unsupported
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,19 @@ def recorded(chip: Chip) -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int
 ) -> None:
-    """Run the kernel on the device of its tensors; nothing for an empty grid."""
+    """Run the kernel on the device of its tensors; nothing for an empty grid.
+
+    Raises:
+        Unsupported: it ran, but spills registers: something else is faster.
+    """
     if 0 in grid:
         return
     record = _RECORD.get()
     if record is not None:
         record.append(Launch(kernel, grid, arguments, constants, warps, stages))
         return
-    kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+    device = next((value.device for value in arguments if isinstance(value, Tensor) and value.is_cuda), None)
+    with nullcontext() if device is None else torch.cuda.device(device):
+        made = kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+    if getattr(made, "n_spills", 0):
+        raise Unsupported(f"{Launch(kernel, grid, (), constants, warps, stages)} spills registers")

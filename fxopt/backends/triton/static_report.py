@@ -159,18 +159,23 @@ def _instructions(listing: str) -> list[_Instruction]:
 
 
 def _hottest(code: list[_Instruction]) -> list[str]:
-    """The names of the loop with most tensor instructions (of those, the innermost), else of the longest inner loop."""
+    """The names of the loop with most tensor instructions (of equal ones the shortest), else of the longest one.
+
+    Of nested loops the inner one counts.
+    """
     bodies: list[tuple[int, int, list[str]]] = []
     for address, name, text in code:
         target = re.search(r"0x([0-9a-f]+)", text) if name.startswith("BRA") else None
         if target is not None and int(target[1], 16) < address:
             begin = int(target[1], 16)
             bodies.append((begin, address, [other for place, other, _ in code if begin <= place <= address]))
-    if not bodies:
-        return []
-    best = max((body for _, _, body in bodies), key=lambda body: (_tensor(body), -len(body)))
-    inner = [body for begin, end, body in bodies if not any(begin < b and e < end for b, e, _ in bodies)]
-    return best if _tensor(best) else max(inner, key=len)
+    bodies = [found for found in bodies if _tensor(found[2])] or bodies
+    inner = [
+        body
+        for begin, end, body in bodies
+        if not any((begin, end) != (b, e) and begin <= b and e <= end for b, e, _ in bodies)
+    ]
+    return max(inner, key=lambda body: (_tensor(body), -len(body) if _tensor(body) else len(body)), default=[])
 
 
 def _tensor(body: list[str]) -> int:

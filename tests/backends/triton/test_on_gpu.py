@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(all_cases()), ids=lambda case: case.name)
 def test_kernel(case: Case) -> None:
     assert case.error("cuda") <= case.room
 

@@ -65,7 +65,7 @@ def test_two_of_four_needs_rows() -> None:
 def test_sparse_attention_has_a_break_even_density(name: str) -> None:
     target = get_target(name)
     limit = worth.break_even_density(target, 24, 8192, 128, F16, False)
-    assert 0.1 < limit < 0.7
+    assert 0 < limit < 0.7
     assert worth.density_refusal(target, limit * 0.9, 24, 8192, 128, F16) == ""
     reason = worth.density_refusal(target, limit * 1.1, 24, 8192, 128, F16)
     assert f"predicted not to pay on {name} (not measured)" in reason and f"from {limit:.2f} on" in reason

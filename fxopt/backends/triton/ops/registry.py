@@ -6,6 +6,7 @@ run. The operators are opaque to `torch.compile`, and trace, export and save wit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec
 
@@ -29,15 +30,30 @@ class KernelOp(Generic[P]):
         self.name = name
         self.reference = reference
         self.kernels = kernels
+        self.disabled: set[Any] = set()  # shapes for which a kernel failed
         schema = torch.library.infer_schema(reference, mutates_args=())
         _LIBRARY.define(f"{self.name}{schema}", tags=_TAGS)
         _LIBRARY.impl(self.name, reference, "CPU")
-        _LIBRARY.impl(self.name, kernels, "CUDA")
+        _LIBRARY.impl(self.name, self.on_cuda, "CUDA")
         torch.library.register_fake(f"fxopt_triton::{self.name}", reference, lib=_LIBRARY)
         self.target: OpOverload[..., Any] = getattr(torch.ops.fxopt_triton, self.name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         return self.target(*args, **kwargs)
+
+    def on_cuda(self, *args: Any) -> Any:
+        """The kernels; where one does not compile, or spills, for these shapes, from then on the reference."""
+        shapes = tuple((tuple(value.shape), value.dtype) for value in args if isinstance(value, Tensor))
+        if shapes not in self.disabled:
+            try:
+                return self.kernels(*args)
+            except Exception as error:
+                if not isinstance(error, Unsupported) and not type(error).__module__.startswith("triton"):
+                    raise
+                self.disabled.add(shapes)
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                warnings.warn(f"fxopt: {self.name} runs in the reference: {reason}", stacklevel=2)
+        return self.reference(*args)  # type: ignore[call-arg]
 
 
 def contiguous_rows(x: Tensor, columns: int) -> Tensor:
