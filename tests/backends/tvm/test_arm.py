@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.arm_instructions import SHAPES, TARGET, counted, model_counts
-from benchmarks.common import RESULTS
-from benchmarks.wasm_models import Encoder, prune
 from fxopt.cost_model.targets import get_target
 from fxopt.frontends.torch_export import load
 from tests.backends.tvm import harness, test_models
 
+from benchmarks.arm_instructions import SHAPES, TARGET, counted, model_counts  # isort: skip
+from benchmarks.common import RESULTS  # isort: skip
+from benchmarks.wasm_models import Encoder, prune  # isort: skip
 from fxopt.backends.tvm import Tvm, qemu  # isort: skip
 from fxopt.backends.tvm.machine import machine_for  # isort: skip
 
