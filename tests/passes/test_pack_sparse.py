@@ -105,6 +105,7 @@ def test_models_without_marks_are_left_alone() -> None:
 
 
 def test_refuses_with_a_reason() -> None:
+    pytest.importorskip("tvm", reason="asks the TVM backend too: pip install 'fxopt[tvm]'")
     made, _ = sparse(prepared(linears()), Sparsify("2:4"), rows(2))
     fast = size_context(objective="latency")
     packed(made, fast)
