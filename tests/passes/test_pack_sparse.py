@@ -14,6 +14,7 @@ import torch
 import fxopt
 from fxopt.backends.onnxruntime import OnnxRuntime
 from fxopt.backends.onnxruntime.session import make_session
+from fxopt.backends.tvm import Tvm
 from fxopt.frontends.onnx import load
 from fxopt.ir.graph import Graph
 from fxopt.ir.masks import marks, stale
@@ -105,7 +106,6 @@ def test_models_without_marks_are_left_alone() -> None:
 
 
 def test_refuses_with_a_reason() -> None:
-    pytest.importorskip("tvm", reason="asks the TVM backend too: pip install 'fxopt[tvm]'")
     made, _ = sparse(prepared(linears()), Sparsify("2:4"), rows(2))
     fast = size_context(objective="latency")
     packed(made, fast)
@@ -118,8 +118,12 @@ def test_refuses_with_a_reason() -> None:
     ctx = size_context()
     packed(row, ctx)
     assert refusals(ctx) == ["its bias has shape [1, 40]; expected one axis"]
-    tvm = pytest.importorskip("fxopt.backends.tvm").Tvm()
-    ctx = size_context(capabilities=tvm)
+
+
+def test_refuses_what_the_backend_lacks() -> None:
+    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'fxopt[tvm]'")
+    made, _ = sparse(prepared(linears()), Sparsify("2:4"), rows(2))
+    ctx = size_context(capabilities=Tvm())
     packed(made, ctx)
     assert refusals(ctx) == ["operator linear_sparse has no kernel in the tvm backend"] * 2
 
