@@ -10,7 +10,8 @@ from fxopt.ir.views.attention import Attention, attentions
 from fxopt.passes.base import Context, ExactPass
 from fxopt.passes.fuse_attention_heads.onnx_form import OPSETS, Masks, fuse_onnx, onnx_refusal, simplifies_onnx
 from fxopt.passes.fuse_attention_heads.plan import Plan, planned
-from fxopt.passes.fuse_attention_heads.reasons import explain, refuse, whole
+from fxopt.passes.fuse_attention_heads.qkv import merge, projections
+from fxopt.passes.fuse_attention_heads.reasons import explain, refuse, stay, whole
 from fxopt.passes.fuse_attention_heads.torch_form import fuse_torch, needs_fxopt, simplifies_torch, torch_refusal
 
 __all__ = ["FuseAttentionHeads"]
@@ -49,8 +50,21 @@ class FuseAttentionHeads(ExactPass):
             else:
                 fuse_torch(graph, plan, masks, self.name)
             changes += 1
+        changes += self._project(graph, ctx)
         if changes:
             graph.prune()
+        return changes
+
+    def _project(self, graph: Graph, ctx: Context) -> int:
+        """Queries, keys and values of one input as one linear, where the backend is faster then."""
+        changes = 0
+        for view in list(attentions(graph)):
+            parts = projections(graph, view, ctx) if isinstance(view, Attention) else None
+            if isinstance(parts, Refusal) and isinstance(view, Attention):
+                stay(ctx, self.name, view, parts)
+            elif isinstance(parts, tuple):
+                merge(graph, parts, self.name)
+                changes += 1
         return changes
 
 
