@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import onnx.parser
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.backends.onnxruntime import OnnxRuntime
+from fxopt.frontends import onnx as onnx_frontend
 from fxopt.frontends import torch_export
 from fxopt.ir.graph import Graph
+from fxopt.ir.shapes import infer
 from fxopt.passes.base import Context
 from fxopt.passes.fuse_attention_heads import FuseAttentionHeads
 from fxopt.passes.manager import PassManager
@@ -90,3 +93,21 @@ def test_excluded_by_name() -> None:
     )
     assert changes == 0
     assert any("excluded by --exclude" in verdict.reason for verdict in ctx.ledger.verdicts)
+
+
+def test_an_input_of_unknown_type_is_left_alone() -> None:
+    weights = "".join(
+        f" w{name} = Constant <value = float[2, 2] {{1, 2, 3, {number}}}> ()" for number, name in enumerate("qkv")
+    )
+    linears_of_x = "".join(f" {name} = MatMul (x, w{name})" for name in "qkv")
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> attend (float[1, 6, 2] g, bool[6] c) => (float[1, n, 2] y) '
+        f"{{ {weights} x = Compress <axis = 1> (g, c) {linears_of_x}"
+        " y = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, v) }"
+    )
+    graph = onnx_frontend.load(proto)
+    infer(graph)
+    ctx = Context(PLAIN_CPU)
+    assert FuseAttentionHeads().run(graph, ctx) == 0
+    (verdict,) = ctx.ledger.select(outcome="refused")
+    assert verdict.reason == "its queries, keys and values stay products: the type of their input is unknown"

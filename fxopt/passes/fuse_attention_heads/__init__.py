@@ -70,12 +70,12 @@ class FuseAttentionHeads(ExactPass):
 
 def _planned(graph: Graph, view: Attention, ctx: Context) -> Plan | Refusal | None:
     """How an attention is fused for the backend, or why it is not; None where it is one operator that says all."""
-    excluded = ctx.excluded(label(view.node))
+    excluded = _excluded(ctx, view)
     if excluded is not None:
         return excluded
     value = tensor_value(view.q.node)
     if value is None:
-        return Refusal("the type of its query is unknown")
+        return Refusal("the type of its query is unknown") if view.kind == "spelled-out" else None
     is_torch = graph.origin != "onnx"
     bands = is_torch and needs_fxopt(view)
     plan = planned(graph, view, bands)
@@ -90,6 +90,14 @@ def _planned(graph: Graph, view: Attention, ctx: Context) -> Plan | Refusal | No
     if isinstance(plan, Refusal):
         return plan
     return (torch_refusal(plan) if is_torch else onnx_refusal(plan)) or plan
+
+
+def _excluded(ctx: Context, view: Attention) -> Refusal | None:
+    """The refusal of an attention that the user left out by the name of its softmax or of its result."""
+    names = [label(node) for node in (view.node, view.softmax) if node is not None]
+    refused = [refusal for refusal in map(ctx.excluded, names) if refusal is not None]
+    is_included = ctx.exclude is None and len(refused) < len(names)
+    return refused[0] if refused and not is_included else None
 
 
 def _opset(graph: Graph) -> int:

@@ -33,8 +33,8 @@ def projections(graph: Graph, view: Attention, ctx: Context) -> tuple[Linear, ..
     if other is not None or len({each.node for each in linears}) != 3:
         return other
     value = tensor_value(linears[0].x)
-    if value is None or len({each.weight(graph).dtype for each in linears}) != 1:
-        return Refusal("the types of its linears differ, or are unknown")
+    if value is None:
+        return Refusal("the type of their input is unknown")
     refused = next(filter(None, (ctx.excluded(label(each.node)) for each in linears)), None)
     unsupported = refused or ctx.supports("linear_qkv", str(value.dtype).removeprefix("torch."))
     return Refusal("{}", unsupported) if unsupported else tuple(linears)
