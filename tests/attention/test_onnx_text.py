@@ -300,6 +300,32 @@ def fuse(graph: Graph, expected: Expected, given: list[torch.Tensor]) -> None:
         assert np.allclose(was.numpy(), now.numpy(), atol=2e-6, rtol=1e-5)
 
 
+def test_in_the_branch_of_an_if() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]> choose (float[2, 4, 6, 8] x, bool c) => (float[2, 4, 6, 8] y) {
+            y = If (c) <
+                then_branch = attend () => (float[2, 4, 6, 8] a) {
+                    kt = Transpose <perm = [0, 1, 3, 2]> (x)  s = MatMul (x, kt)  p = Softmax (s)  a = MatMul (p, x)
+                },
+                else_branch = keep () => (float[2, 4, 6, 8] b) { b = Identity (x) }
+            > }"""
+    )
+    graph = onnx_frontend.load(proto)
+    infer(graph)
+    ctx = Context(TARGET, capabilities=OnnxRuntime() if version() >= (1, 32) else None)
+    assert FuseAttentionHeads().opset(graph, ctx) == 23
+    graph = convert_graph(graph, 23, Ledger())
+    infer(graph)
+    before = graph.copy()
+    assert PassManager([FuseAttentionHeads()]).run(graph, ctx) == 1
+    assert [verdict.node.split("/")[1] for verdict in ctx.ledger.select(outcome="applied")] == ["then_branch"]
+    for choice in (True, False):
+        given = [torch.randn(2, 4, 6, 8), torch.tensor(choice)]
+        assert_no_worse(before, graph, [given])
+        (was,), (now,) = (OnnxRuntime().compile(each, TARGET, threads=1).run(given) for each in (before, graph))
+        assert np.allclose(was.numpy(), now.numpy(), atol=2e-6)
+
+
 def test_kinds_are_joined() -> None:
     _, body, opset, _ = TEXTS["a boolean mask cast to numbers"]
     graph = parsed(f"{QKV}, bool[b, 1, 6, 6] seen", body, opset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fxopt.ir.graph import Graph, label, tensor_value
 from fxopt.ir.ledger import Refusal
@@ -21,12 +22,14 @@ __all__ = ["FuseAttentionHeads"]
 class FuseAttentionHeads(ExactPass):
     """Write attention in all its spellings as the one operator that the backend runs faster."""
 
+    enters_bodies: ClassVar[bool] = True
+
     def opset(self, graph: Graph, ctx: Context) -> int:
         """The version of the ONNX standard that fusing needs."""
         if graph.origin != "onnx" or _opset(graph) >= OPSETS[0]:
             return 0
-        spelled = (view for view in attentions(graph) if isinstance(view, Attention) and view.kind == "spelled-out")
-        return OPSETS[0] if any(isinstance(_planned(graph, view, ctx), Plan) for view in spelled) else 0
+        graphs = (graph, *(found.graph for found in graph.subgraphs()))
+        return OPSETS[0] if any(_can_fuse(each, ctx) for each in graphs) else 0
 
     def run(self, graph: Graph, ctx: Context) -> int:
         """Returns how many attentions were fused."""
@@ -66,6 +69,12 @@ class FuseAttentionHeads(ExactPass):
                 merge(graph, parts, self.name)
                 changes += 1
         return changes
+
+
+def _can_fuse(graph: Graph, ctx: Context) -> bool:
+    """Whether some attention that is spelled out would be fused."""
+    spelled = (view for view in attentions(graph) if isinstance(view, Attention) and view.kind == "spelled-out")
+    return any(isinstance(_planned(graph, view, ctx), Plan) for view in spelled)
 
 
 def _planned(graph: Graph, view: Attention, ctx: Context) -> Plan | Refusal | None:
