@@ -107,7 +107,9 @@ def _absolute(graph: Graph, node: fx.Node, sign: int, added: int, keeps: bool) -
     inner = read(graph, distance, "abs")
     bound = scalar_constant(graph, width)
     form = None if inner is None else affine(graph, inner[0])
-    if form is None or bound is None or not keeps or sorted((form.queries, form.keys)) != [-1, 1] or form.offset:
+    if form is None or form.offset or sorted((form.queries, form.keys)) != [-1, 1]:
+        return None
+    if bound is None or bound != int(bound) or not keeps:
         return None
     reach = int(bound) + added
     return Seen(reach, reach) if reach >= 0 else Seen(is_general=True)
