@@ -105,6 +105,49 @@ def ort_fusions(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def attention_forms(result: dict[str, Any]) -> list[str]:
+    """Attention operators of ONNX Runtime against their parts."""
+    lines = [
+        "## Attention operators of ONNX Runtime",
+        "",
+        f"`python -m benchmarks.attention_forms` on {where(result)}, one thread.",
+        "Speed over that of the parts, projections included (median of the runs, with the extremes).",
+        "",
+    ]
+    forms = [name for name in result["self_attention"][0]["speed"] if not name.startswith("parts")]
+    lines += [f"| batch, length, heads, width | mask | {' | '.join(forms)} |", f"|---|---|{'---|' * len(forms)}"]
+    for row in result["self_attention"]:
+        shown = " | ".join(_speed(row["speed"].get(form)) for form in forms)
+        lines.append(f"| {row['shape']} | {row['mask']} | {shown} |")
+    forms = [name for name in result["grouped"][0]["speed"] if not name.startswith("parts")]
+    lines += ["", f"| batch, heads, shared heads, queries, keys, width | {' | '.join(forms)} |"]
+    lines.append(f"|---|{'---|' * len(forms)}")
+    for row in result["grouped"]:
+        lines.append(f"| {row['shape']} | {' | '.join(_speed(row['speed'].get(form)) for form in forms)} |")
+    return lines
+
+
+def attention_fusion(result: dict[str, Any]) -> list[str]:
+    """Exact passes on encoders against ONNX Runtime's optimiser of transformers."""
+    lines = [
+        "## Encoders of text: exact passes against ONNX Runtime's optimiser of transformers",
+        "",
+        f"`python -m benchmarks.attention_fusion` on {where(result)}, one thread, float32.",
+        "Speed over that of the file that `onnxruntime.transformers.optimizer` (model_type bert) makes; kernels are",
+        "the nodes that ONNX Runtime runs.",
+        "",
+        "| model | exporter | batch, length | as exported | fxopt | kernels: as exported | optimiser | fxopt |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["encoders"]:
+        counts = row["kernels"]
+        for each in row["shapes"]:
+            speeds = " | ".join(_speed(each["speed"].get(way)) for way in ("as exported", "fxopt"))
+            shown = " | ".join(str(counts[way]) for way in ("as exported", "onnxruntime.transformers", "fxopt"))
+            lines.append(f"| {row['model']} | {row['exporter']} | {each['shape']} | {speeds} | {shown} |")
+    return lines
+
+
 def embeddings(result: dict[str, Any]) -> list[str]:
     """Forms of an 8-bit table against the float table."""
     rows = result["embeddings"]
@@ -309,6 +352,8 @@ SECTIONS = (
     ("sparse_int8", sparse_int8),
     ("sparse_memory", sparse_memory),
     ("ort_fusions", ort_fusions),
+    ("attention_forms", attention_forms),
+    ("attention_fusion", attention_fusion),
     ("embeddings", embeddings),
     ("wasm", lambda result: tables_small.wasm(result, where(result))),
     ("arm_instructions", lambda result: tables_small.arm_instructions(result, where(result))),

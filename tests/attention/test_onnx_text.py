@@ -29,6 +29,7 @@ from tests.attention.entries import Expected
 from tests.attention.test_spelled import said, wanted
 
 TARGET = get_target("x86-avx2")
+SIZES = {"b": 4, "n": 6, "h": 4, "g": 2}
 QKV = "float[b, 6, 4, 8] q, float[b, 6, 4, 8] k, float[b, 6, 4, 8] v"
 HEADS = "float[b, 4, 6, 8] q, float[b, 4, 6, 8] k, float[b, 4, 6, 8] v"
 BY_POSITION = """
@@ -153,6 +154,18 @@ TEXTS: dict[str, tuple[str, str, int, Expected | str]] = {  # inputs, body, opse
     "a cache": (
         f"{HEADS}, float[b, 4, 3, 8] past", " y = Attention (q, k, v, , past, past)", 23, "it takes past_key",
     ),
+    "an updated cache": (
+        f"{HEADS}, float[b, 4, 3, 8] past", " y, present, other = Attention (q, k, v, , past, past)", 23,
+        "it also returns the updated cache or the scores",
+    ),
+    "heads that do not divide": (
+        "float[b, 4, 6, 8] q, float[b, 3, 6, 8] k, float[b, 3, 6, 8] v", " y = Attention (q, k, v)", 23,
+        "4 heads of q cannot share 3 of k and v evenly",
+    ),
+    "a number of heads that is an input's": (
+        "float[b, h, 6, 8] q, float[b, g, 6, 8] k, float[b, g, 6, 8] v", " y = Attention (q, k, v)", 23,
+        "its heads are known at run time",
+    ),
     "packed inputs": (
         "float[b, 6, 32] q", " y = com.microsoft.MultiHeadAttention <num_heads = 4> (q)", 17,
         "query, key and value are packed in one input",
@@ -184,6 +197,34 @@ TEXTS: dict[str, tuple[str, str, int, Expected | str]] = {  # inputs, body, opse
         " s = MatMul (q, kt)  a = Add (s, m)  p = Softmax <axis = -1> (a)  y = MatMul (p, v)",
         17, Expected("causal", fused=False, reason="its causal mask is of another length than its keys"),
     ),
+    "a number of heads that is known at run time": (
+        "float[b, h, 6, 8] q, float[b, h, 6, 8] k, float[b, h, 6, 8] v",
+        KEYS + " s = MatMul (q, kt)  p = Softmax <axis = -1> (s)  y = MatMul (p, v)",
+        17, Expected(fused=False, reason="the number or the width of its heads is known at run time only: scores [?, ?, 6, 6]"),
+    ),
+    "the size of the scores": (
+        HEADS, KEYS + " s = MatMul (q, kt)  p = Softmax <axis = -1> (s)  x = MatMul (p, v)  n = Size (s)"
+        " f = Cast <to = 1> (n)  y = Div (x, f)",
+        17, Expected(fused=False, reason="n reads the shape of its inner value s"),
+    ),
+    "the shape of the scores": (
+        HEADS, KEYS + " s = MatMul (q, kt)  p = Softmax <axis = -1> (s)  x = MatMul (p, v)"
+        " n = Shape <start = 0, end = -1> (s)  f = Cast <to = 1> (n)  l = ReduceProd <keepdims = 0> (f)  y = Div (x, l)",
+        17, Expected(),
+    ),
+    "queries of unknown shape": (
+        "float[b, 4, 6, 8] x, float[b, 4, 6, 8] k, float[b, 4, 6, 8] v, bool[6] c",
+        KEYS + " q = Compress <axis = 2> (x, c)  s = MatMul (q, kt)  p = Softmax <axis = -1> (s)  y = MatMul (p, v)",
+        17, Expected(fused=False, reason="the type of its query is unknown"),
+    ),
+    "keys of unknown shape": (
+        "float[b, 4, 6, 8] q, float[b, 4, 8, 6] k, float[b, 4, 6, 8] v, bool[6] c",
+        " kt = Compress <axis = 3> (k, c)  s = MatMul (q, kt)  p = Softmax <axis = -1> (s)  y = MatMul (p, v)", 17, "the shape of its keys kt is unknown",
+    ),
+    "a mask of unknown shape": (
+        f"{HEADS}, float[6, 6] x, bool[6] c", KEYS + " m = Compress <axis = 0> (x, c)  s = MatMul (q, kt)  a = Add (s, m)  p = Softmax <axis = -1> (a)  y = MatMul (p, v)",
+        17, Expected("general", fused=False, reason="its mask is of unknown shape, not [batch, heads, length, keys]"),
+    ),
     "a mask of heads in the batch": (
         "float[4, 6, 8] q, float[4, 6, 8] k, float[4, 6, 8] v, float[2, 2, 6, 6] m",
         " kt = Transpose <perm = [0, 2, 1]> (k)  s = MatMul (q, kt)  four = Constant <value_ints = [-1, 2, 6, 6]> ()"
@@ -202,10 +243,9 @@ def parsed(inputs: str, body: str, opset: int) -> Graph:
         f"attend ({inputs}) => (float[{shape}] y) {{ {body} }}"
     )
     graph = onnx_frontend.load(onnx.parser.parse_model(text))
-    sizes = {"b": 4, "n": 6}
-    infer(graph, sizes)
+    infer(graph, SIZES)
     PassManager(exact_pipeline()).run(graph, Context(TARGET))
-    infer(graph, sizes)
+    infer(graph, SIZES)
     return graph
 
 
@@ -213,8 +253,7 @@ def sample(graph: Graph) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for spec in graph.inputs:
-        sizes = {"b": 4, "n": 6}
-        shape = [sizes.get(str(size), size) for size in spec.shape or ()]
+        shape = [SIZES.get(str(size), size) for size in spec.shape or ()]
         value = torch.randn(shape, generator=generator, dtype=torch.float64)  # type: ignore[arg-type]
         if spec.name in ("seen", "hidden"):
             value = (value > 0).double()
@@ -246,9 +285,9 @@ def fuse(graph: Graph, expected: Expected, given: list[torch.Tensor]) -> None:
     capabilities = OnnxRuntime() if version() >= (1, 32) else None
     if graph.model.opsets[""] < 23:
         graph = convert_graph(graph, 23, Ledger())
-        infer(graph, {"b": 4, "n": 6})
+        infer(graph, SIZES)
     before, ctx = graph.copy(), Context(TARGET, capabilities=capabilities if expected.reason == "" else None)
-    infer(before, {"b": 4, "n": 6})
+    infer(before, SIZES)
     changes = PassManager([FuseAttentionHeads()]).run(graph, ctx)
     reasons = [verdict.reason for verdict in ctx.ledger.select(outcome="refused")]
     assert changes == expected.fused, reasons
@@ -259,6 +298,32 @@ def fuse(graph: Graph, expected: Expected, given: list[torch.Tensor]) -> None:
     if capabilities is not None:
         (was,), (now,) = (capabilities.compile(each, TARGET, threads=1).run(given) for each in (before, graph))
         assert np.allclose(was.numpy(), now.numpy(), atol=2e-6, rtol=1e-5)
+
+
+def test_in_the_branch_of_an_if() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]> choose (float[2, 4, 6, 8] x, bool c) => (float[2, 4, 6, 8] y) {
+            y = If (c) <
+                then_branch = attend () => (float[2, 4, 6, 8] a) {
+                    kt = Transpose <perm = [0, 1, 3, 2]> (x)  s = MatMul (x, kt)  p = Softmax (s)  a = MatMul (p, x)
+                },
+                else_branch = keep () => (float[2, 4, 6, 8] b) { b = Identity (x) }
+            > }"""
+    )
+    graph = onnx_frontend.load(proto)
+    infer(graph)
+    ctx = Context(TARGET, capabilities=OnnxRuntime() if version() >= (1, 32) else None)
+    assert FuseAttentionHeads().opset(graph, ctx) == 23
+    graph = convert_graph(graph, 23, Ledger())
+    infer(graph)
+    before = graph.copy()
+    assert PassManager([FuseAttentionHeads()]).run(graph, ctx) == 1
+    assert [verdict.node.split("/")[1] for verdict in ctx.ledger.select(outcome="applied")] == ["then_branch"]
+    for choice in (True, False):
+        given = [torch.randn(2, 4, 6, 8), torch.tensor(choice)]
+        assert_no_worse(before, graph, [given])
+        (was,), (now,) = (OnnxRuntime().compile(each, TARGET, threads=1).run(given) for each in (before, graph))
+        assert np.allclose(was.numpy(), now.numpy(), atol=2e-6)
 
 
 def test_kinds_are_joined() -> None:

@@ -73,6 +73,35 @@ def grouped_unevenly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.repeat_interleave(2, 1).transpose(-2, -1), -1) @ v
 
 
+def sink_that_is_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    sinks = torch.ones(B, H, L, 1)
+    return torch.softmax(torch.cat([q @ k.transpose(-2, -1), sinks], -1) * 0.5, -1)[..., :-1] @ v
+
+
+def queries_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(torch.einsum("bqd,bkd->qbk", q, k), -1) @ v
+
+
+def flexible(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    found: Tensor = flex_attention(q, k, v)  # type: ignore[assignment]
+    return found
+
+
+MIXED = torch.randn(L, S, generator=torch.Generator().manual_seed(2))
+MIXED[2] = -math.inf
+
+
+def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found = torch.softmax(q @ k.transpose(-2, -1) + MIXED, -1)
+    return torch.where(torch.isnan(found), 0.0, found) @ v
+
+
+def product(scores: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(scores, -1) @ v
+
+
 NOT_CONSTANT = "which is not one constant number"
 UNKNOWN = [
     Entry("softmax over the queries", lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1), -2) @ v, heads(),
@@ -116,6 +145,37 @@ UNKNOWN = [
           ("the mask x_3 makes scores [5, 4, 6, 6] of scores [1, 4, 6, 6]",), only=("torch",)),
     Entry("keys repeated and values not", grouped_unevenly, heads((B, H, L, D), (B, 2, S, D), (B, H, S, D)),
           ("the heads of its keys are repeated 2 times, those of its values 1 times",), only=("torch",)),
+    Entry("a linear as scores", lambda x, v: product(x @ torch.eye(D, S), v), heads((B, L, D), (B, S, D)),
+          ("its scores are matmul (matmul.default), a product with a constant matrix: a linear",), only=("torch",)),
+    Entry("something added to the result", lambda q, k, v, m: torch.baddbmm(m, torch.softmax(q @ k.transpose(-2, -1), -1), v),
+          with_mask(lambda: torch.randn(B, L, D), (B, L, D), (B, S, D), (B, S, D)),
+          ("the product baddbmm (baddbmm.default) does more than multiply probabilities with values",), only=("torch",)),
+    Entry("a sum over the queries", lambda q, k, v: v.transpose(-2, -1) @ torch.softmax(q @ k.transpose(-2, -1), -1), heads(),
+          ("matmul_1 (matmul.default) does not sum its probabilities softmax over the keys",), only=("torch",)),
+    Entry("a sink that is scaled", sink_that_is_scaled, heads(), ("the scores that cat (cat.default) joins are changed behind it",),
+          only=("torch",)),
+    Entry("more columns than a sink", lambda q, k, v, m: torch.softmax(torch.cat([q @ k.transpose(-2, -1), m], -1), -1)[..., :-1] @ v,
+          with_mask(lambda: torch.randn(B, H, L, 1)), ("cat (cat.default) adds more columns to the scores than one sink per head",),
+          only=("torch",)),
+    Entry("queries first", queries_first, heads((B, L, D), (B, S, D), (L, S, D)),
+          ("the scores einsum (einsum.default) are not of the form [..., queries, keys]",), only=("torch",)),
+    Entry("a soft cap below 0", lambda q, k, v: product(torch.tanh(q @ k.transpose(-2, -1) / 3) * -3.0, v), heads(),
+          ("the soft cap -3.0 is not positive",), only=("torch",)),
+    Entry("flex_attention", flexible, heads(), ("flex_attention changes its scores by a function of its own",), {0: {0: "batch"}, 1: {0: "batch"}, 2: {0: "batch"}},
+          only=("torch",)),
+    Entry("no batch", lambda q, k, v: product(q @ k.transpose(-2, -1), v), heads((L, D), (S, D), (S, D)),
+          (Expected(fused=False, reason="its operands are not of the form [batch, heads, length, width]"),), only=("torch",)),
+    Entry("keys that all share", lambda q, k, v: product(q @ k.transpose(-2, -1), v), heads((B, L, D), (1, S, D), (1, S, D)),
+          (Expected(fused=False, reason="its operands differ in batch or heads: [2, 6, 8], [1, 6, 8], [1, 6, 8]"),)),
+    Entry("values that all share", lambda q, k, v: product(q @ k.transpose(-2, -1), v), heads((B, L, D), (B, S, D), (1, S, D)),
+          (Expected(fused=False, reason="its keys [2, 6, 8] and values [1, 6, 8] differ in batch, heads or length"),)),
+    Entry("heads of values that share", lambda q, k, v: product(q @ k.transpose(-2, -1), v), heads((B, H, L, D), (B, H, S, D), (B, 1, S, D)),
+          ("its keys have 4 heads, its values 1",)),
+    Entry("rows without keys beside numbers",
+          lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1) + MIXED, -1).nan_to_num() @ v, heads(),
+          ("its probabilities softmax are taken by nan_to_num (nan_to_num.default), not by a product with values",), only=("torch",)),
+    Entry("rows without keys beside numbers, guarded", mixed, heads(),
+          (Expected("general", zero_rows=True, fused=False, reason="its mask mixes rows without keys with finite numbers"),)),
     Entry("rows may be without keys", lambda q, k, v, m: probabilities((q @ k.transpose(-2, -1)).masked_fill(~m, -math.inf), v),
           with_mask(keys_seen), (Expected("padding", fused=False, reason="may leave rows without keys, which are NaN"),)),
     Entry("a constant that hides all keys of a row",

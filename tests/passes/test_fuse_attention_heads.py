@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -223,3 +225,36 @@ def test_a_causal_constant_is_an_attribute() -> None:
     assert np.allclose(
         OnnxRuntime().compile(graph, TARGET, threads=1).run(sample)[0].numpy(), run(proto, feed), atol=2e-6
     )
+
+
+def test_reasons_of_the_backend_and_of_the_user() -> None:
+    assert "has a fast kernel at opsets 23 and 24; the model has 25" in reasons(network("none", opset=25))
+    wide = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> attend (double[2, 6, 8] q, double[2, 8, 6] k) => (double[2, 6, 6] y) '
+        "{ s = MatMul (q, k)  p = Softmax (s)  t = Transpose <perm = [0, 2, 1]> (k)  y = MatMul (p, t) }"
+    )
+    assert "Attention of ONNX Runtime is fast in float32, not in float64" in reasons(wide)
+    assert "excluded by --exclude weights" in reasons(network("none", opset=23), exclude=re.compile("weights"))
+    assert "excluded by --exclude yh" in reasons(network("none", opset=23), exclude=re.compile("yh"))
+
+
+def reasons(proto: onnx.ModelProto, **options: Any) -> str:
+    graph = load(proto)
+    infer(graph, {"b": 3})
+    ctx = Context(TARGET, capabilities=OnnxRuntime(), **options)
+    assert FuseAttentionHeads().run(graph, ctx) == 0
+    return "; ".join(verdict.reason for verdict in ctx.ledger.select(outcome="refused"))
+
+
+def test_a_softmax_that_nobody_takes() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> attend (float[2, 6] x) => (float[2, 6] y) '
+        "{ p = Softmax (x)  y = Relu (x) }"
+    )
+    graph = load(proto)
+    infer(graph)
+    ctx = Context(TARGET, capabilities=OnnxRuntime())
+    assert FuseAttentionHeads().run(graph, ctx) == 0
+    (verdict,) = ctx.ledger.verdicts
+    assert (verdict.node, verdict.outcome) == ("p", "no-match")
+    assert verdict.reason == "a softmax that is no attention: nothing takes its probabilities p"

@@ -30,6 +30,9 @@ _SLOW_FUSIONS = {"SkipLayerNormalization": ((1, 32), "slower than Add followed b
 # Operators that were measured to be faster than their parts, by the first version in which they were, and their types.
 _FAST_FUSIONS = {"Attention": ((1, 32), ("float32",))}
 
+# What was measured to be no faster than what a pass would put it in the place of (benchmarks/attention_forms.py).
+_SLOWER = {"linear_qkv": "one product for queries, keys and values is no faster in ONNX Runtime than three"}
+
 _BESIDE_BYTES = 1 << 24  # weights of more bytes lie beside a temporary model: written in a stream, read as a memory map
 
 
@@ -71,6 +74,8 @@ class OnnxRuntime(Backend):
             return "ONNX Runtime on the CPU has no fp8 kernel"
         if op in _FAST_FUSIONS:
             return _fusion(op, dtype)
+        if op in _SLOWER:
+            return _SLOWER[op]
         return "" if op in known else f"operator {op} has no ONNX form that ONNX Runtime runs fast"
 
     def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:

@@ -12,13 +12,17 @@ from fxopt.ir.target import Cost, Prediction, Target
 
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.bfloat16}
 _MANY = 1 << 30  # inputs: a group of all has a layout anyway
+_OF_TORCH = ("scaled_dot_product_attention",)  # what has no kernel here runs in torch, which has one for it
+_NOT_MEASURED = {"linear_qkv": "one product for queries, keys and values was not measured on a GPU"}
 _EVERYWHERE = ("linear_w8a8", "linear_w8a8_dynamic", "linear_fp8")
 
 
 def answer(target: Target | None, op: str, dtype: str, pattern: str) -> str:
     """ "" for yes, else the reason."""
-    if op in _EVERYWHERE:
+    if op in _EVERYWHERE or op in _OF_TORCH:
         return ""
+    if op in _NOT_MEASURED:
+        return _NOT_MEASURED[op]
     asked = dict(item.split("=", 1) for item in pattern.split(",") if "=" in item)
     sizes = _sizes(asked)
     if op == "linear_nbits":

@@ -92,8 +92,6 @@ def _shapes(view: Attention) -> Refusal | None:
         return Refusal("its operands are not of the form [batch, heads, length, width]")
     if not same_sizes(k[:-1], v[:-1]):
         return Refusal("its keys {} and values {} differ in batch, heads or length", shown(k), shown(v))
-    if view.heads is None and str(q[-1]) != str(k[-1]):
-        return Refusal("its queries {} and keys {} differ in width", shown(q), shown(k))
     lead = [str(size) for size in q[:-2]]
     if view.groups > 1 and view.heads is None:
         if not isinstance(q[-3], int) or not isinstance(k[-3], int) or q[-3] != k[-3] * view.groups:
@@ -141,11 +139,11 @@ def _unfolded(graph: Graph, view: Attention) -> tuple[Attention, fx.Node] | None
     made = (*(q.shape or ())[:-1], (v.shape or (None,))[-1])
     if read(graph, users[0], "reshape") is None or not same_sizes(shape_of(users[0]), made):
         return None
-    sizes: list[tuple[Any, ...]] = [operand.shape or () for operand in (q, k, v)]
-    if not (same_sizes(sizes[0][:1], sizes[1][:1]) and same_sizes(sizes[1][:3], sizes[2][:3])):
+    queries, keys, values = (tuple(operand.shape or ()) for operand in (q, k, v))
+    if not (same_sizes(queries[:1], keys[:1]) and same_sizes(keys[:3], values[:3])):
         return None
-    shared = sizes[1][1]
-    if not isinstance(shared, int) or sizes[0][1] != shared * view.groups:
+    heads = [*queries[1:2], *keys[1:2]]
+    if not all(isinstance(count, int) for count in heads) or heads[0] != heads[1] * view.groups:
         return None
     return replace(view, q=q, k=k, v=v), users[0]
 

@@ -27,6 +27,11 @@ def refuse(ctx: Context, pass_name: str, view: Attention, reason: Refusal) -> No
     _around(ctx, pass_name, view.softmax, (view.node,), "refused", str(reason))
 
 
+def stay(ctx: Context, pass_name: str, view: Attention, reason: Refusal) -> None:
+    """Why the linears of queries, keys and values are not made one."""
+    _add(ctx, Verdict(pass_name, label(view.node), "refused", f"its queries, keys and values stay products: {reason}"))
+
+
 def whole(ctx: Context, pass_name: str, view: Attention) -> None:
     """What is one operator already, unless this pass made it."""
     if pass_name not in provenance(view.node)[1:]:

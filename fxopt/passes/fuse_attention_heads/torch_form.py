@@ -13,7 +13,6 @@ from fxopt.ir.graph import Graph, label, shape_of
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.ops.attention import attention
 from fxopt.ir.views.attention import Attention
-from fxopt.ir.views.attention.numbers import shown
 from fxopt.ir.views.common import aten
 from fxopt.passes.fuse_attention_heads.masking import HIDDEN, Part
 from fxopt.passes.fuse_attention_heads.plan import Plan, dtype_of, materialised
@@ -31,9 +30,6 @@ def torch_refusal(plan: Plan) -> Refusal | None:
     """Why the operator cannot do what is planned."""
     for user, value in readers(plan):
         return Refusal("{} reads the shape of its inner value {}", label(user), label(value))
-    for part in plan.mask.parts:
-        if part.shape is None or len(part.shape) > len(plan.shape) + (plan.windows > 1):
-            return Refusal("its mask is {}, its scores are {}", shown(part.shape), shown(plan.shape))
     return None
 
 

@@ -107,7 +107,9 @@ def _absolute(graph: Graph, node: fx.Node, sign: int, added: int, keeps: bool) -
     inner = read(graph, distance, "abs")
     bound = scalar_constant(graph, width)
     form = None if inner is None else affine(graph, inner[0])
-    if form is None or bound is None or not keeps or sorted((form.queries, form.keys)) != [-1, 1] or form.offset:
+    if form is None or form.offset or sorted((form.queries, form.keys)) != [-1, 1]:
+        return None
+    if bound is None or bound != int(bound) or not keeps:
         return None
     reach = int(bound) + added
     return Seen(reach, reach) if reach >= 0 else Seen(is_general=True)
@@ -138,8 +140,9 @@ def _source(graph: Graph, node: Any) -> Any:
 def triangle_of(graph: Graph, node: fx.Node) -> tuple[Any, int, bool] | None:
     """(x, diagonal, whether it is the upper one) when the node is a triangle of x, zeros elsewhere."""
     if is_onnx(node, "Trilu"):
-        diagonal = 0.0 if len(node.args) < 2 or node.args[1] is None else number(graph, node.args[1])
-        return None if diagonal is None else (argument(node, 0, "x"), int(diagonal), bool(node.kwargs.get("upper", 1)))
+        given = argument(node, 1)
+        diagonal = 0.0 if given is None else number(graph, given)
+        return None if diagonal is None else (node.args[0], int(diagonal), bool(node.kwargs.get("upper", 1)))
     if is_aten(node, aten.triu.default, aten.tril.default):
         diagonal = number(graph, argument(node, 1, "diagonal", 0))
         return None if diagonal is None else (node.args[0], int(diagonal), node.target is aten.triu.default)

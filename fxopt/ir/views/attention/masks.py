@@ -21,6 +21,9 @@ from fxopt.ir.views.attention.view import HIDDEN_BELOW, Attention, Term
 from fxopt.ir.views.common import aten, is_aten
 
 
+_LARGEST = 1 << 26  # elements of a constant mask that is looked at
+
+
 @dataclass(frozen=True)
 class Boolean:
     """A term that only hides: where `node` is true keys are kept (`keeps`), or hidden; there scores are `hidden`."""
@@ -139,10 +142,8 @@ def _hidden_above(graph: Graph, term: Term) -> Seen | None:
 
 def constant_seen(value: torch.Tensor, term: Term) -> Seen:
     """What a constant mask hides, read element by element."""
-    shown = shown_by(value, term)
-    if shown is None:
-        return Seen(is_general=True)
-    return pattern_of(shown)
+    shown = shown_by(value, term) if value.numel() <= _LARGEST else None
+    return Seen(is_general=True) if shown is None else pattern_of(shown)
 
 
 def shown_by(value: torch.Tensor, term: Term) -> torch.Tensor | None:

@@ -40,7 +40,8 @@ def number(graph: Graph, value: object, depth: int = 8) -> float | None:
 
 def _filled(node: fx.Node) -> float | None:
     """The number that torch's constructors repeat."""
-    position = _FILLED.get(node.target)  # type: ignore[call-overload]
+    target: Any = node.target
+    position = _FILLED.get(target)
     if position is not None:
         given = node.args[position]
         return float(given) if isinstance(given, (int, float)) else None

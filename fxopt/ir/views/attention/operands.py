@@ -125,10 +125,9 @@ def _expanded(graph: Graph, node: fx.Node, axis: int) -> tuple[fx.Node, int] | N
     return (inserted, times) if same_sizes(result, wanted) else None
 
 
-def _copied(graph: Graph, node: Any) -> fx.Node | None:
+def _copied(graph: Graph, node: Any) -> Any:
     found = read(graph, node, "identity")
-    source: fx.Node | None = node if found is None else found[0]
-    return source
+    return node if found is None else found[0]
 
 
 def _spread(graph: Graph, node: fx.Node) -> fx.Node | None:
@@ -169,9 +168,9 @@ def shared_heads(q: Operand, k: Shared, v: Shared) -> int | Refusal:
     if k.times != v.times:
         return Refusal("the heads of its keys are repeated {} times, those of its values {} times", k.times, v.times)
     shapes = [operand.shape for operand in (q, k.operand, v.operand)]
-    if any(shape is None or len(shape) < 4 for shape in shapes):
+    heads = [shape[_HEADS] for shape in shapes if shape is not None and len(shape) >= 4]
+    if len(heads) != 3:
         return 1
-    heads = [shape[_HEADS] for shape in shapes if shape is not None]
     if k.times > 1:
         return k.times
     if is_one(heads[1]) and is_one(heads[2]) and isinstance(heads[0], int) and heads[0] > 1:

@@ -121,16 +121,12 @@ def _piece(graph: Graph, node: Any) -> _Piece | None:
     if not isinstance(source, fx.Node) or not isinstance(index, int):
         return None
     x, axis = _split(source)
-    sizes = [(shape_of(part) or (None,))[-1] for part in sorted(source.users, key=_index)]
-    known = [size for size in sizes if isinstance(size, int)]
-    if x is None or not is_last(axis, x) or len(sizes) <= index or len(known) < len(sizes):
+    sizes = {part.args[1]: (shape_of(part) or (None,))[-1] for part in source.users if len(part.args) == 2}
+    before = [sizes.get(number) for number in range(index + 1)]
+    known = [size for size in before if isinstance(size, int)]
+    if x is None or not is_last(axis, x) or len(known) != len(before):
         return None
-    start = sum(known[:index])
-    return _Piece(x, start, start + known[index], 1)
-
-
-def _index(node: fx.Node) -> int:
-    return int(node.args[1]) if node.target is operator.getitem else 0  # type: ignore[arg-type]
+    return _Piece(x, sum(known[:-1]), sum(known), 1)
 
 
 def _split(node: fx.Node) -> tuple[fx.Node | None, Any]:

@@ -294,15 +294,12 @@ def _is_cap(graph: Graph, value: object) -> bool:
 
 def _blend(keep: torch.Tensor, low: torch.Tensor) -> float | None:
     """The number that is added where `keep` is 0, with nothing added where it is 1; None when it is not so."""
-    try:
-        keep, low = torch.broadcast_tensors(keep.double(), low)  # type: ignore[no-untyped-call]
-    except RuntimeError:
-        return None
     kept, hidden = keep == 1, keep == 0
-    if not bool((kept | hidden).all()) or not bool(hidden.any()) or bool((low[kept] != 0).any()):
+    if keep.shape != low.shape or not bool((kept | hidden).all()) or not bool(hidden.any()):
         return None
     value = float(low[hidden][0])
-    return value if value <= HIDDEN_BELOW and bool((low[hidden] == value).all()) else None
+    same = bool((low[hidden] == value).all()) and bool((low[kept] == 0).all())
+    return value if value <= HIDDEN_BELOW and same else None
 
 
 def _per_head(graph: Graph, node: fx.Node) -> fx.Node | None:

@@ -78,16 +78,16 @@ def _quotient(graph: Graph, node: fx.Node) -> Softmax | None:
 
 def without_maximum(graph: Graph, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
     """(x, nodes between) when the node is x - max(x) along the last axis, which a softmax does not see."""
-    difference = read(graph, node, "sub")
-    if difference is None or not all(isinstance(operand, fx.Node) for operand in difference):
+    x, highest = read(graph, node, "sub") or (None, None)
+    if not isinstance(x, fx.Node) or not isinstance(highest, fx.Node):
         return None
-    x, highest = difference
     extremum = read(graph, highest, "amax")
     if extremum is not None and extremum[0] is x and extremum[2] and len(extremum[1]) == 1:
         return (x, (highest,)) if is_last(extremum[1][0], x) else None
-    source = highest.args[0] if highest.target is operator.getitem and highest.args[1] == 0 else None
+    source: Any = highest.args[0] if highest.target is operator.getitem and highest.args[1] == 0 else None
     if is_aten(source, aten.max.dim) and source.args[0] is x and argument(source, 2, "keepdim", False):
-        return (x, (highest, source)) if is_last(source.args[1], x) else None  # type: ignore[arg-type, return-value]
+        axis: Any = source.args[1]
+        return (x, (highest, source)) if is_last(axis, x) else None
     return None
 
 
