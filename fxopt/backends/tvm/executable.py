@@ -37,10 +37,9 @@ class TvmExecutable(Executable):
         self.package = package
         self.is_open = is_open
         self._runners: dict[Shapes, tuple[Runner, dict[str, Any]]] = {}
-        here = [made for made in package.builds if made.machine == package.here]
-        self._keep(here[0] if here else package.build(package.here, package.sources), package.sources)
+        self._keep(package.built(package.here), package.sources)
         shown = "wasmtime" if package.here.family == "wasm" else "this machine"
-        away = "" if here else f"; compiled for {package.target.name}, which is not here"
+        away = "" if package.here in package.machines else f"; compiled for {package.target.name}, which is not here"
         self.executed_on = f"tvm, 1 thread, {shown}{away}"
 
     def _keep(self, made: Build, sources: Sequence[Source]) -> None:
@@ -56,7 +55,7 @@ class TvmExecutable(Executable):
     @property
     def steps(self) -> tuple[str, ...]:
         """The kernels that the first entry point calls, as "kernel (node)"."""
-        return self.package.builds[0].entries[0].kernels
+        return self.package.built(self.package.machines[0]).entries[0].kernels
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs as tensors; sizes that were not compiled before are compiled first, for this machine."""

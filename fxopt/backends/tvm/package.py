@@ -21,6 +21,8 @@ from fxopt.ir.target import Target
 class Package:
     """One library for each machine, with all entry points, in a scratch folder that lives as long as the object.
 
+    Libraries are made when they are asked for: of plans that are tried and dropped, only that which runs here.
+
     Args:
         name: of the library.
         graphs: every function as it came, of either origin.
@@ -49,7 +51,18 @@ class Package:
         self.here = here
         self.embedded = embedded
         self._scratch = tempfile.TemporaryDirectory(prefix="fxopt-tvm-")
-        self.builds = tuple(self.build(machine, self.sources) for machine in machines)
+        self._made: dict[Machine, Build] = {}
+
+    @property
+    def builds(self) -> tuple[Build, ...]:
+        """The libraries for the target."""
+        return tuple(map(self.built, self.machines))
+
+    def built(self, machine: Machine) -> Build:
+        """The library for a machine, with all entry points."""
+        if machine not in self._made:
+            self._made[machine] = self.build(machine, self.sources)
+        return self._made[machine]
 
     def build(self, machine: Machine, sources: Sequence[Source]) -> Build:
         """A library of other entry points or for another machine, in the same scratch folder."""
