@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables_small
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -152,6 +153,126 @@ def byte_lm_bits(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def sparse_lm(result: dict[str, Any]) -> list[str]:
+    """What zeros cost a language model."""
+    methods = ("magnitude", "wanda", "sparsegpt")
+    lines = [
+        "## Zeros: the byte-level language model",
+        "",
+        f"`python -m benchmarks.sparse_lm` on {where(result)}. All linears but the head. More bits per byte than dense",
+        f"({result['dense']:.4f}) on Python's documentation; in brackets the mean relative error of a layer's output.",
+        "",
+        "| pattern | magnitude | Wanda | SparseGPT | layers with SparseGPT < Wanda < magnitude |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["patterns"].items():
+        cells = " | ".join(f"{row['increase'][key]:+.4f} ({row['mean_error'][key]:.4f})" for key in methods)
+        lines.append(f"| {name} | {cells} | {row['ordered_layers']} of {len(row['layers'])} |")
+    lines += ["", "| at 2:4 | increase | error | more parameters | seconds of CPU |", "|---|---|---|---|---|"]
+    for name, row in result["2:4"].items():
+        more, seconds = row["more_parameters"], row["seconds"]
+        lines.append(f"| {name} | {row['increase']:+.4f} | {row['mean_error']:.4f} | {more:.1%} | {seconds:.1f} |")
+    return lines
+
+
+def finetune(result: dict[str, Any]) -> list[str]:
+    """What training brings back, and what an order of channels saves."""
+    dense, share = result["dense_bits"], f"{result['sparsity']:.0%}"
+    lines = [
+        "## Fine-tuning and the order of channels",
+        "",
+        f"`python -m benchmarks.finetune` on {where(result)}. The byte-level language model, all linears but the head",
+        f"at {share} of {result['pattern']} blocks by SparseGPT, then {result['steps']} steps, each of",
+        f"{result['batch']} windows of {result['length']} bytes. More bits per byte than dense ({dense:.4f}) on",
+        "Python's documentation; in brackets the share of the increase that is recovered.",
+        "",
+    ]
+    names = list(dict.fromkeys(name for row in result["starts"].values() for name in row["objectives"]))
+    order = sorted(names, key=len)
+    lines += [f"| channels | one shot | {' | '.join(order)} | zeros lost |", f"|---|---|{'---|' * len(order)}---|"]
+    for name, row in sorted(result["starts"].items()):
+        found = row["objectives"]
+        cells = [
+            f"{found[each]['bits'] - dense:+.4f} ({found[each]['recovered']:.0%})" if each in found else NOT_MEASURED
+            for each in order
+        ]
+        lost = sum(each["zeros_lost"] for each in found.values())
+        lines.append(f"| {name} | {row['bits'] - dense:+.4f} | {' | '.join(cells)} | {lost if found else ''} |")
+    lines += [
+        "",
+        "Share of the magnitudes of all linears and convolutions but the last that a pattern keeps, in the order of",
+        "the channels as trained and in that of rearrange-channels:",
+        "",
+        "| model | pattern | as trained | rearranged | groups of channels | CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, rows in result["orders"].items():
+        for pattern, row in rows.items():
+            lines.append(
+                f"| {model} | {pattern} | {row['before']:.1%} | {row['after']:.1%} | {row['rearranged']} of "
+                f"{row['groups']} | {row['cpu_seconds']:.1f} |"
+            )
+    return lines
+
+
+def sparse_int8(result: dict[str, Any]) -> list[str]:
+    """Block-sparse 8-bit linears against dense ones."""
+    lines = [
+        "## Zero blocks of 8-bit linears on this CPU",
+        "",
+        f"`python -m benchmarks.sparse_int8` on {where(result)}.",
+        "",
+        "768 -> 3072, GELU, 3072 -> 768 from floats to floats, one thread, some 4x1 blocks of the weights zero: how",
+        "many times as fast as the fastest of ONNX Runtime's own 8-bit forms, as fxopt's dense kernels and as ONNX",
+        "Runtime fp32 (median of the bursts, lowest to highest).",
+        "",
+        "| zero blocks | tokens | us | ONNX Runtime 8 bits | fxopt dense | ONNX Runtime fp32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["region"]:
+        time = f"{1e3 * row['milliseconds']['fxopt_sparse']:.0f}"
+        kinds = ("onnxruntime_int8", "fxopt_dense", "onnxruntime_fp32")
+        cells = " | ".join(_times(row[f"over_{kind}"]) for kind in kinds)
+        lines.append(f"| {row['zero_blocks']:.0%} | {row['tokens']} | {time} | {cells} |")
+    whole = result["encoder"]
+    lines += [
+        "",
+        f"A whole encoder (6 layers of 384, 12 heads, sequence {whole['sequence']}), {whole['zero_blocks']:.0%} zero "
+        f"blocks: {_times(whole['over_fxopt_dense'])} over fxopt's dense kernels, "
+        f"{_times(whole['over_onnxruntime_fp32'])} over ONNX Runtime fp32.",
+        "",
+        "Share of zero blocks from which on the sparse kernel is faster than the dense one, 64 rows:",
+        "",
+        "| kernels | product | break-even |",
+        "|---|---|---|",
+    ]
+    for row in result["break_even"]:
+        product = f"{row['inner']} -> {row['outputs']}, {row['epilogue']}"
+        lines.append(f"| {row['target']} | {product} | {row['break_even_zero_blocks']:.0%} |")
+    return lines
+
+
+def _times(found: dict[str, float]) -> str:
+    return f"{found['ratio']:.2f}x ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def sparse_memory(result: dict[str, Any]) -> list[str]:
+    """What SparseGPT holds in memory."""
+    size, peak, allowed = (result[name] / 1e9 for name in ("bytes", "peak", "bound"))
+    seconds = " | ".join(f"{result['seconds'][name]:.0f} s" for name in ("statistics", "sparsegpt"))
+    return [
+        "## Memory of SparseGPT",
+        "",
+        f"`python -m benchmarks.sparse_memory` on {where(result)}. A Llama of {result['layers']} layers with random",
+        f"weights in {result['dtype']}, 2:4 in {result['linears']} linears, {result['samples']} samples of",
+        f"{result['length']} tokens, {result['threads']} thread. Peak of the process from its start; seconds of CPU.",
+        "",
+        "| model | peak | beside the model | bound | statistics | SparseGPT |",
+        "|---|---|---|---|---|---|",
+        f"| {size:.2f} GB | {peak:.2f} GB | {peak - size:.2f} GB | {allowed:.2f} GB | {seconds} |",
+    ]
+
+
 def onnx_suite(result: dict[str, Any]) -> list[str]:
     """The conformance suite of ONNX."""
     lines = [
@@ -183,8 +304,14 @@ def onnx_large(result: dict[str, Any]) -> list[str]:
 SECTIONS = (
     ("cpu_int8", cpu_int8),
     ("byte_lm_bits", byte_lm_bits),
+    ("sparse_lm", sparse_lm),
+    ("finetune", finetune),
+    ("sparse_int8", sparse_int8),
+    ("sparse_memory", sparse_memory),
     ("ort_fusions", ort_fusions),
     ("embeddings", embeddings),
+    ("wasm", lambda result: tables_small.wasm(result, where(result))),
+    ("arm_instructions", lambda result: tables_small.arm_instructions(result, where(result))),
     ("onnx_suite", onnx_suite),
     ("onnx_large", onnx_large),
 )

@@ -26,12 +26,14 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.common import write
 from fxopt.backends.tvm.kernels.bsr import bsr, pack_bsr
 from fxopt.backends.tvm.kernels.dense import dense, pack_bias, pack_dense
-from fxopt.backends.tvm.kernels.dense_int8 import code_range, code_sums, dense_int8, pack_int8, padded
+from fxopt.backends.tvm.kernels.dense_int8 import Product, dense_int8, work_space
+from fxopt.backends.tvm.kernels.dot import column_sums, in_groups, pack_codes, preferred
 from fxopt.backends.tvm.kernels.nm import index_dtype, nm, pack_nm
 from fxopt.backends.tvm.link import link
 from fxopt.backends.tvm.load import HostLibrary, WasmLibrary, load
 from fxopt.backends.tvm.lower import write_object
 from fxopt.backends.tvm.machine import Machine, machine_for
+from fxopt.backends.tvm.values import tvm_type
 from fxopt.cost_model.targets import get_target
 
 SHAPES = [(196, 256, 256), (1, 768, 768), (128, 768, 768), (64, 768, 3072), (128, 3072, 768)]  # rows, inputs, outputs
@@ -103,10 +105,13 @@ def kernels(shape: tuple[int, int, int], machine: Machine, folder: Path) -> Call
         functions[name] = nm(name, *shape, 2, 4, width, machine)
         given[name] = [x, shared.values, shared.inputs, pack_bias(b, outputs, width), y]
     codes = np.random.default_rng(1).integers(-127, 128, (outputs, inner)).astype(np.int8)
-    r = code_range(machine)
-    q = np.random.default_rng(2).integers(r.low, r.high + 1, (rows, padded(inner, machine))).astype(r.dtype)
-    functions["int8"] = dense_int8("int8", *shape, machine)
-    given["int8"] = [q, pack_int8(codes, machine), code_sums(codes, 0, machine.columns), bias, bias, y]
+    dot, size = preferred(machine), Product(rows, inner, outputs)
+    q = np.random.default_rng(2).integers(0, 64, (rows, in_groups(inner, dot))).astype(tvm_type(dot.x.dtype))
+    kind, count = work_space(size, dot, machine)
+    functions["int8"] = dense_int8("int8", size, dot, machine)
+    space = [np.zeros(count, kind)] if count else []
+    given["int8"] = [q, pack_codes(codes // 2, machine.columns, dot), column_sums(codes, machine.columns), bias, bias]
+    given["int8"] += [*space, y]
     wasm = machine.family == "wasm"
     built = write_object(functions.values(), machine, folder / "k.o")
     library = load(link([built], list(functions), machine, folder / f"k{'.wasm' if wasm else '.so'}"))

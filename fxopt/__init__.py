@@ -11,8 +11,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fxopt.api import Optimized, capture, explain, load, optimize, predict
+    from fxopt.bundle import bundle
     from fxopt.comparison import BenchRow, Comparison, bench, compare
     from fxopt.errors import FxoptError
+    from fxopt.finetuning import Finetuned, finetune
     from fxopt.ir.graph import Graph
     from fxopt.ir.ledger import Ledger, Verdict
     from fxopt.ir.target import Target
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 _PLACES = {
     **dict.fromkeys(("Optimized", "capture", "explain", "load", "optimize", "predict"), "fxopt.api"),
     **dict.fromkeys(("BenchRow", "Comparison", "bench", "compare"), "fxopt.comparison"),
+    **dict.fromkeys(("Finetuned", "finetune"), "fxopt.finetuning"),
+    "bundle": "fxopt.bundle",
     "FxoptError": "fxopt.errors",
     "Graph": "fxopt.ir.graph",
     "Ledger": "fxopt.ir.ledger",
@@ -30,6 +34,7 @@ _PLACES = {
 __all__ = [
     "BenchRow",
     "Comparison",
+    "Finetuned",
     "FxoptError",
     "Graph",
     "Ledger",
@@ -37,9 +42,11 @@ __all__ = [
     "Target",
     "Verdict",
     "bench",
+    "bundle",
     "capture",
     "compare",
     "explain",
+    "finetune",
     "load",
     "optimize",
     "predict",

@@ -14,6 +14,7 @@ import torch
 from fxopt.errors import FxoptError, InvalidInput, NotReady, unknown
 from fxopt.inputs import Bound, bound, flat_inputs, misfit, samples_of, shaped, sizes_of, structured
 from fxopt.ir.graph import Graph
+from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger
 from fxopt.options import Options, Progress, resolve_backend, resolve_passes, resolve_pattern, resolve_target
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fxopt.report.report import Report
     from fxopt.request import Outcome, Request
 
-Model = Any  # nn.Module, ExportedProgram, GraphModule, path or ModelProto
+Model = Any  # nn.Module, ExportedProgram, GraphModule, path, ModelProto, Graph or Optimized
 
 
 def optimize(
@@ -52,12 +53,14 @@ def optimize(
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
     custom_ops: bool = False,
+    buckets: Mapping[str, int | Sequence[int]] | None = None,
+    weights: str | None = None,
 ) -> Optimized:
     """Make a model faster on a target within an error budget; what does not pay is rolled back.
 
     Args:
-        model: an `nn.Module`, `ExportedProgram` or `GraphModule`, a path of an ONNX file, or a `ModelProto`. It is not
-            changed.
+        model: an `nn.Module`, `ExportedProgram` or `GraphModule`, a path of an ONNX file, a `ModelProto`, a `Graph`, or
+            a result of `optimize` or `finetune`. It is not changed.
         target: a name (`fxopt targets`) or a `Target`; "host" is this machine.
         example_inputs: a tuple of positional inputs or a dict of named ones; a PyTorch model without them is captured
             at its first call.
@@ -80,6 +83,9 @@ def optimize(
         resume: a file for the state of the calibration: a run that was cut off goes on from it.
         custom_ops: use own kernels where they are faster (x86-64, needs fxopt[tvm]): `save` then writes a library
             beside the `.onnx` file, which a session must register (`fxopt.load` does).
+        buckets: for targets that code is compiled for (WebAssembly, ARM): sizes of the dynamic dimensions, as in
+            {"batch": [1, 4]}; an entry point for each combination.
+        weights: for the same targets: "embedded" in the library (None too), or "external" in a file beside it.
 
     Raises:
         FxoptError: in its subclasses: unknown names, invalid models, inputs and options, failed captures.
@@ -88,16 +94,17 @@ def optimize(
         target, dynamic_shapes, calibration, evaluate, budget, objective, passes, backend, include, exclude, threads,
         force, require_speedup, tuple(require_passes), input_shapes, guard_seconds, seed,
         None if dump is None else Path(dump), progress, None if resume is None else Path(resume), custom_ops,
+        buckets, weights,
     )  # fmt: skip
     found = resolve_target(target, threads)
-    runs = resolve_backend(backend, found, [])  # unknown names fail now, not at the first call
+    runs = resolve_backend(backend, found, [], options.of_backend)  # unknown names fail now, not at the first call
     if custom_ops:
         from fxopt.own_kernels import require_own_kernels
 
         require_own_kernels(runs, found)
     resolve_passes(passes)
     result = Optimized(model, options)
-    if is_onnx(model) or example_inputs is not None or _is_exported(model):
+    if is_onnx(model) or is_graph(model) or example_inputs is not None or _is_exported(model):
         result._prepare(example_inputs)
     return result
 
@@ -170,8 +177,10 @@ class Optimized(torch.nn.Module):
         options = self._options
         if options is None:
             return ""
+        from fxopt.catalog import canonical
+
         applied = {row.pass_name for row in self.ledger.select(outcome="applied")}
-        missing = [name for name in options.require_passes if name.replace("_", "-") not in applied]
+        missing = [name for name in options.require_passes if canonical(name) not in applied]
         if missing:
             return f"pass {missing[0]} was required and changed nothing"
         wanted = options.require_speedup
@@ -199,6 +208,11 @@ def is_onnx(model: Model) -> bool:
     return isinstance(model, (str, os.PathLike)) or type(model).__name__ == "ModelProto"
 
 
+def is_graph(model: Model) -> bool:
+    """True for a `Graph`, and for a result that has one."""
+    return isinstance(model, Graph) or (isinstance(model, Optimized) and model._outcome is not None)
+
+
 def _is_exported(model: Model) -> bool:
     return isinstance(model, torch.export.ExportedProgram) and model.example_inputs is not None
 
@@ -208,20 +222,27 @@ def _load(model: Model, example_inputs: Any, options: Options, backend: Backend,
     if is_onnx(model):
         from fxopt.artifact import concern_here
         from fxopt.frontends.onnx import foreign_operators, load
+        from fxopt.ir.masks import stale
 
         graph = load(model)
-        notes.extend(filter(None, [concern_here(graph, "the model"), foreign_operators(graph)]))
+        notes.extend(filter(None, [concern_here(graph, "the model"), foreign_operators(graph), *stale(graph)]))
         return graph
     args, kwargs = bound(example_inputs)
+    known = (model if isinstance(model, Graph) else model.graph) if is_graph(model) else None
+    if known is not None and (known.origin == "onnx" or backend.name != "onnxruntime"):
+        return known.copy()  # shapes may be given anew
+    source: Any = model if known is None else known.module.eval()
     if backend.name == "onnxruntime":
         from fxopt.frontends.to_onnx import to_onnx
 
-        graph, found = to_onnx(model, args, options.dynamic_shapes, kwargs=kwargs)
+        graph, found = to_onnx(source, args, options.dynamic_shapes, kwargs=kwargs)
+        if known is not None:
+            graph.call_spec = known.call_spec
         notes.extend(found)
         return graph
     from fxopt.frontends.torch_export import load as load_torch
 
-    return load_torch(model, args, options.dynamic_shapes, kwargs)
+    return load_torch(source, args, options.dynamic_shapes, kwargs)
 
 
 def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph, Request]:
@@ -230,12 +251,15 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
 
     notes: list[str] = []
     target = resolve_target(options.target, options.threads)
-    backend = resolve_backend(options.backend, target, notes)
+    backend = resolve_backend(options.backend, target, notes, options.of_backend)
     passes = resolve_passes(options.passes)
     graph = _load(model, example_inputs, options, backend, notes)
     fixed = shaped(graph, options.input_shapes)
     samples = samples_of(graph, example_inputs, replace(options, input_shapes=fixed or None), notes)
-    bind_sizes(graph, samples[0] if samples else None, sizes_of(graph, options.input_shapes))
+    sizes = sizes_of(graph, options.input_shapes)
+    bind_sizes(graph, samples[0] if samples else None, sizes)
+    backend = backend.with_sizes(sizes, _name(model, graph))
+    backend.check(graph, target)
     request = Request(
         target, backend, samples, passes, options.evaluate, options.budget, options.objective,
         resolve_pattern("include", options.include), resolve_pattern("exclude", options.exclude), options.threads,
@@ -245,13 +269,18 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
     return graph, request
 
 
+def _name(model: Model, graph: Graph) -> str:
+    """What a result is called: like the file, or the class."""
+    return Path(model).stem if isinstance(model, (str, os.PathLike)) else graph.name
+
+
 def _run(model: Model, example_inputs: Any, options: Options, first_call: bool) -> Outcome:
     from fxopt.engine import Optimizer
 
     graph, request = _request(model, example_inputs, options)
     if first_call:
         request.warnings.append("captured at the first call: that call is the only sample")
-    evaluator = _evaluator(graph)
+    evaluator = evaluator_of(graph)
     baseline = _baseline(model, graph, request)
     outcome = Optimizer(graph, request, baseline, evaluator).run()
     if outcome.executable is not baseline:
@@ -259,7 +288,7 @@ def _run(model: Model, example_inputs: Any, options: Options, first_call: bool) 
     return outcome
 
 
-def _evaluator(graph: Graph) -> Any:
+def evaluator_of(graph: Graph) -> Evaluator | None:
     """ONNX Runtime for single operators without a torch reference."""
     if graph.origin != "onnx":
         return None
@@ -272,6 +301,10 @@ def _baseline(model: Model, graph: Graph, request: Request) -> Executable:
     """What came in, as the backend runs it: the file itself where there is one."""
     from fxopt.backends.eager import EagerExecutable
 
+    if request.backend.is_compiler and request.target.is_host and graph.origin == "onnx":
+        from fxopt.backends.onnxruntime import OnnxRuntime
+
+        return OnnxRuntime().compile(graph, request.target, threads=request.threads)  # how the model ran so far
     if request.backend.name == "onnxruntime":
         from fxopt.ir.memory import is_large
 
@@ -281,7 +314,7 @@ def _baseline(model: Model, graph: Graph, request: Request) -> Executable:
             assert isinstance(request.backend, OnnxRuntime)
             return request.backend.open(Path(model), request.threads)
         return request.backend.compile(graph, request.target, threads=request.threads)
-    return EagerExecutable(graph, _evaluator(graph))
+    return EagerExecutable(graph, evaluator_of(graph))
 
 
 # ---- the other functions
@@ -308,8 +341,8 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
     return graph
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Optimized:
-    """What `Optimized.save` wrote (an ONNX file or a folder), ready to run.
+def load(path: str | os.PathLike[str], *, threads: int | None = None, function: str | None = None) -> Optimized:
+    """What `Optimized.save` wrote (an ONNX file or a folder), ready to run; `function` is one of `bundle`'s.
 
     Raises:
         InvalidModel: there is nothing that can be loaded.
@@ -318,7 +351,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Optimiz
 
     result = Optimized(None, None)
     result._source.clear()
-    result._outcome = load_artifact(Path(path), threads)
+    result._outcome = load_artifact(Path(path), threads, function)
     return result
 
 
@@ -332,7 +365,7 @@ def explain(model: Model, target: str | Target = "host", *, example_inputs: Any 
         if name not in known:
             raise unknown("option of explain", name, known)
     graph, request = _request(model, example_inputs, Options(target, **options))
-    evaluator = _evaluator(graph)
+    evaluator = evaluator_of(graph)
     return Optimizer(graph, request, EagerExecutable(graph, evaluator), evaluator).explain()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxopt.errors import InvalidModel, MissingDependency, OutputError, UnknownName, Unsupported
+from fxopt.errors import FxoptError, InvalidModel, MissingDependency, OutputError, UnknownName, Unsupported
+from fxopt.ir.folders import MANIFEST, write_folder
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
 from fxopt.made_for import KEY, concern, recorded
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from fxopt.request import Outcome
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
+_REPORT = "report.json"  # of a compiled result
 _RUNTIME = "fxopt.runtime"  # in a file's metadata: which of ONNX Runtime's providers it was measured in
 
 
@@ -32,7 +33,7 @@ def save(outcome: Outcome, path: Path) -> None:
     elif path.suffix:
         raise Unsupported(f"{path}: results are written as .onnx, or as a folder (a path without a suffix)")
     else:
-        _save_folder(outcome, path)
+        write_folder(path, lambda folder: _fill(outcome, folder))
 
 
 def _save_onnx(outcome: Outcome, path: Path) -> None:
@@ -104,45 +105,12 @@ def _metadata(outcome: Outcome) -> dict[str, str]:
     }
 
 
-def _save_folder(outcome: Outcome, path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; give the name of a folder, or of an .onnx file")
-    if path.is_dir() and not _is_ours(path):
-        raise OutputError(f"{path} is a folder with other content; give an empty or a new one")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: the folder {path.parent} does not exist")
-    try:
-        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
-            _fill(outcome, scratch)
-            scratch.chmod(0o777 & ~_umask())  # temporary folders are private
-            if path.exists():
-                shutil.rmtree(path)
-            scratch.rename(path)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether everything in the folder was written by `save`."""
-    names = {entry.name for entry in folder.iterdir()}
-    try:
-        written = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"] if names else []
-        return names <= {_MANIFEST, *written}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no other way to read it
-    os.umask(mask)
-    return mask
-
-
-def _fill(outcome: Outcome, folder: Path) -> None:
+def _fill(outcome: Outcome, folder: Path) -> dict[str, Any]:
+    """Write what the manifest, which is returned, describes."""
     graph = outcome.graph
+    compiled = outcome.executable.write(folder)
+    if compiled is not None:
+        return with_reports(dict.fromkeys(compiled["functions"], outcome), folder, compiled)
     kind = "onnx" if graph.origin == "onnx" else "text"
     if kind == "onnx":
         _save_onnx(outcome, folder / "model.onnx")
@@ -152,28 +120,42 @@ def _fill(outcome: Outcome, folder: Path) -> None:
         save_text(graph, folder / "graph")
     outcome.executable.save_beside(folder)
     call = graph.call_spec.to_json() if graph.call_spec is not None else None
-    manifest = {
+    return {
         "call": call,
         "format": FORMAT,
-        "files": sorted(entry.name for entry in folder.iterdir()),
         "graph": kind,
         "target": outcome.report.target,
         "backend": outcome.report.backend,
         "report": outcome.report.to_json(),
         "ledger": outcome.ledger.to_json(),
     }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def load(path: Path, threads: int | None = None) -> Outcome:
-    """What `save` wrote."""
+def with_reports(outcomes: Mapping[str, Outcome], folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of compiled functions; their reports, for which callers have no use, go to a file of their own."""
+    known = {}
+    for name, outcome in outcomes.items():
+        spec = outcome.graph.call_spec
+        known[name] = {
+            "report": outcome.report.to_json(),
+            "ledger": outcome.ledger.to_json(),
+            "call": spec.to_json() if spec is not None else None,
+        }
+    if not (folder / _REPORT).exists():  # a loaded result brings its own
+        (folder / _REPORT).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    backend = next(iter(outcomes.values())).report.backend
+    return {"format": FORMAT, "graph": "compiled", "backend": backend, **manifest}
+
+
+def load(path: Path, threads: int | None = None, function: str | None = None) -> Outcome:
+    """What `save` wrote; `function` is one of a compiled result with several."""
     if not path.exists():
         raise InvalidModel(f"{path}: no such file or folder; expected an .onnx file or a folder that fxopt saved")
     if path.is_file():
         return _load_onnx(path, threads, None)
-    manifest_file = path / _MANIFEST
+    manifest_file = path / MANIFEST
     if not manifest_file.is_file():
-        raise InvalidModel(f"{path} holds no {_MANIFEST}; expected a folder that fxopt saved")
+        raise InvalidModel(f"{path} holds no {MANIFEST}; expected a folder that fxopt saved")
     try:
         manifest: Any = json.loads(manifest_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -181,6 +163,8 @@ def load(path: Path, threads: int | None = None) -> Outcome:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise InvalidModel(f"{path} has format {found}; this version reads format {FORMAT}")
+    if manifest.get("graph") == "compiled":
+        return _load_compiled(path, manifest, function)
     lacking = [key for key in ("graph", "report", "ledger") if key not in manifest]
     if lacking:
         raise InvalidModel(f"{manifest_file} lacks {lacking[0]!r}; save the result again")
@@ -205,6 +189,19 @@ def _in_torch(graph: Graph, manifest: dict[str, Any], path: Path) -> Executable:
     except (MissingDependency, UnknownName) as error:
         warnings.warn(f"fxopt: {error}; the result runs in the reference", stacklevel=5)
         return EagerExecutable(graph)
+
+
+def _load_compiled(path: Path, manifest: dict[str, Any], function: str | None) -> Outcome:
+    from fxopt.backends.tvm.saved import open_saved
+
+    try:
+        executable = open_saved(path, manifest, function)
+        known = json.loads((path / _REPORT).read_text(encoding="utf-8"))[executable.graph.name]
+    except FxoptError:
+        raise
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise InvalidModel(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    return _outcome(executable.graph, executable, known)
 
 
 def _load_onnx(path: Path, threads: int | None, manifest: dict[str, Any] | None) -> Outcome:
@@ -258,7 +255,7 @@ def _outcome(graph: Graph, executable: Any, manifest: dict[str, Any] | None) -> 
             report = Report.from_json(manifest["report"])
             ledger = Ledger.from_json(manifest["ledger"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidModel(f"{_MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+            raise InvalidModel(f"the report cannot be read: {type(error).__name__}: {error}") from error
         report.executed_on = executable.executed_on
         return Outcome(graph, executable, report, ledger)
     operators = sum(1 for _ in graph.calls())

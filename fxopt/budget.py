@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fxopt.cost_model.roofline import predict
@@ -15,13 +16,14 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.memory import is_large
 from fxopt.ir.target import Cost
-from fxopt.passes.base import Candidate, LossyPass
+from fxopt.offers import Offers
+from fxopt.passes.base import Candidate
 from fxopt.passes.crossings import Crossings, crossings
-from fxopt.passes.stats import Stats
 from fxopt.planner.path import Path, Taken
 from fxopt.planner.plan import Plan, Price, pays, plan
 from fxopt.planner.sensitivity import measure_errors, priced
 from fxopt.request import Lossy
+from fxopt.rewriting import applied, apply
 from fxopt.verdicts import record
 
 if TYPE_CHECKING:
@@ -31,64 +33,74 @@ _FULL = 0.93  # share of the budget that ends the search
 _GUESSES = 5  # by predicted errors, before the interval is halved
 
 Prices = dict[Candidate, Price]
-Owners = dict[Candidate, LossyPass]
 
 
 def within_budget(
-    job: Optimizer, exact: Graph, candidates: list[Candidate], prices: Prices, owner: Owners, stats: Stats
+    job: Optimizer, base: Graph, offers: Offers, budget: float | None, spent: float = 0.0
 ) -> Lossy | None:
-    """The lossy result whose measured loss is within the budget, recorded in the ledger; None when there is none."""
-    budget = job.request.budget
-    first = plan(candidates, None, prices, objective=job.request.objective)
+    """The lossy result whose measured loss is within the budget, recorded in the ledger; None when there is none.
+
+    Args:
+        spent: the loss of `base` itself, where an earlier stage made it.
+    """
+    first = plan(offers.candidates, None, offers.prices, objective=job.request.objective)
     if not first.chosen:
-        record(job.ledger, first, prices)
+        record(job.ledger, first, offers.prices)
         return None
-    lossy = job.applied(exact, first, owner, stats)
-    if budget is None or lossy.loss <= budget:
-        record(job.ledger, first, prices)
-        return lossy
+    lossy = applied(job, base, first, offers)
+    first = lossy.plan
+    if not first.chosen or budget is None or lossy.loss <= budget:
+        record(job.ledger, first, offers.prices)
+        if first.chosen:
+            return lossy
+        lossy.executable.close()
+        return None
     lossy.executable.close()
-    prices = _measured(job, exact, first.chosen, prices, owner, stats)
-    job.priced = candidates, prices, owner, stats
-    path = Path(first.chosen, prices, job.request.objective, _crossings(job, exact, first.chosen, owner))
+    prices = _measured(job, base, first.chosen, offers)
+    offers = replace(offers, prices=prices)
+    path = Path(first.chosen, prices, job.request.objective, _crossings(job, base, first.chosen, offers))
 
-    def applied(taken: Taken) -> Lossy:
-        return job.applied(exact, _plan(taken, first, path, prices), owner, stats)
+    def of(taken: Taken) -> Lossy:
+        return applied(job, base, _plan(taken, first, path, prices), offers)
 
-    found = _search(job, path, budget, lossy.loss, applied)
+    found = _search(job, path, budget, spent, lossy.loss, of)
     record(job.ledger, _plan({}, first, path, prices) if found is None else found.plan, prices)
     return found
 
 
-def _search(job: Optimizer, path: Path, budget: float, loss: float, applied: Callable[[Taken], Lossy]) -> Lossy | None:
+def _search(
+    job: Optimizer, path: Path, budget: float, spent: float, loss: float, applied: Callable[[Taken], Lossy]
+) -> Lossy | None:
     """The first plan of the path within the budget, as far as a few trials find it."""
     over, best, within = 0, None, len(path.states) - 1
-    seen = [(path.errors[0], loss)]  # predicted errors and measured losses of the plans over budget, the last one last
+    room = budget - spent
+    # predicted errors and measured losses (above what was spent) of the plans over budget, the last one last
+    seen = [(path.errors[0], loss - spent)]
     for trial in range(_GUESSES + math.ceil(math.log2(len(path.states)))):
         if within - over > 1:
-            known = seen if best is None else [*seen, (path.errors[within], best.loss)]
-            index = _guess(path.errors, over, within, budget, known) if trial < _GUESSES else (over + within) // 2
+            known = seen if best is None else [*seen, (path.errors[within], best.loss - spent)]
+            index = _guess(path.errors, over, within, room, known) if trial < _GUESSES else (over + within) // 2
         elif best is not None:
             break
         else:
             index = within  # nothing is left
         if best is None:
             job.ledger.note(
-                f"a plan with measured loss {seen[-1][1]:.3g} exceeds the budget {budget:g}; planned again with"
+                f"a plan with measured loss {seen[-1][1] + spent:.3g} exceeds the budget {budget:g}; planned again with"
                 f" {len(path.states[index])} changes"
             )
         if not path.states[index]:
             break
         lossy = applied(path.states[index])
-        if not lossy.loss <= budget:
+        if not lossy.loss <= budget or not lossy.plan.chosen:
             lossy.executable.close()
             over = index
-            seen.append((path.errors[index], lossy.loss))
+            seen.append((path.errors[index], lossy.loss - spent))
             continue
         if best is not None:
             best.executable.close()
         best, within = lossy, index
-        if lossy.loss >= budget * _FULL:
+        if lossy.loss - spent >= room * _FULL:
             break
     return best
 
@@ -127,19 +139,18 @@ def _plan(taken: Taken, first: Plan, path: Path, prices: Prices) -> Plan:
     return Plan(chosen, tuple(refused), path.error(taken), sum(prices[item].gain for item in chosen))
 
 
-def _measured(
-    job: Optimizer, exact: Graph, chosen: Sequence[Candidate], prices: Prices, owner: Owners, stats: Stats
-) -> Prices:
+def _measured(job: Optimizer, base: Graph, chosen: Sequence[Candidate], offers: Offers) -> Prices:
     """Prices with what each change adds to the error of the outputs; as they are where measuring takes too long."""
-    if is_large(exact) or any(owner[item].moments(exact, item) is not None for item in chosen):
+    owner, prices = offers.owners, offers.prices
+    if is_large(base) or any(owner[item].moments(base, item) is not None for item in chosen):
         job.ledger.note("over budget: the errors of the layers' own outputs decide what is left out")
         return prices
 
-    def apply(graph: Graph, group: Sequence[Candidate]) -> None:
-        job.apply(graph, group, owner, stats)
+    def change(graph: Graph, group: Sequence[Candidate]) -> None:
+        apply(job, graph, group, offers)
 
     with job.stage("output errors"):
-        errors, runs, samples = measure_errors(exact, chosen, job.calibration, apply, prices, job.evaluator)
+        errors, runs, samples = measure_errors(base, chosen, job.calibration, change, prices, job.evaluator)
     job.ledger.note(
         f"over budget: what each of {len(chosen)} changes alone adds to the error of the outputs was measured: {runs}"
         f" partial runs on {samples} calibration samples"
@@ -147,11 +158,11 @@ def _measured(
     return priced(prices, chosen, errors)
 
 
-def _crossings(job: Optimizer, exact: Graph, chosen: Sequence[Candidate], owner: Owners) -> Crossings | None:
-    levels = {item.node: owner[item].fixed_levels(exact, item) for item in chosen}
+def _crossings(job: Optimizer, base: Graph, chosen: Sequence[Candidate], offers: Offers) -> Crossings | None:
+    levels = {item.node: offers.owners[item].fixed_levels(base, item) for item in chosen}
     target = job.request.target
 
     def seconds(cost: Cost) -> float:
         return predict(cost, target).seconds
 
-    return crossings(exact, {name: found for name, found in levels.items() if found is not None}, seconds)
+    return crossings(base, {name: found for name, found in levels.items() if found is not None}, seconds)

@@ -42,14 +42,21 @@ class _Place:
 
 
 _NO_PASSES = frozenset(
-    {"base", "crossings", "histogram", "manager", "pipelines", "rules", "sequential", "stats", "stats_file"}
-)
+    {
+        "base", "crossings", "histogram", "manager", "pipelines", "rules", "second_moments", "sequential", "stats",
+        "stats_file",
+    }
+)  # fmt: skip
 _PLACES: dict[Kind, _Place] = {
     "pass": _Place("fxopt.passes", "fxopt.passes", _NO_PASSES),
     "target": _Place("fxopt.cost_model.targets", "fxopt.targets"),
     "backend": _Place("fxopt.backends", "fxopt.backends", frozenset({"base", "eager_cuda", "partition"})),
     "frontend": _Place("fxopt.frontends", "fxopt.frontends", frozenset({"capture", "to_onnx"})),
 }
+
+
+# Other names of passes: short for a pass with these options.
+ALIASES: dict[str, tuple[str, dict[str, str]]] = {"sparsify-24": ("sparsify", {"pattern": "2:4"})}
 
 
 @dataclass(frozen=True)
@@ -135,15 +142,26 @@ def find(kind: Kind, name: str) -> Any:
         UnknownName: there is none; near names are suggested.
     """
     known = entries(kind)
-    entry = known.get(_kebab(name))
+    entry = known.get(canonical(name) if kind == "pass" else _kebab(name))
     if entry is None:
-        raise unknown(kind, name, known)
+        raise unknown(kind, name, {*known, *ALIASES} if kind == "pass" else known)
     return entry.load()
+
+
+def canonical(name: str) -> str:
+    """The name of the pass that a name or another name of it stands for, with dashes."""
+    kebab = _kebab(name)
+    return ALIASES[kebab][0] if kebab in ALIASES else kebab
+
+
+def pass_names() -> list[str]:
+    """Every name by which a pass can be asked for."""
+    return sorted({*entries("pass"), *ALIASES})
 
 
 def find_pass(name: str) -> type[Pass]:
     """The class of a pass."""
-    found: type[Pass] = _checked_pass(find("pass", name), name)
+    found: type[Pass] = _checked_pass(find("pass", name), canonical(name))
     return found
 
 
@@ -153,10 +171,11 @@ def all_passes() -> dict[str, type[Pass]]:
 
 
 def find_target(name: str) -> Target:
-    """The target of this name."""
+    """The target of this name, or of another name of it."""
+    from fxopt.cost_model.targets import canonical
     from fxopt.ir.target import Target
 
-    found = find("target", name)
+    found = find("target", canonical(name))
     target = found() if callable(found) else found  # the host is detected
     if not isinstance(target, Target):
         raise InvalidOption(f"target {name!r}: {target!r} is not a fxopt.ir.target.Target")
@@ -230,11 +249,27 @@ def pass_from_text(text: str) -> Pass:
     if match is None:
         if ".py" in text.partition("{")[0]:
             raise InvalidOption(f"pass {text!r}: expected ./file.py:Class or ./file.py:Class{{option=value,...}}")
-        return parse_pass(text, find_pass)
+        return parse_pass(_spelled_out(text), find_pass)
     kind = object_from_file(Path(match["file"]), match["name"])
     if not (inspect.isclass(kind) and issubclass(kind, Pass)):
         raise InvalidOption(f"pass {text!r}: {match['name']} is not a subclass of fxopt.passes.base.Pass")
     return make_pass(kind, parse_options(match["options"] or "", text))
+
+
+def _spelled_out(text: str) -> str:
+    """The text with the pass itself in the place of another name of it."""
+    from fxopt.passes.base import parse_options
+
+    name, _, inside = text.strip().partition("{")
+    alias = ALIASES.get(_kebab(name.strip()))
+    if alias is None:
+        return text
+    plain, preset = alias
+    given = parse_options(inside.strip().removesuffix("}"), text)
+    twice = sorted(preset.keys() & given.keys())
+    if twice:
+        raise InvalidOption(f"pass {text!r}: {name.strip()} sets {twice[0]}={preset[twice[0]]}; write {plain}{{...}}")
+    return f"{plain}{{{','.join(f'{key}={value}' for key, value in {**preset, **given}.items())}}}"
 
 
 def function_from_text(text: str) -> Any:

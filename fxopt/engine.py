@@ -1,51 +1,42 @@
 """One optimisation, from a graph and samples to a result with its proof: exact passes, plan, rewrite, budget, guard.
 
 Converting passes, where the user asked for some, come first; error and time are still those against what came in.
-
-Longer than most files here: it is the one place where the order of an optimisation can be read.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import fx
-
 from fxopt.backends.base import Executable
-from fxopt.budget import within_budget
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.elsewhere import fastest
-from fxopt.errors import FxoptError, PassError, VerificationError, unknown
+from fxopt.errors import FxoptError, unknown
 from fxopt.guard import Timing
 from fxopt.inputs import bind_sizes
 from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
-from fxopt.ir.ledger import Ledger, Refusal
+from fxopt.ir.ledger import Ledger
 from fxopt.ir.memory import is_large, limit, spilled
+from fxopt.ir.shapes import update
 from fxopt.ir.target import Cost, Prediction
-from fxopt.ir.verify import NumericCheck, check_output_types, output_types, synthetic_sample, verify_structure
-from fxopt.passes.base import Candidate, Context, ConvertingPass, ExactPass, LossyPass, Pass
+from fxopt.ir.verify import NumericCheck, synthetic_sample
+from fxopt.offers import NO_DATA, offers
+from fxopt.passes.base import Context, ConvertingPass, ExactPass
 from fxopt.passes.manager import PassManager
-from fxopt.passes.pipelines import tidying_pipeline
-from fxopt.passes.sequential import SequentialRun
-from fxopt.passes.stats import Stats, collect
-from fxopt.planner.plan import Plan, Price, pays, plan
+from fxopt.planner.plan import Plan, plan
 from fxopt.report.report import ErrorReport, Measurement, PassRun, Report, Summary
 from fxopt.report.summary import summary, versions
 from fxopt.request import Lossy, Outcome, Request, Sample
-from fxopt.verdicts import record, refuse, roll_back
+from fxopt.stages import planned, steps_of
+from fxopt.verdicts import record, roll_back
 
 _QUANTISES = 13  # the opset since which DequantizeLinear takes scales per channel
-NO_DATA = Refusal("no data to measure the budget; give --calibration, or --calibration random")
-
-
-_Priced = tuple[list[Candidate], dict[Candidate, Price], dict[Candidate, LossyPass], Stats]
 
 
 class Optimizer:
@@ -61,14 +52,16 @@ class Optimizer:
         self.stages: dict[str, float] = {}
         self.pass_runs: list[PassRun] = []
         self.context = Context(
-            request.target, self.ledger, request.backend, include=request.include, exclude=request.exclude
-        )
+            request.target, self.ledger, request.backend, include=request.include, exclude=request.exclude,
+            objective=request.objective, custom_ops=request.custom_ops,
+        )  # fmt: skip
         half = (len(request.samples) + 1) // 2
         self.calibration = request.samples[:half]
         self.verification = request.samples[half:] or request.samples
         self._references: list[list[Any]] | None = None
         self._metric_before: float | None = None
-        self.priced: _Priced = ([], {}, {}, Stats())
+        self.first_row = 0  # of the ledger, that is about lossy passes
+        self.state = request.resume  # of the first calibration
 
     # ---- the flow
 
@@ -80,6 +73,7 @@ class Optimizer:
         if request.passes is not None and not request.passes:
             return self.finish(self.original, self.baseline, before, "unchanged", "no passes were asked for")
         exact = self._exact()
+        self.first_row = len(self.ledger.verdicts)
         lossy = self._lossy(exact)
         if not request.target.is_host:
             return Decision(self).by_prediction(exact, lossy, before)
@@ -90,11 +84,13 @@ class Optimizer:
         self._check_names(self.original)
         if self.request.passes is not None and not self.request.passes:
             return self.ledger
-        exact = self._exact()
-        priced = self._candidates(exact)
-        if priced is not None:
-            candidates, prices, _, _ = priced
-            record(self.ledger, plan(candidates, self.request.budget, prices, objective=self.request.objective), prices)
+        exact, steps = self._exact(), steps_of(self)
+        for index, stage in enumerate(steps):
+            self.context.later = tuple(step.name for later in steps[index + 1 :] for step in later)
+            found = offers(self, exact, stage)
+            if found is not None:
+                chosen = plan(found.candidates, self.request.budget, found.prices, objective=self.request.objective)
+                record(self.ledger, chosen, found.prices)
         return self.ledger
 
     def _exact(self) -> Graph:
@@ -142,7 +138,7 @@ class Optimizer:
 
     def _modern(self, graph: Graph) -> Graph:
         """The graph at an opset that has per-channel quantisation, when lossy passes may need it."""
-        if not self.request.samples or not self._lossy_passes():
+        if not self.request.samples or not steps_of(self):
             return graph
         return self._at_opset(graph, _QUANTISES)
 
@@ -183,8 +179,7 @@ class Optimizer:
 
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""
-        priced = self._candidates(exact)
-        found = None if priced is None else within_budget(self, exact, *priced)
+        found = planned(self, exact)
         return self._conversion(exact) if found is None and self.is_converted else found
 
     def _conversion(self, exact: Graph) -> Lossy | None:
@@ -192,7 +187,7 @@ class Optimizer:
         budget, nothing_else = self.request.budget, Plan((), (), 0.0, 0.0)
         if not self.request.samples:
             if budget is None:
-                return Lossy(exact, self.compiled(exact), nothing_else, None, math.nan)
+                return Lossy(exact, self.compiled(exact), nothing_else, None, math.nan, exact)
             roll_back(self.ledger, None, f"{NO_DATA}, or --budget none")
             return None
         found = self.measured(exact, nothing_else)
@@ -201,36 +196,6 @@ class Optimizer:
         found.executable.close()
         roll_back(self.ledger, None, f"over budget: measured loss {found.loss:.3g} against the model that came in")
         return None
-
-    def _candidates(self, exact: Graph) -> _Priced | None:
-        """Candidates, prices, owners and statistics; None without data (every candidate is then refused)."""
-        passes = self._lossy_passes()
-        with self.stage("candidates"):
-            offered = [(step, candidate) for step in passes for candidate in step.candidates(exact, self.context)]
-        if not self.request.samples:
-            for candidate in dict.fromkeys(candidate for _, candidate in offered):
-                refuse(self.ledger, candidate, candidate.refusal or NO_DATA)
-            return None
-        unpaid = self._unpaid(exact, offered)
-        legal = [(step, item) for step, item in offered if item.refusal is None and item not in unpaid]
-        with self.stage("calibration"):
-            nodes = {node for step, candidate in legal for node in step.observed(exact, candidate)}
-            counted = {node for step, candidate in legal for node in step.clipped(exact, candidate)}
-            stats = collect(
-                exact, self.calibration, nodes, evaluator=self.evaluator, progress=self.request.progress,
-                histograms=counted, state=self.request.resume,
-            )  # fmt: skip
-        with self.stage("estimates"):
-            candidates, prices = self._priced(exact, offered, unpaid, stats)
-        self.priced = candidates, prices, {candidate: step for step, candidate in offered}, stats
-        return self.priced
-
-    def _lossy_passes(self) -> list[LossyPass]:
-        from fxopt.passes.pipelines import lossy_passes
-
-        if self.request.passes is None:
-            return lossy_passes()
-        return [step for step in self.request.passes if isinstance(step, LossyPass)]
 
     def _check_names(self, graph: Graph) -> None:
         """`--include` and `--exclude` must name something."""
@@ -241,98 +206,14 @@ class Optimizer:
             if not any(pattern.search(name) for name in names):
                 raise unknown(f"node (no node matches --{option})", pattern.pattern, names)
 
-    def _unpaid(self, graph: Graph, offered: Sequence[tuple[LossyPass, Candidate]]) -> dict[Candidate, Price]:
-        """Candidates that are not faster by their work alone: neither calibrated nor estimated."""
-        found: dict[Candidate, Price] = {}
-        if self.request.objective != "latency":
-            return found
-        for step, candidate in offered:
-            work = step.work(graph, candidate) if candidate.refusal is None else None
-            if work is not None:
-                before, after = map(self.predicted, work)
-                price = Price(before, after, math.nan)
-                if not pays(price, self.request.objective):
-                    found[candidate] = price
-        return found
-
-    def _priced(
-        self,
-        graph: Graph,
-        offered: Sequence[tuple[LossyPass, Candidate]],
-        unpaid: dict[Candidate, Price],
-        stats: Stats,
-    ) -> tuple[list[Candidate], dict[Candidate, Price]]:
-        candidates: list[Candidate] = []
-        prices: dict[Candidate, Price] = dict(unpaid)
-        for index, (step, candidate) in enumerate(offered):
-            if candidate in unpaid:
-                pass
-            elif candidate.refusal is None and any(node not in stats for node in step.observed(graph, candidate)):
-                candidate = _refused(candidate, Refusal("no calibration sample reaches it"))
-            elif candidate.refusal is None:
-                with _naming(step, candidate):
-                    estimate = step.estimate(graph, candidate, stats)
-                before, after = self.predicted(estimate.before), self.predicted(estimate.after)
-                prices[candidate] = Price(before, after, estimate.error, estimate.saved_bytes)
-            candidates.append(candidate)
-            if self.request.progress is not None:
-                self.request.progress("estimating", index + 1, len(offered))
-        return candidates, prices
-
-    def applied(self, exact: Graph, chosen: Plan, owner: dict[Candidate, LossyPass], stats: Stats) -> Lossy:
-        with self.stage("rewriting"):
-            graph = exact.copy()
-            graph.store = spilled if is_large(exact) else None
-            self.apply(graph, chosen.chosen, owner, stats)
-            for tidy in tidying_pipeline():
-                tidy.run(graph, self.context)
-            graph.prune()
-            self._verify(exact, graph, chosen)
-        return self.measured(graph, chosen)
-
     def measured(self, graph: Graph, chosen: Plan) -> Lossy:
         """A rewritten graph, compiled, with its error."""
         with self.stage("rewriting"):
+            update(graph, [node for node in graph.nodes if "val" not in node.meta])
             executable = self.compiled(graph)
         with self.stage("measuring the error"):
             error, loss = self.measured_error(executable)
-        return Lossy(graph, executable, chosen, error, loss)
-
-    def apply(self, graph: Graph, chosen: Sequence[Candidate], owner: dict[Candidate, LossyPass], stats: Stats) -> None:
-        """Apply the candidates; those that want second moments come in the order of the graph, the others before."""
-        later: list[Candidate] = []
-        for candidate in chosen:
-            with _naming(owner[candidate], candidate):
-                if owner[candidate].moments(graph, candidate) is None:
-                    owner[candidate].apply(graph, candidate, stats)
-                else:
-                    later.append(candidate)
-        if not later:
-            return
-        place: dict[fx.Node | None, int] = {node: index for index, node in enumerate(graph.nodes)}
-        later.sort(key=lambda candidate: place[owner[candidate].moments(graph, candidate)])
-        walk = SequentialRun(graph, self.calibration, self.evaluator)
-        for done, candidate in enumerate(later):
-            step = owner[candidate]
-            with _naming(step, candidate):
-                node = step.moments(graph, candidate)
-                assert node is not None
-                stats.moments = {node.name: walk.moments(node, step.moment_rows(graph, candidate))}
-                step.apply(graph, candidate, stats)
-            if self.request.progress is not None:
-                self.request.progress("rewriting", done + 1, len(later))
-        stats.moments = {}
-        for note in stats.notes:
-            self.ledger.note(note)
-
-    def _verify(self, exact: Graph, graph: Graph, chosen: Plan) -> None:
-        fresh = [node for node in graph.nodes if "val" not in node.meta]  # new constants too
-        try:
-            verify_structure(graph, fresh, exact.nodes)
-            check_output_types(graph, output_types(exact))
-        except VerificationError as error:
-            names = sorted({candidate.pass_name for candidate in chosen.chosen})
-            raise VerificationError(f"the changes of {', '.join(names)} broke the graph: {error}") from error
+        return Lossy(graph, executable, chosen, error, loss, graph)
 
     # ---- errors
 
@@ -392,6 +273,14 @@ class Optimizer:
         timing: Timing | None = None,
     ) -> Outcome:
         request = self.request
+        if executable is self.baseline and request.backend.is_compiler and not request.target.is_host:
+            executable, outcome = self.compiled(graph), "compiled"  # nothing to rewrite is no reason not to compile
+        elif executable is self.baseline and request.backend.is_compiler:
+            self.ledger.note(f"what came in goes out, in {executable.executed_on}; --force gives the compiled code")
+        with self.stage("verifying the code"):
+            verified = executable.verify(self.verification)
+        if verified:
+            self.ledger.note(verified)
         with self.stage("compiling"):
             for verdict in executable.verdicts():
                 self.ledger.add(verdict)
@@ -437,15 +326,6 @@ class Optimizer:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begin
 
 
-@contextmanager
-def _naming(step: Pass, candidate: Candidate) -> Iterator[None]:
-    """Errors inside name the pass and the node."""
-    try:
-        yield
-    except Exception as error:
-        raise PassError(f"pass {step.name} failed at {candidate.anchor!r}: {type(error).__name__}: {error}") from error
-
-
 def as_function(executable: Executable) -> Callable[..., Any]:
     """The executable as a function of flat inputs; a single output is returned bare."""
 
@@ -455,6 +335,3 @@ def as_function(executable: Executable) -> Callable[..., Any]:
 
     return call
 
-
-def _refused(candidate: Candidate, reason: Refusal) -> Candidate:
-    return Candidate(candidate.pass_name, candidate.node, candidate.anchor, candidate.setting, reason, candidate.group)

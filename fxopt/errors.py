@@ -58,6 +58,10 @@ class Unsupported(FxoptError, TypeError):
     """The operation is not available for this model, operator or target."""
 
 
+class Diverged(FxoptError, ArithmeticError):
+    """Training gave a loss or gradient that is no finite number."""
+
+
 class GraphSyntaxError(FxoptError, ValueError):
     """The text form of a graph does not parse."""
 

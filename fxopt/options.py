@@ -43,6 +43,13 @@ class Options:
     progress: Progress | None = None
     resume: Path | None = None
     custom_ops: bool = False
+    buckets: Mapping[str, int | Sequence[int]] | None = None
+    weights: str | None = None
+
+    @property
+    def of_backend(self) -> dict[str, Any]:
+        """What the backend is made with."""
+        return {"buckets": self.buckets, "weights": self.weights}
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -70,13 +77,19 @@ def resolve_target(target: str | Target, threads: int | None) -> Target:
     return find_target(target)
 
 
-def resolve_backend(name: str | None, target: Target, notes: list[str]) -> Backend:
+def resolve_backend(
+    name: str | None, target: Target, notes: list[str], given: Mapping[str, Any] | None = None
+) -> Backend:
     """The backend of a name or `name{option=value}`, or the target's own.
 
     It is `eager`, with a note, where this version lacks the target's own, or what that one needs is not installed.
 
+    Args:
+        given: more options of the backend, from arguments of their own (None: not given).
+
     Raises:
         UnknownName: the backend, an option or its value does not exist.
+        InvalidOption: the backend has no such option as `given`.
         MissingDependency: what it needs is not installed.
     """
     from fxopt.catalog import entries, find_backend
@@ -93,6 +106,10 @@ def resolve_backend(name: str | None, target: Target, notes: list[str]) -> Backe
     for option in settings:
         if option not in found.options:
             raise unknown(f"option of backend {plain}", option, found.options)
+    for option, value in (given or {}).items():
+        if value is not None and option not in found.options:
+            raise InvalidOption(f"{option} is for backends that compile code, such as tvm; {plain} has none")
+    settings.update({option: value for option, value in (given or {}).items() if value is not None})
     try:
         found.require()
     except MissingDependency as error:

@@ -6,15 +6,18 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxopt.backends.base import Backend, Executable
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
 from fxopt.ir.target import Target
-from fxopt.passes.base import Pass
+from fxopt.passes.base import Candidate, Pass
 from fxopt.planner.plan import Plan
 from fxopt.report.report import ErrorReport, Report
+
+if TYPE_CHECKING:
+    from fxopt.offers import Offers
 
 Progress = Callable[[str, int, int], None]
 Sample = list[Any]  # one value per input of the graph
@@ -55,10 +58,17 @@ class Outcome:
 
 @dataclass
 class Lossy:
-    """A rewritten graph with its plan and measured error."""
+    """A rewritten graph with its plan and measured error.
+
+    Where passes are planned in stages, the plan is that of the last one which found something, `base` what it was
+    applied to, and `earlier` what `base` holds already.
+    """
 
     graph: Graph
     executable: Executable
     plan: Plan
     error: ErrorReport | None  # None: there are no samples
     loss: float  # what the budget limits
+    base: Graph | None = None
+    offers: Offers | None = None  # of which the plan is
+    earlier: tuple[Candidate, ...] = ()

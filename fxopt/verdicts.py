@@ -9,6 +9,7 @@ from dataclasses import replace
 from fxopt.ir.ledger import Ledger, Refusal, Verdict
 from fxopt.passes.base import Candidate
 from fxopt.planner.plan import Plan, Price
+from fxopt.report import units
 
 
 def refuse(ledger: Ledger, candidate: Candidate, reason: Refusal, error: float | None = None) -> None:
@@ -27,7 +28,7 @@ def record(ledger: Ledger, chosen: Plan, prices: Mapping[Candidate, Price]) -> N
                 candidate.pass_name,
                 candidate.anchor,
                 "applied",
-                f"predicted {price.before.seconds * 1e6:.3g} -> {price.after.seconds * 1e6:.3g} us",
+                _gains(price),
                 str(candidate.setting),
                 predicted_gain=price.gain,
                 error=price.error,
@@ -36,6 +37,11 @@ def record(ledger: Ledger, chosen: Plan, prices: Mapping[Candidate, Price]) -> N
     for candidate, reason in chosen.refused:
         error = prices[candidate].error if candidate in prices else math.nan
         refuse(ledger, candidate, reason, None if math.isnan(error) else error)
+
+
+def _gains(price: Price) -> str:
+    times = f"predicted {price.before.seconds * 1e6:.3g} -> {price.after.seconds * 1e6:.3g} us"
+    return times if price.gain > 0 else f"saves {units.size(price.saved_bytes)}; {times}"
 
 
 def roll_back(

@@ -243,11 +243,11 @@ def test_calibration_files(cli: Cli, model_file: Path, work: Path) -> None:
 @pytest.mark.parametrize("option", ["--output", "--report", "--json"])
 def test_outputs(cli: Cli, model_file: Path, work: Path, option: str) -> None:
     (work / "folder").mkdir()
-    assert_refused(
-        cli("optimize", model_file, option, work / "folder"), f"{option} .*folder is a folder; give the name"
-    )
+    (work / "folder" / "mine.txt").touch()
+    reason = " with other content; give an empty or a new one" if option == "--output" else "; give the name"
+    assert_refused(cli("optimize", model_file, option, work / "folder"), f"{option} .*folder is a folder{reason}")
     assert_refused(cli("optimize", model_file, option, work / "no" / "x.onnx"), "the folder .*no does not exist")
-    assert not everything(work)
+    assert list(everything(work)) == ["folder/mine.txt"]
 
 
 def test_the_input_is_not_overwritten(cli: Cli, model_file: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def test_the_commands_run(checkout: Path, cli: Callable[..., Any]) -> None:
     lines = [line for block in blocks("sh")[1:] for line in block.splitlines() if line.startswith("fxopt ")]
     assert len(lines) >= 5
     for line in lines:
+        if ("--target wasm" in line or "--target cortex" in line) and find_spec("tvm") is None:
+            continue  # it needs the extra tvm
         ran = cli(*shlex.split(line)[1:])
         assert ran.code == 0, f"{line}\n{ran.err}"
     assert (checkout / "out" / "digits-vit.onnx").is_file() and (checkout / "out" / "digits-vit.html").is_file()

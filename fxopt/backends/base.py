@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,18 @@ class Executable(ABC):
     @abstractmethod
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs on flat inputs."""
+
+    def verify(self, samples: Sequence[Sequence[Any]]) -> str:
+        """Run what `save` writes, on the samples or on made-up ones; says what was run, "" when that is `run` itself.
+
+        Raises:
+            VerificationError: it computes something else than the graph does in torch.
+        """
+        return ""
+
+    def write(self, folder: Path) -> dict[str, Any] | None:
+        """Write the artifact's files into an empty folder and return its manifest; None: the graph is the artifact."""
+        return None
 
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -54,6 +66,7 @@ class Backend(ABC):
 
     needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
     extra: ClassVar[str] = ""  # the extra of the package that installs them
+    is_compiler: ClassVar[bool] = False  # what comes out is code for the target, also where no pass changed anything
     options: ClassVar[tuple[str, ...]] = ()  # what `name{option=value}` may set, keywords of the class
     target: Target | None = None  # what it is asked about, where it is known
 
@@ -61,6 +74,13 @@ class Backend(ABC):
     @abstractmethod
     def name(self) -> str:
         """The name on the command line."""
+
+    def check(self, graph: Graph, target: Target) -> None:
+        """Raise what is known to be wrong with the model or the options before any work.
+
+        Raises:
+            FxoptError: in its subclasses.
+        """
 
     @abstractmethod
     def refuses(self, node: fx.Node, target: Target) -> str:
@@ -73,6 +93,18 @@ class Backend(ABC):
     @abstractmethod
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Turn the graph into something that runs."""
+
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
+        """ "" when a linear whose weight of this type has zeros of this pattern takes less time, else the reason.
+
+        Args:
+            shape: of the weight, (out, in); None: of any.
+        """
+        return f"{self.name} multiplies zeros like other numbers"
+
+    def with_sizes(self, sizes: Mapping[str, int], name: str) -> Backend:
+        """The backend for a model of this name, of which the user fixed some dimensions."""
+        return self
 
     def predicted(self, cost: Cost, target: Target) -> Prediction | None:
         """The time of an operator of this work and form, where the backend knows better than the roofline."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.backends import eager_cuda
 from fxopt.backends.base import Backend, Executable
-from fxopt.backends.eager_cuda import register
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
@@ -25,7 +25,7 @@ class EagerExecutable(Executable):
 
     def __init__(self, graph: Graph, evaluator: Evaluator | None = None) -> None:
         if torch.cuda.is_available():
-            register()
+            eager_cuda.register()
         self.graph = graph
         self.evaluator = evaluator
 
@@ -55,6 +55,12 @@ class Eager(Backend):
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
         """Every fxopt operator runs here."""
         return ""
+
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
+        """2:4 on CUDA devices whose matrix units skip it, in the types that torch has such products for."""
+        if target.kind != "cuda":
+            return super().skips_zeros(target, dtype, pattern, shape)
+        return eager_cuda.unskipped(target, dtype, pattern, shape)
 
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """An interpreter over a copy of the graph."""

@@ -1,6 +1,6 @@
-"""Run `fxopt::linear_w8a8`, `linear_w8a8_dynamic` and `linear_fp8` in torch's 8-bit matrix products on CUDA devices.
+"""Run linears of fxopt in torch's own matrix products on CUDA devices: in 8 bits, and with 2:4 weights.
 
-    register()  # from now on CUDA tensors go to torch._int_mm and torch._scaled_mm
+    register()  # from now on CUDA tensors go to torch._int_mm, torch._scaled_mm and semi-structured products
 
 Not measured: written for torch 2.11 to 2.13 and compared with the definitions on CPU tensors. What the products ask for
 (aten/src/ATen/native/cuda/Blas.cpp and ScaledBlas.cpp of PyTorch):
@@ -8,6 +8,9 @@ Not measured: written for torch 2.11 to 2.13 and compared with the definitions o
 `_scaled_mm`: a row-major and a column-major float8 matrix, both axes of the second one multiples of 16; compute
 capability 8.9 or later; scales per row with 16-bit results, for older versions with bfloat16 only; no bias where the
 result is float32. Smaller sizes are filled up with zeros, anything else runs the definition.
+2:4 (torch/sparse/semi_structured.py): compute capability 8.0 or later, float16 or bfloat16, outputs in multiples of 32
+and inputs in multiples of 64 (the stricter of CUTLASS and cuSPARSELt). In 8 bits torch has such products too; they are
+not used here.
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxopt.ir.ops import linear_fp8 as float8
+from fxopt.ir.ops import linear_sparse as sparse
 from fxopt.ir.ops import linear_w8a8 as integer
+from fxopt.ir.target import Target
 
 _ROWS, _INTEGER, _FLOAT8 = 17, 8, 16  # the least number of rows, and the multiples that axes must be
 _CAPABILITY = (8, 9)
@@ -35,6 +41,7 @@ def register() -> None:
     library.impl(integer.linear_w8a8_dynamic.name, linear_w8a8_dynamic, "CUDA")
     library.impl(integer.linear_w8a8.name, linear_w8a8, "CUDA")
     library.impl(float8.linear_fp8.name, linear_fp8, "CUDA")
+    library.impl(sparse.linear_sparse.name, linear_sparse, "CUDA")
 
 
 @cache
@@ -111,6 +118,55 @@ def linear_fp8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, x_
         y = sums * steps * scales
         y = y if bias is None else y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], out)
+
+
+_SPARSE = "2:4"
+_SPARSE_TYPES = ("float16", "bfloat16")
+_SPARSE_MULTIPLES = (32, 64)  # of outputs and inputs
+_converted: Any = WeakTensorKeyDictionary()  # stored blocks -> the weight as torch's products take it
+
+
+def unskipped(target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None) -> str:
+    """Why zeros of a weight give no time on a CUDA device; "" where torch has a product for them."""
+    if pattern != _SPARSE:
+        return f"the matrix units of CUDA devices skip {_SPARSE}, not {pattern}"
+    if "sparse_24" not in target.features:
+        return f"{target.name} does not skip {_SPARSE}: that begins with compute capability 8.0"
+    if dtype not in _SPARSE_TYPES:
+        return f"{_SPARSE} products take {' and '.join(_SPARSE_TYPES)}; the weight is {dtype}"
+    if shape is not None and any(size % of for size, of in zip(shape, _SPARSE_MULTIPLES, strict=True)):
+        outputs, inputs = _SPARSE_MULTIPLES
+        return (
+            f"{_SPARSE} products take outputs in multiples of {outputs} and inputs in multiples of {inputs}; the "
+            f"weight is {shape[0]}x{shape[1]}"
+        )
+    return ""
+
+
+def linear_sparse(
+    x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, columns: int, pattern: str
+) -> Tensor:
+    """`fxopt::linear_sparse` with a semi-structured weight; the definition where there is no product for it."""
+    out = len(mask) * values.shape[1]
+    dtype = str(x.dtype).removeprefix("torch.")
+    fits = dtype in _SPARSE_TYPES and not any(
+        size % of for size, of in zip((out, columns), _SPARSE_MULTIPLES, strict=True)
+    )
+    if pattern != _SPARSE or not fits or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return sparse.linear_sparse.function(x, values, mask, bias, columns, pattern)
+    weight = _semi_structured(values, mask, columns, x.dtype)
+    shift = None if bias is None else bias.to(x.dtype)
+    y: Tensor = torch.nn.functional.linear(x.reshape(-1, columns), weight, shift)
+    return y.reshape(*x.shape[:-1], out)
+
+
+def _semi_structured(values: Tensor, mask: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight as torch's products take it, made once for the stored blocks."""
+    found: Tensor | None = _converted.get(values)
+    if found is None or found.dtype != dtype:
+        found = torch.sparse.to_sparse_semi_structured(sparse.dense(values, mask, columns).to(dtype).contiguous())
+        _converted[values] = found
+    return found
 
 
 def _multiple(count: int, of: int) -> int:

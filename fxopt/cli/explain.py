@@ -34,12 +34,14 @@ def explain(
     """Print the verdict of every pass on every node, with its reason."""
     out = Output(json)
     require_model(model)
+    passes = None
     if pass_name is not None:
-        from fxopt.catalog import entries
+        from fxopt.catalog import canonical, entries, pass_names
 
-        pass_name = pass_name.replace("_", "-")
-        if pass_name not in (known := entries("pass")):
-            raise unknown("pass", pass_name, known)
+        if canonical(pass_name) not in entries("pass"):
+            raise unknown("pass", pass_name, pass_names())
+        passes = _only(pass_name)
+        pass_name = canonical(pass_name)
     pattern = options.pattern_from("--node", node)
     shapes, limit = options.shapes_from(input_shape), options.budget_from(budget)
     import fxopt
@@ -53,6 +55,7 @@ def explain(
             target,
             calibration=calibration,
             budget=limit,
+            passes=passes,
             input_shapes=shapes,
             backend=backend,
             threads=options.threads_from(threads),
@@ -66,6 +69,17 @@ def explain(
     if not rows:
         who = f"pass {pass_name} has no" if pass_name else "no pass has a"
         out.print(f"{who} verdict on this model: it holds none of the operators that passes work on")
+
+
+def _only(name: str) -> list[str] | None:
+    """The pass alone, where it is a lossy one that is done only when it is asked for; None: the usual passes."""
+    from fxopt.catalog import find_pass
+    from fxopt.passes.base import LossyPass
+    from fxopt.passes.pipelines import lossy_passes
+
+    kind = find_pass(name)
+    usual = {type(step) for step in lossy_passes()}
+    return [name] if issubclass(kind, LossyPass) and kind not in usual else None
 
 
 def _check_matches(graph: Graph, pattern: re.Pattern[str] | None) -> None:

@@ -14,7 +14,7 @@ from fxopt.cli.output import Output
 
 def passes(json: options.Json = None, debug: options.Debug = False) -> None:
     """List the passes and their options."""
-    from fxopt.catalog import all_passes, entries
+    from fxopt.catalog import ALIASES, all_passes, entries
     from fxopt.passes.base import ConvertingPass, ExactPass
 
     origin = entries("pass")
@@ -31,6 +31,10 @@ def passes(json: options.Json = None, debug: options.Debug = False) -> None:
                 "package": origin[name].package,
             }
         )
+    for name, (plain, preset) in ALIASES.items():
+        whole = next(row for row in found if row["name"] == plain)
+        options = ",".join(f"{key}={value}" for key, value in preset.items())
+        found.append({**whole, "name": name, "options": preset, "does": f"Short for {plain}{{{options}}}."})
     _list(found, ("name", "kind", "options", "does"), json)
 
 

@@ -13,6 +13,7 @@ from fxopt.cli import options
 from fxopt.cli.output import Output, check_destination, write_text
 from fxopt.cli.progress import ProgressReporter
 from fxopt.errors import FxoptError, InvalidModel, InvalidOption
+from fxopt.ir.folders import check_folder
 
 if TYPE_CHECKING:
     from fxopt.ir.ledger import Ledger
@@ -62,6 +63,14 @@ def optimize(
             "--custom-ops", help="Use own kernels where faster: writes a library beside the file [fxopt[tvm]]."
         ),
     ] = False,
+    buckets: options.Buckets = None,
+    weights: Annotated[
+        Literal["embedded", "external"] | None,
+        typer.Option(
+            help="For WebAssembly and ARM: weights in the library (default) or in a file beside it.",
+            show_default=False,
+        ),
+    ] = None,
     dump: Annotated[
         Path | None, typer.Option(help="Write the graph after every pass into this folder.", metavar="FOLDER")
     ] = None,
@@ -100,6 +109,8 @@ def optimize(
         "input_shapes": options.shapes_from(input_shape),
         "threads": options.threads_from(threads),
         "seed": seed,
+        "buckets": options.buckets_from(buckets),
+        "weights": weights,
     }
     require_pass = _known_passes(require_pass or [], planning["passes"])
     import fxopt
@@ -147,8 +158,10 @@ def _check_files(model: Path, output: Path | None, report: Path | None, dump: Pa
         raise InvalidOption(
             f"--output {output}: expected a name that ends in .onnx, or one without a suffix for a folder"
         )
-    if output is not None and not (output / "manifest.json").is_file():  # an earlier result's folder is replaced
+    if output is not None and output.suffix:
         check_destination(output, "--output", model)
+    elif output is not None:
+        check_folder(output, "--output")
     if dump is not None and dump.exists() and not dump.is_dir():
         raise InvalidOption(f"--dump {dump} is a file; expected a folder")
     if report is not None:
@@ -193,15 +206,14 @@ def _known_passes(names: list[str], given: list[Any] | None) -> list[str]:
     """
     if not names:
         return []
-    from fxopt.catalog import entries
+    from fxopt.catalog import canonical, pass_names
     from fxopt.errors import unknown
 
-    known = {*entries("pass"), *(item.name for item in given or ())}
-    dashed = [name.replace("_", "-") for name in names]
-    for name in dashed:
-        if name not in known:
+    known = {*pass_names(), *(item.name for item in given or ())}
+    for name in names:
+        if name.replace("_", "-") not in known:
             raise unknown("pass", name, known)
-    return dashed
+    return [canonical(name) for name in names]
 
 
 def _show_plan(out: Output, ledger: Ledger) -> None:

@@ -64,6 +64,15 @@ InputShape = Annotated[
         help="Sizes for a model with dynamic dimensions, as in x:1,3,224,224; repeatable.", metavar="NAME:SIZES"
     ),
 ]
+Buckets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="For WebAssembly and ARM: sizes of a dynamic dimension, as in batch=1,4; repeatable. "
+        "An entry point is compiled for each combination.",
+        metavar="DIMENSION=SIZES",
+        show_default=False,
+    ),
+]
 Backend = Annotated[
     str | None,
     typer.Option(
@@ -108,6 +117,13 @@ def shapes_from(texts: Iterable[str] | None) -> dict[str, tuple[int | str | None
     from fxopt.frontends.input_shapes import parse
 
     return parse(texts or ()) or None
+
+
+def buckets_from(texts: Iterable[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """`batch=1,4` per dimension."""
+    from fxopt.backends.tvm.buckets import parse_buckets
+
+    return parse_buckets(texts or ()) or None
 
 
 def passes_from(texts: Sequence[str] | None) -> list[Pass] | None:

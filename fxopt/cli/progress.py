@@ -71,7 +71,8 @@ class ProgressReporter:
     def _line(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         known, when = self._printed
-        if now - self._started < _PATIENCE or (stage == known and now - when < _LINE_EVERY):
+        name = stage.partition(" (")[0]  # figures in brackets change all the time
+        if now - self._started < _PATIENCE or (name == known and now - when < _LINE_EVERY):
             return
-        self._printed = (stage, now)
+        self._printed = (name, now)
         print(f"{stage} {done}/{total}" if total > 1 else stage, file=sys.stderr, flush=True)

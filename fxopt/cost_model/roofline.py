@@ -17,7 +17,7 @@ reached share of the bandwidths (1 where they were measured), "parallel" that of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -84,6 +84,7 @@ def predict(cost: Cost, target: Target, cold_bytes: float = 0.0) -> Prediction:
         cold_bytes: how many of the bytes come from main memory whatever their number, e.g. weights of a model that is
             larger than the cache.
     """
+    cost = without_zeros(cost, target)
     compute = cost.flops / rate(cost, target)
     warm, cold = _memory_seconds(cost.bytes, min(cold_bytes, cost.bytes), target)
     busy = _busy(compute, warm, cold, target)
@@ -97,6 +98,16 @@ def predict(cost: Cost, target: Target, cold_bytes: float = 0.0) -> Prediction:
     if busy > launch:
         bound = "compute" if compute >= warm + cold else "memory"
     return Prediction(seconds, seconds * max(0.0, 1 - target.interval), seconds * (1 + target.interval), bound)
+
+
+def without_zeros(cost: Cost, target: Target) -> Cost:
+    """The work as the target's kernel for these zeros does it: smaller by its speed-up; the same without one."""
+    zeros = cost.zeros
+    kernel = None if zeros is None else target.sparse_kernel(zeros.pattern, cost.dtype, zeros.rows)
+    if zeros is None or kernel is None:
+        return cost
+    left = 1 - zeros.part + zeros.part / kernel.speedup(zeros.share)
+    return replace(cost, flops=cost.flops * left, bytes=cost.bytes * left, macs=cost.multiply_adds)
 
 
 def _busy(compute: float, warm: float, cold: float, target: Target) -> float:

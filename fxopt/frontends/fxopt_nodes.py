@@ -21,7 +21,7 @@ _TENSORS = ("Tensor", "Optional[Tensor]", "List[Tensor]")
 _Kind = onnx.defs.OpSchema.AttrType
 _Option = onnx.defs.OpSchema.FormalParameterOption
 _KINDS: dict[str, Any] = {
-    "float": _Kind.FLOAT, "int": _Kind.INT, "SymInt": _Kind.INT, "bool": _Kind.INT,
+    "float": _Kind.FLOAT, "int": _Kind.INT, "SymInt": _Kind.INT, "bool": _Kind.INT, "str": _Kind.STRING,
     "List[float]": _Kind.FLOATS, "List[int]": _Kind.INTS, "List[SymInt]": _Kind.INTS,
 }  # fmt: skip
 

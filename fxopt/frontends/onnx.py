@@ -19,6 +19,7 @@ from fxopt.frontends.onnx_import.importer import Importer, Model
 from fxopt.frontends.onnx_import.messages import without_graph_body
 from fxopt.frontends.onnx_import.tensors import is_external
 from fxopt.ir.graph import Graph
+from fxopt.ir.masks import settle
 from fxopt.ir.onnx.model_checks import DEPTH_LIMIT, check_message
 from fxopt.ir.onnx.records import ModelRecord
 
@@ -70,7 +71,9 @@ def _load(source: str | os.PathLike[str] | ModelProto, check: bool, weights: Map
     model = Model(folder, weights, proto.ir_version, functions)
     record.extra["inferred"] = undeclared_types(proto)
     record.files = frozenset(files)
-    return Importer(model, record.opsets).main(proto.graph, record)
+    graph = Importer(model, record.opsets).main(proto.graph, record)
+    settle(graph)
+    return graph
 
 
 def _checked(proto: ModelProto, path: Path, folder: Path, elsewhere: Collection[str] = ()) -> set[Path]:

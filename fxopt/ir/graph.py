@@ -15,6 +15,7 @@ them as `_captured`, named by `_captured_names`. Copies of a graph have copies o
 - `unknown`: why the type of a node with bodies is (in part) unknown;
 - `onnx`: the record of the ONNX node, constant or input it came from (`fxopt.ir.onnx.records`);
 - `stands_for`: the name of the node that it replaced, by which calibration statistics are found;
+- `sparsity`: the zeros that its weight must keep (`fxopt.ir.sparsity.Mark`);
 - `levels`: scale and zero point of the 256 levels that span the value's range on the calibration data;
 - `provenance`: a tuple of strings, oldest first: where the node came from and which passes made it.
 """
@@ -208,8 +209,8 @@ class Graph:
             node = self.fx.create_node("call_function", target, args, kwargs or {}, name=name)
         source = before if like is None else like
         node.meta["provenance"] = (*provenance(source), made_by)
-        for key in ("stack_trace", "nn_module_stack"):
-            if key in source.meta:
+        for key in ("stack_trace", "nn_module_stack", "sparsity"):
+            if key in source.meta and (key != "sparsity" or like is not None):
                 node.meta[key] = source.meta[key]
         return node
 
@@ -217,6 +218,8 @@ class Graph:
         """Give every use of `old` to `new` and erase `old`; a new node takes over the name of the value in the file."""
         if "val" not in new.meta:  # made just now: statistics of the old value are those of the new one
             new.meta["stands_for"] = old.meta.get("stands_for", old.name)
+            if "sparsity" in old.meta:
+                new.meta.setdefault("sparsity", old.meta["sparsity"])
         old.replace_all_uses_with(new)
         if "onnx" in old.meta and "onnx" not in new.meta and new.op == "call_function":
             new.meta["onnx"] = old.meta["onnx"].handed_over()

@@ -23,6 +23,7 @@ Observer = Callable[[fx.Node, Any], None]
 _LOW_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ONNX_LOW_FLOATS = (1, 10, 16)  # TensorProto FLOAT, FLOAT16, BFLOAT16
 _ONNX_DOUBLE = 11
+_FILLING = {torch.ops.aten.zeros.default, torch.ops.aten.ones.default, torch.ops.aten.empty.memory_format}
 
 
 def run(
@@ -105,11 +106,15 @@ class GraphRun:
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any], attributes: Mapping[str, Any] | None) -> Any:
         if node.op == "get_attr":
-            value = constant_value(self.graph, node)
+            value = self.constant_of(node)
             return _widened(value) if self.widen else value
         args = fx.map_arg(node.args, values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, values.__getitem__)
         return evaluate(self.graph, node, args, kwargs, self.evaluator, self.widen, attributes, self.inside)
+
+    def constant_of(self, node: fx.Node) -> Any:
+        """The value of a `get_attr` node."""
+        return constant_value(self.graph, node)
 
     def inside(self, graph: Graph) -> GraphRun:
         """The run of a body or function of this graph."""
@@ -212,9 +217,13 @@ def _widened(value: Any) -> Any:
 def _widened_casts(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Casts to a float type become casts to float64."""
+    """Casts to a float type become casts to float64, and so do new tensors of the default type."""
     if getattr(target, "op_type", "") == "Cast" and kwargs.get("to") in _ONNX_LOW_FLOATS:
         return args, {**kwargs, "to": _ONNX_DOUBLE}
+    if getattr(target, "op_type", "") == "ConstantOfShape" and kwargs.get("value") is None:
+        return args, {**kwargs, "value": torch.zeros(1, dtype=torch.float64)}
+    if target in _FILLING and kwargs.get("dtype") is None:
+        kwargs = {**kwargs, "dtype": torch.float64}
 
     def wide(value: Any) -> Any:
         return torch.float64 if value in _LOW_FLOATS else value

@@ -36,6 +36,7 @@ from fxopt.ir.fake_values import UNKNOWN, same_type
 from fxopt.ir.graph import Dim, Graph, ValueSpec
 from fxopt.ir.interpreter import constant_value, evaluate
 from fxopt.ir.onnx.foreign import is_foreign
+from fxopt.ir.onnx.lane import HOST_LIMIT
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.subgraphs import has_bodies
 
@@ -191,12 +192,29 @@ def _value_of(graph: Graph, node: fx.Node, run: Run) -> Any:
                 cache[signature] = value
             return value
     except _DEPENDS_ON_DATA:
-        return _declared(graph, node, run)
+        value = _with_constants(graph, node, args, kwargs, mode)
+        return _declared(graph, node, run) if value is UNKNOWN else value
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         sizes = ", ".join(f"{name}={size}" for name, size in run[2].items())
         node.meta.setdefault("failure", f"does not take its inputs{f' at {sizes}' if sizes else ''}: {reason}")
         return _declared(graph, node, run)
+
+
+def _with_constants(graph: Graph, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    """The fake value where an operator reads a small int32 constant (the axis of a sum): fake tensors hold no data."""
+    given = list(args)
+    for index, argument in enumerate(node.args):
+        constant = graph.constant(argument)
+        if constant is not None and constant.dtype == torch.int32 and constant.numel() <= HOST_LIMIT:
+            given[index] = constant.numpy()
+    if graph.origin != "onnx" or all(new is old for new, old in zip(given, args, strict=True)):
+        return UNKNOWN
+    try:
+        with mode, torch.no_grad():
+            return evaluate(graph, node, tuple(given), kwargs)
+    except _DEPENDS_ON_DATA:
+        return UNKNOWN
 
 
 def _owner_value(graph: Graph, node: fx.Node, run: Run) -> Any:

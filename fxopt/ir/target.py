@@ -4,9 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class SparseKernel:
+    """A kernel that skips zeros of a weight.
+
+    Attributes:
+        pattern: which zeros, as `fxopt.ir.sparsity.Pattern` writes it.
+        dtype: of the weight when it is multiplied.
+        speedups: share of zeros, and how many times as fast as the dense kernel of the same type it is, rising.
+        least_rows: the fewest rows of x for which that holds.
+        custom_ops: it is one of our own, in a library beside the file: used where it is asked for.
+        source: of the figures.
+    """
+
+    pattern: str
+    dtype: str
+    speedups: tuple[tuple[float, float], ...]
+    least_rows: int = 1
+    custom_ops: bool = False
+    source: str = ""
+
+    def speedup(self, zeros: float) -> float:
+        """How many times as fast as the dense kernel: that of the nearest smaller share which is listed, else 1."""
+        return max((factor for share, factor in self.speedups if share <= zeros + _SHARE), default=1.0)
+
+
+_SHARE = 0.005  # shares of zeros are whole blocks
 
 
 @dataclass(frozen=True)
@@ -34,8 +62,29 @@ class Target:
         default_factory=lambda: MappingProxyType({})
     )  # reached share of peak, per kind
     sparse_24: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # peak with 2:4 weights
+    sparse_kernels: tuple[SparseKernel, ...] = ()
     energy: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # joules per operation
+    cpu: str = ""  # the processor as LLVM names it, where the target is one ("cortex-a53")
     is_host: bool = False  # the machine this process runs on
+
+    def sparse_kernel(self, pattern: str, dtype: str, rows: int) -> SparseKernel | None:
+        """The kernel for a weight of this type with zeros of this pattern, multiplied with so many rows."""
+        fitting = [
+            kernel
+            for kernel in self.sparse_kernels
+            if (kernel.pattern, kernel.dtype) == (pattern, dtype) and kernel.least_rows <= rows
+        ]
+        return max(fitting, key=lambda kernel: kernel.least_rows, default=None)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Zeros of a weight that a kernel may skip: their pattern, their share, and how many rows it is multiplied with."""
+
+    pattern: str
+    share: float
+    rows: int
+    part: float = 1.0  # of the work, that is done with this weight
 
 
 @dataclass(frozen=True)
@@ -48,11 +97,16 @@ class Cost:
     kind: str = "elementwise"  # "linear", "conv", "attention", "norm", "elementwise", "shape", "quantize"
     launches: int = 1
     macs: float | None = None  # multiply-adds of a product, where they are not half of `flops`
+    zeros: Zeros | None = None  # of the weight, where a kernel for them would be used: work and bytes count them too
     form: tuple[tuple[str, Any], ...] = ()  # operator and sizes, for backends with a prediction of their own
 
     def __add__(self, other: Cost) -> Cost:
         """Both, one after the other, in the terms of the larger one."""
         main = self if self.flops >= other.flops else other
+        zeros, total = None, self.flops + other.flops
+        for part in (self, other):
+            if part.zeros is not None and (zeros is None or part is main):
+                zeros = replace(part.zeros, part=part.zeros.part * part.flops / total if total else 1.0)
         return Cost(
             self.flops + other.flops,
             self.bytes + other.bytes,
@@ -60,6 +114,7 @@ class Cost:
             main.kind,
             self.launches + other.launches,
             self.multiply_adds + other.multiply_adds,
+            zeros,
         )
 
     @property

@@ -57,10 +57,10 @@ def save_text(
         constants = {name: tensor for name, tensor in constants.items() if held.get(name) != constant_digest(tensor)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(own if beside else shared) as scratch, _replacing(path) as text:
+        with replacing(own if beside else shared) as scratch, replacing(path) as text:
             text.write_text(to_text(graph, title=title), encoding="utf-8", newline="\n")
             if constants or not beside:
-                _write_tensors(scratch, constants, digests=share)
+                write_tensors(scratch, constants, digests=share)
             path.unlink(missing_ok=True)  # never an old text beside new constants
             own.unlink(missing_ok=True)
     except OSError as error:
@@ -92,7 +92,7 @@ def read_file(path: Path) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary name; what was written there takes the place of `path` at the end, or vanishes after an error."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -110,8 +110,15 @@ _CODES = {
 }  # fmt: skip
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], digests: bool) -> None:
-    """A safetensors file, streamed: nothing is copied that is contiguous. Other dtypes are stored as bytes."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, *, digests: bool = False
+) -> None:
+    """A safetensors file, streamed: nothing is copied that is contiguous. Other dtypes are stored as bytes.
+
+    Args:
+        metadata: texts for its header.
+        digests: write the digest of each tensor into the header.
+    """
     information: dict[str, dict[str, Any]] = {"digests": {}, "same": {}, "bytes": {}}
     first: dict[Any, str] = {}
     header: dict[str, Any] = {}
@@ -133,7 +140,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], digests: boo
         shape = list(tensor.shape) if plain else [end - offset]
         header[name] = {"dtype": _CODES.get(tensor.dtype, "U8"), "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps({"__metadata__": {"fxopt": json.dumps(information)}, **header}).encode()
+    text = json.dumps({"__metadata__": {**(metadata or {}), "fxopt": json.dumps(information)}, **header}).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -150,9 +157,18 @@ def _opened(path: Path) -> Any:
         raise InvalidModel(f"{path} cannot be read: {error}") from error
 
 
-def _information(path: Path) -> dict[str, dict[str, Any]]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file.
+
+    Raises:
+        InvalidModel: it cannot be read.
+    """
     with _opened(path) as file:
-        return {"digests": {}, "same": {}, "bytes": {}, **json.loads((file.metadata() or {}).get("fxopt", "{}"))}
+        return dict(file.metadata() or {})
+
+
+def _information(path: Path) -> dict[str, dict[str, Any]]:
+    return {"digests": {}, "same": {}, "bytes": {}, **json.loads(read_metadata(path).get("fxopt", "{}"))}
 
 
 def read_tensors(text: Path) -> dict[str, torch.Tensor]:
@@ -161,11 +177,19 @@ def read_tensors(text: Path) -> dict[str, torch.Tensor]:
     for path in (text.with_name(SHARED), text.with_suffix(".safetensors")):
         if not path.exists():
             continue
-        information = _information(path)
-        with _opened(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for name, (dtype, shape) in information["bytes"].items():
-            tensors[name] = tensors[name].clone().view(getattr(torch, dtype)).reshape(shape)
-        found.update(tensors)
-        found.update({name: tensors[source] for name, source in information["same"].items()})
+        found.update(tensors_in(path))
     return found
+
+
+def tensors_in(path: Path) -> dict[str, torch.Tensor]:
+    """What `write_tensors` wrote, memory-mapped.
+
+    Raises:
+        InvalidModel: it cannot be read.
+    """
+    information = _information(path)
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, (dtype, shape) in information["bytes"].items():
+        tensors[name] = tensors[name].clone().view(getattr(torch, dtype)).reshape(shape)
+    return tensors | {name: tensors[source] for name, source in information["same"].items()}

@@ -46,6 +46,9 @@ def header_text(graph: Graph, at: str = "") -> list[str]:
         options.append(f"name={quoted(graph.name)}")
     if graph.sizes:
         options.append(f"sizes={expression(graph.sizes, {})}")
+    found = {node.name: str(node.meta["sparsity"]) for node in graph.nodes if "sparsity" in node.meta}
+    if found:
+        options.append(f"sparsity={expression(found, {})}")
     if graph.captures:
         options.append(f"captures={expression(list(graph.captures), {})}")
     if at:
@@ -67,13 +70,16 @@ def read_header(node: ast.Call) -> dict[str, Any]:
         except (ValueError, TypeError) as error:
             raise refused(item, f"{item.arg}: {shown(item.value)!r} is not a literal") from error
     wanted = {"origin", "inputs", "outputs", "name"}
-    if dotted(node.func) != "graph" or node.args or set(given) - {"sizes", "captures", "at"} != wanted:
+    if dotted(node.func) != "graph" or node.args or set(given) - {"sizes", "sparsity", "captures", "at"} != wanted:
         raise refused(node, f"expected @graph(origin, inputs, outputs, name, sizes), got {sorted(given)}")
     sizes = given.get("sizes", {})
     if not isinstance(sizes, dict) or any((type(name), type(size)) != (str, int) for name, size in sizes.items()):
         raise refused(node, f"sizes is {sizes!r}, expected the size of each named dimension")
     if given["origin"] not in ("torch", "onnx") or not isinstance(given["name"], str):
         raise refused(node, f"origin is {given['origin']!r}, expected 'torch' or 'onnx'; name is {given['name']!r}")
+    found = given.get("sparsity", {})
+    if not isinstance(found, dict) or any((type(name), type(mark)) != (str, str) for name, mark in found.items()):
+        raise refused(node, f"sparsity is {found!r}, expected the mark of each node, a text")
     captures = given.get("captures", [])
     if not isinstance(captures, list) or not all(type(name) is str for name in [*captures, given.get("at", "")]):
         raise refused(node, f"captures is {captures!r}, expected a list of names; `at` is a text")

@@ -20,11 +20,12 @@ from google.protobuf.message import DecodeError, Message
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fxopt.errors import GraphSyntaxError, unknown
+from fxopt.errors import GraphSyntaxError, InvalidOption, unknown
 from fxopt.ir.graph import Graph, Opaque, set_attribute
 from fxopt.ir.onnx.bodies import AttributeReference
 from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.sparsity import Mark
 from fxopt.ir.structural_hash import FUNCTIONS, TORCH_CONSTANTS
 from fxopt.ir.text_header import dotted, read_header, refused, shown, torch_constant
 
@@ -114,6 +115,7 @@ class _Reader:
             raise refused(decorator, "main needs @graph(...) as its only decorator")
         header = read_header(decorator)
         self.at = header.pop("at", "")
+        marks = header.pop("sparsity", {})
         given = node.args
         if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults:
             raise refused(node, "main takes plain parameters only")
@@ -133,7 +135,19 @@ class _Reader:
         self.fx.output(self.value(result.value))
         if len(header.get("captures", ())) > len(header["inputs"]):
             raise refused(node, f"{len(header['captures'])} captures of {len(header['inputs'])} inputs")
+        self.mark(node, marks)
         return Graph(self.fx, self.root, **header)
+
+    def mark(self, node: ast.FunctionDef, marks: Mapping[str, str]) -> None:
+        """Give nodes the marks of their weights."""
+        named = {value.name: value for value in self.values.values()}
+        for name, text in marks.items():
+            if name not in named:
+                raise refused(node, f"sparsity names {name!r}, which is no node")
+            try:
+                named[name].meta["sparsity"] = Mark.parse(text)
+            except InvalidOption as error:
+                raise refused(node, f"sparsity of {name!r}: {error}") from error
 
     def new_name(self, node: ast.AST, variable: str, annotation: ast.expr | None) -> str:
         """The node's name: the variable's, or the string annotation where Python or a helper uses that name."""

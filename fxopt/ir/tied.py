@@ -36,6 +36,8 @@ def tied_dimensions(graph: Graph) -> list[TiedAxes]:
     for node in graph.nodes:
         if node.op == "placeholder":
             ties.fix_all(node, "it is an input")
+        elif node.op == "get_attr" and graph.constant(node) is None:
+            ties.fix_all(node, "torch has no element type for it")
         elif node.target is operator.getitem and node.args[0].op == "placeholder":  # type: ignore[union-attr]
             ties.fix_all(node, "it is part of an input")
         elif node.op == "call_function" and node.target is not operator.getitem:
@@ -259,6 +261,8 @@ def _channels(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
 def _pool(ties: _Ties, node: fx.Node, out: fx.Node) -> None:
     for index in range(min(2, len(ties.axes(out)))):
         ties.join(node.args[0], index, out, index)
+    if any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users):
+        ties.fix_all(out, "its indices count channels")
     for value in (node.args[0], out):
         ties.fix_all(value, "pooling slides over it", start=2)
 

@@ -30,6 +30,7 @@ __all__ = [
     "Candidate",
     "Context",
     "ConvertingPass",
+    "Declined",
     "Estimate",
     "ExactPass",
     "LossyPass",
@@ -52,6 +53,14 @@ class Capabilities(Protocol):
         """ "" when the backend runs `op` in `dtype` faster than a naive kernel would, else the reason why not."""
         ...
 
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
+        """ "" when linears whose weights of this type have zeros of this pattern take less time, else the reason.
+
+        Args:
+            shape: of one weight, (out, in); None: of any.
+        """
+        ...
+
 
 @dataclass
 class Context:
@@ -64,10 +73,24 @@ class Context:
     exclude: re.Pattern[str] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     where: str = ""  # in a body: its path and a slash, which the names of its nodes begin with in the ledger
+    objective: str = "latency"  # or "size"
+    custom_ops: bool = False  # own kernels may be used
+    later: tuple[str, ...] = ()  # lossy passes that are planned after this one, on what it makes
 
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
         """ "" when the backend has a kernel for it on the target, else the reason."""
         return "" if self.capabilities is None else self.capabilities.supports(op, dtype, pattern)
+
+    def unskipped(self, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
+        """ "" when linears take less time for zeros of this pattern in a weight of this type, else the reason."""
+        known = [kernel for kernel in self.target.sparse_kernels if (kernel.pattern, kernel.dtype) == (pattern, dtype)]
+        if self.custom_ops and any(kernel.custom_ops for kernel in known):
+            return ""
+        backend = self.capabilities
+        reason = "" if backend is None else backend.skips_zeros(self.target, dtype, pattern, shape)
+        if reason or any(not kernel.custom_ops for kernel in known):
+            return reason
+        return f"{self.target.name} lists no kernel that skips {pattern} in {dtype}"
 
     def inside(self, path: str) -> Context:
         """The context of a pass in a body, with a ledger of its own (see `merge`)."""
@@ -135,12 +158,27 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a candidate would do: output noise to signal of the view, the work before and after, bytes saved."""
+    """What a candidate would do: output noise to signal of the view, the work before and after, bytes saved.
+
+    `refusal` says why the statistics rule the candidate out, where they do.
+    """
 
     error: float
     before: Cost
     after: Cost
     saved_bytes: int = 0
+    refusal: Refusal | None = None
+
+
+class Declined(Exception):
+    """Raised by `LossyPass.apply` before it changes anything: the candidate cannot be done after all.
+
+    It is refused with the reason, the others go on.
+    """
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
 
 def kebab(name: str) -> str:
@@ -234,7 +272,11 @@ class LossyPass(Pass):
         raise NotImplementedError(f"{type(self).__name__} must define estimate(graph, candidate, stats)")
 
     def apply(self, graph: Graph, candidate: Candidate, stats: Stats) -> None:
-        """Rewrite the candidate's view."""
+        """Rewrite the candidate's view.
+
+        Raises:
+            Declined: what only shows now rules the candidate out; nothing was changed.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define apply(graph, candidate, stats)")
 
 

@@ -12,6 +12,7 @@ from torch import fx
 from fxopt.errors import PassError, VerificationError
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Verdict
+from fxopt.ir.masks import marks, verify_masks
 from fxopt.ir.verify import (
     NumericCheck,
     changed_nodes,
@@ -107,8 +108,9 @@ class PassManager:
 
     def _run_once(self, step: Step, graph: Graph, ctx: Context, done: list[str]) -> PassRun:
         before = snapshot(graph)
-        types = output_types(graph)
+        types, masks = output_types(graph), marks(graph)
         at = f" in {ctx.where.rstrip('/')}" if ctx.where else ""
+        rows = len(ctx.ledger.verdicts)
         begin = time.perf_counter()
         try:
             changes = step.run(graph, ctx)
@@ -124,9 +126,11 @@ class PassManager:
             try:
                 verify_structure(graph, changed, before)
                 check_output_types(graph, types)
+                verify_masks(graph, masks, changed)
             except VerificationError as error:
                 raise VerificationError(f"pass {step.name} (after {done}) broke the graph{at}: {error}") from error
-            if isinstance(step, ExactPass):
+            said = any(row.outcome == "applied" for row in ctx.ledger.verdicts[rows:])
+            if isinstance(step, ExactPass) and not said:
                 self._record(step, graph, ctx, changes, [node for node in changed if node not in before])
         return PassRun(step.name, changes, middle - begin, time.perf_counter() - middle)
 

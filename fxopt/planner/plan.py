@@ -8,8 +8,8 @@ Predicted errors add (noise to signal of independent rewrites); the measured tot
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.target import Prediction
@@ -45,6 +45,19 @@ class Plan:
     refused: tuple[tuple[Candidate, Refusal], ...]
     error: float  # predicted noise to signal
     gain: float  # predicted seconds
+
+    def only(self, kept: Collection[Candidate], prices: Mapping[Candidate, Price]) -> Plan:
+        """The plan with these of its candidates."""
+        chosen = tuple(candidate for candidate in self.chosen if candidate in kept)
+        error, gain = (sum(getattr(prices[candidate], name) for candidate in chosen) for name in ("error", "gain"))
+        return Plan(chosen, self.refused, error, gain)
+
+    def without(self, declined: Mapping[Candidate, Refusal], prices: Mapping[Candidate, Price]) -> Plan:
+        """The plan without what could not be done after all; the same when that is nothing."""
+        if not declined:
+            return self
+        left = self.only([candidate for candidate in self.chosen if candidate not in declined], prices)
+        return replace(left, refused=(*self.refused, *declined.items()))
 
 
 def plan(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fxopt.ir.target import Prediction
 
-Result = Literal["optimized", "nothing paid", "unchanged"]
+Result = Literal["optimized", "nothing paid", "unchanged", "fine-tuned", "compiled"]
 VERSION = 1  # of the JSON form
 
 

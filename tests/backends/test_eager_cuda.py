@@ -1,7 +1,8 @@
-"""The 8-bit products of CUDA devices give what the definitions give: the same functions on CPU tensors, and on a GPU."""
+"""The products of CUDA devices give what the definitions give: the same functions on CPU tensors, and on a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from fxopt.backends import eager_cuda
 from fxopt.catalog import entries
+from fxopt.cost_model.targets import get_target
 from fxopt.ir.op import all_ops
+from fxopt.ir.ops.linear_sparse import linear_sparse, stored
+from fxopt.ir.sparsity import Pattern
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "linear_w8a8": eager_cuda.linear_w8a8,
@@ -70,3 +74,61 @@ def test_cuda_tensors_go_to_the_products(name: str) -> None:
     for arguments in cases(name):
         there = [value.cuda() if isinstance(value, Tensor) else value for value in arguments]
         close(all_ops()[name](*there).cpu(), all_ops()[name].function(*arguments))
+
+
+def sparse_case(dtype: torch.dtype, out: int = 64, columns: int = 128, text: str = "2:4") -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    pattern, weight = Pattern.parse(text), torch.randn(out, columns, generator=generator)
+    values, mask = stored((weight * pattern.mask(weight.square(), 0.5)).to(dtype), pattern)
+    x = torch.randn(3, 5, columns, generator=generator).to(dtype)
+    return x, values, mask, torch.randn(out, generator=generator).to(dtype), columns, text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_semi_structured_weights_are_converted_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's conversion needs a GPU; what it is given has the pattern, and its product is used."""
+    given: list[Tensor] = []
+
+    def converted(weight: Tensor) -> Tensor:
+        given.append(weight)
+        return weight
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", converted)
+    arguments = sparse_case(dtype)
+    results = [eager_cuda.linear_sparse(*arguments) for _ in range(2)]
+    (weight,) = given
+    assert weight.dtype == dtype and weight.is_contiguous() and Pattern.parse("2:4").violation(weight) == ""
+    for result in results:
+        close(result, linear_sparse.function(*arguments))
+
+
+@pytest.mark.parametrize(
+    "case", [sparse_case(torch.float32), sparse_case(torch.float16, 40), sparse_case(torch.float16, 64, 96),
+             sparse_case(torch.float16, text="4x1")],
+)  # fmt: skip
+def test_what_has_no_semi_structured_product_runs_the_definition(
+    case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: pytest.fail("was converted"))
+    assert torch.equal(eager_cuda.linear_sparse(*case), linear_sparse.function(*case))
+
+
+def test_which_zeros_give_time_on_a_gpu() -> None:
+    a100, older = get_target("a100"), dataclasses.replace(get_target("a100"), name="t4", features=frozenset({"mma"}))
+    assert eager_cuda.unskipped(a100, "float16", "2:4", (64, 128)) == ""
+    for target, dtype, pattern, shape, text in (
+        (a100, "float16", "4:8", None, "the matrix units of CUDA devices skip 2:4, not 4:8"),
+        (a100, "float32", "2:4", None, "2:4 products take float16 and bfloat16; the weight is float32"),
+        (a100, "bfloat16", "2:4", (64, 96), "inputs in multiples of 64; the weight is 64x96"),
+        (older, "float16", "2:4", None, "t4 does not skip 2:4: that begins with compute capability 8.0"),
+    ):
+        assert text in eager_cuda.unskipped(target, dtype, pattern, shape)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_tensors_go_to_the_sparse_product(dtype: torch.dtype) -> None:
+    eager_cuda.register()
+    arguments = sparse_case(dtype)
+    there = [value.cuda() if isinstance(value, Tensor) else value for value in arguments]
+    close(linear_sparse(*there).cpu(), linear_sparse.function(*arguments))

@@ -17,7 +17,7 @@ from fxopt.errors import UnknownName
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "host_rates.json"
 FILES = [name for name in target_names() if name != "host"]
-_BACKENDS = dict.fromkeys(("cortex-a53", "cortex-a76", "raspberry-pi-5", "wasm", "wasm-relaxed"), "tvm")
+_BACKENDS = dict.fromkeys(("cortex-a53", "cortex-a76", "raspberry-pi-5", "wasm-simd", "wasm-relaxed"), "tvm")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -329,3 +329,16 @@ def test_zoo(name: str, origin: str) -> None:
         sample = [resized[spec.name] for spec in graph.inputs]
         for one, other in zip(graph.run(sample), result.run(sample), strict=True):
             torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
+
+
+SCALED = """
+scaled (float[n, 2, h, 5] x) => (float[m, 2, k, 7] y) {
+  [scales] scales = Constant <value = float[4] {1.0, 1.0, 2.0, 1.5}> ()
+  [scaled] y = Resize <mode = "linear"> (x, , scales)
+}
+"""
+
+
+def test_scales_are_known_when_tracing() -> None:
+    result = lowered(SCALED, (torch.randn(2, 2, 3, 5),), (torch.randn(3, 2, 4, 5),))
+    assert result.outputs[0].shape == ("n", 2, "2*h", 7)

@@ -19,6 +19,8 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.memory import is_large
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.ops.linear_u8s8 import linear_u8s8
+from fxopt.ir.ops.sparse_linear_u8s8 import sparse_linear_u8s8
+from fxopt.ir.sparsity import Pattern
 from fxopt.ir.target import Target
 
 # Fusions that ONNX Runtime makes by itself and that are slower than what they replace, by the first version in which
@@ -71,6 +73,14 @@ class OnnxRuntime(Backend):
             return _fusion(op, dtype)
         return "" if op in known else f"operator {op} has no ONNX form that ONNX Runtime runs fast"
 
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
+        """Never: its kernels are dense."""
+        found = Pattern.parse(pattern)
+        if found.outputs == 1:
+            family = "x86" if target.arch.startswith("x86") else target.arch
+            return f"{pattern} gives no time on {target.name}: no {family} instruction skips zeros chosen per output"
+        return f"ONNX Runtime has no kernel that skips zeros in blocks of {pattern}"
+
     def prefers(self, op: str) -> str:
         """The reason to avoid a fusion of ONNX Runtime, in the versions in which it was measured to be slow."""
         since = _SLOW_FUSIONS.get(op)
@@ -108,7 +118,7 @@ class OnnxRuntime(Backend):
         scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
         path = Path(scratch.name) / "model.onnx"
         save(graph, path, FORMS, external=graph.size_bytes() > _BESIDE_BYTES)
-        if any(node.target is linear_u8s8.target for node in graph.calls()):
+        if any(node.target in (linear_u8s8.target, sparse_linear_u8s8.target) for node in graph.calls()):
             from fxopt.backends.onnxruntime.library import SUFFIX, build_library
 
             build_library(onnx.load(path, load_external_data=False), path.with_suffix(SUFFIX))

@@ -18,6 +18,7 @@ from torch import fx
 from fxopt.backends.onnxruntime.conv_forms import CONV_FORMS
 from fxopt.backends.onnxruntime.embedding_forms import EMBEDDING_FORMS
 from fxopt.backends.onnxruntime.fused_forms import FUSED_FORMS
+from fxopt.backends.onnxruntime.sparse_forms import SPARSE_FORMS
 from fxopt.ir.graph import shape_of
 from fxopt.ir.onnx.export import Emitter, Form, Forms
 from fxopt.ir.ops.concat_a8 import concat_a8
@@ -297,4 +298,5 @@ FORMS: Forms = {
     average_pool_a8.target: _average_pool,
     **CONV_FORMS,
     **EMBEDDING_FORMS,
+    **SPARSE_FORMS,
 }

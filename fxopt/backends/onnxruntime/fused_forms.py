@@ -2,6 +2,8 @@
 
 `fxopt::FusedLinearInt8` gives floats, codes, or both: who takes them decides. Other codes are made by
 `fxopt::QuantizeRows` and `fxopt::LayerNormQuantizeRows`, or by QuantizeLinear where all channels have one factor.
+`fxopt::SparseLinearInt8` is the same for block-sparse weights; codes that one of them makes and only such linears take
+lie as panels (backends/tvm/sparse_int8.c), so that nobody has to turn them.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from torch import fx
 from fxopt.ir.onnx.export import Emitter, Forms
 from fxopt.ir.ops.attention_u8 import attention_u8
 from fxopt.ir.ops.linear_u8s8 import EPILOGUES, layer_norm_u8, linear_u8s8, quantize_u8
+from fxopt.ir.ops.sparse_linear_u8s8 import sparse_linear_u8s8
 
 DOMAIN = "fxopt"
+SPARSE = "SparseLinearInt8"
 LINEAR, QUANTIZE, NORM = "FusedLinearInt8", "QuantizeRows", "LayerNormQuantizeRows"
 ATTENTION = "AttentionInt8"
 
@@ -25,9 +29,20 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
     return ("codes", *node.args)
 
 
+def _in_panels(codes: fx.Node) -> bool:
+    """Whether codes lie as panels: a sparse linear makes them, and all that take them are sparse linears."""
+    source = codes.args[0] if codes.target is quantize_u8.target else None
+    if not isinstance(source, fx.Node) or source.target is not sparse_linear_u8s8.target:
+        return False
+    made = [user for user in source.users if user.target is quantize_u8.target]
+    alike = [user for user in made if _key(user) == _key(made[0])]  # those that the linear makes
+    return codes in alike and all(taker.target is sparse_linear_u8s8.target for each in alike for taker in each.users)
+
+
 def _linear(emitter: Emitter, node: fx.Node) -> str:
     arguments: Any = node.args
-    q, codes, scales, bias, zero, epilogue, residual, gamma, beta, eps = arguments
+    q, codes, scales, bias, zero, epilogue, residual, gamma, beta, eps = arguments[:10]
+    is_sparse = node.target is sparse_linear_u8s8.target
     taker = next((user for user in node.users if user.target is quantize_u8.target), None)
     inverse, y_zero = "", 0
     if taker is not None:
@@ -42,9 +57,12 @@ def _linear(emitter: Emitter, node: fx.Node) -> str:
     if taker is not None:
         outputs.append(emitter.fresh(f"{y}_codes"))
         emitter.shared[_key(taker)] = outputs[-1]
+    operator = SPARSE if is_sparse else LINEAR
+    layouts = {"x_panels": int(_in_panels(q)), "codes_panels": int(taker is not None and _in_panels(taker))}
     emitter.node(
-        LINEAR, inputs, outputs, domain=DOMAIN, name=f"{y}/{LINEAR}", x_zero=zero, y_zero=y_zero,
+        operator, inputs, outputs, domain=DOMAIN, name=f"{y}/{operator}", x_zero=zero, y_zero=y_zero,
         epilogue=EPILOGUES.index(epilogue), floats=int(floats), codes=int(taker is not None), eps=float(eps),
+        **(layouts if is_sparse else {}),
     )  # fmt: skip
     return y
 
@@ -86,6 +104,7 @@ def _attention(emitter: Emitter, node: fx.Node) -> str:
 FUSED_FORMS: Forms = {
     attention_u8.target: _attention,
     linear_u8s8.target: _linear,
+    sparse_linear_u8s8.target: _linear,
     quantize_u8.target: _quantize,
     layer_norm_u8.target: _norm,
 }

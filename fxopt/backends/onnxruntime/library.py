@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
-from fxopt.backends.onnxruntime.fused_forms import ATTENTION, DOMAIN, LINEAR
+from fxopt.backends.onnxruntime.fused_forms import ATTENTION, DOMAIN, LINEAR, SPARSE
 from fxopt.errors import InvalidModel
 from fxopt.ir.ops.linear_u8s8 import EPILOGUES
 
@@ -40,6 +40,7 @@ def build_library(model: ModelProto, path: Path) -> Path:
     from fxopt.backends.tvm.kernels.attention_int8 import AttentionForm
     from fxopt.backends.tvm.kernels.fused_int8 import Form
     from fxopt.backends.tvm.kernels.rows_u8 import RowForm
+    from fxopt.backends.tvm.kernels.sparse_int8 import SparseForm
 
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     forms: list[Form | RowForm | AttentionForm] = []
@@ -47,10 +48,11 @@ def build_library(model: ModelProto, path: Path) -> Path:
         if node.domain != DOMAIN:
             continue
         values = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        if node.op_type == LINEAR:
+        if node.op_type in (LINEAR, SPARSE):
             outputs, inner = sizes[node.input[1]]
             epilogue: Any = EPILOGUES[values["epilogue"]]
-            forms.append(Form(inner, outputs, epilogue, bool(values["floats"]), bool(values["codes"]), values["eps"]))
+            made = SparseForm if node.op_type == SPARSE else Form
+            forms.append(made(inner, outputs, epilogue, bool(values["floats"]), bool(values["codes"]), values["eps"]))
         elif node.op_type == ATTENTION:
             (size,) = sizes[node.input[3]]
             forms.append(AttentionForm(size // values["num_heads"], size))

@@ -1,29 +1,78 @@
-"""The TVM backend: a model as one C function, without TVM's runtime; what has no kernel runs in torch, and says so."""
+"""The TVM backend: a model as C functions without TVM's runtime, for CPUs and WebAssembly."""
 
 from __future__ import annotations
 
-import platform
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-import torch
 from torch import fx
 
 from fxopt.backends.base import Backend, Executable
-from fxopt.errors import Unsupported
-from fxopt.ir.graph import Graph, hint, label
+from fxopt.backends.tvm.buckets import Buckets, checked_buckets, combinations, dimensions, guessed_sizes, parse_buckets
+from fxopt.backends.tvm.machine import KNOWN, Machine, machine_for, machines_for
+from fxopt.errors import Unsupported, unknown
+from fxopt.ir.graph import Graph, label, provenance
+from fxopt.ir.sparsity import Pattern
 from fxopt.ir.target import Target
+
+PLACES = ("embedded", "external")  # of weights: in the library, or in a file beside it
 
 
 class Tvm(Backend):
-    """TVM as code generator for CPUs and WebAssembly."""
+    """TVM as code generator for CPUs and WebAssembly.
+
+    Args:
+        buckets: sizes of the named dimensions, an entry point for each combination; as text "batch=1,4;length=128".
+        weights: "embedded" in the library, or "external" in a file beside it.
+        features: instruction sets beside those of the target, as text "dotprod,...".
+    """
 
     needs = ("tvm", "ziglang", "wasmtime")
     extra = "tvm"
+    is_compiler = True
+    options = ("buckets", "weights", "features")
+
+    def __init__(
+        self,
+        buckets: Mapping[str, int | Sequence[int]] | str | None = None,
+        weights: str = "embedded",
+        features: str = "",
+        name: str = "",
+    ) -> None:
+        self.buckets: Buckets = (
+            parse_buckets(buckets.split(";")) if isinstance(buckets, str) else checked_buckets(buckets or {})
+        )
+        if weights not in PLACES:
+            raise unknown("place of weights", weights, PLACES)
+        self.weights = weights
+        self.features = frozenset(filter(None, re.split(r"[,+ ]+", features)))
+        for feature in self.features:
+            if feature not in KNOWN:
+                raise unknown("instruction set", feature, KNOWN)
+        self._model = name
 
     @property
     def name(self) -> str:
         """The name on the command line."""
         return "tvm"
+
+    def with_sizes(self, sizes: Mapping[str, int], name: str) -> Tvm:
+        """The same with more buckets; those that were given win."""
+        fixed = {dim: (size,) for dim, size in sizes.items()}
+        return Tvm({**fixed, **self.buckets}, self.weights, ",".join(self.features), name)
+
+    def check(self, graph: Graph, target: Target) -> None:
+        """Every dimension must have sizes, but on this machine; the processor must have its instruction sets."""
+        from fxopt.backends.tvm.lower import check_processor
+
+        if not target.is_host:
+            combinations(graph, self.buckets)
+        for machine in machines_for(self._featured(target)):
+            check_processor(machine)
+
+    def _featured(self, target: Target) -> Target:
+        return replace(target, features=target.features | self.features) if self.features else target
 
     def refuses(self, node: fx.Node, target: Target) -> str:
         """The reason why the node has no kernel: found by lowering it alone, at the sizes of its fake tensors."""
@@ -32,64 +81,78 @@ class Tvm(Backend):
         return refusal(node)
 
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
-        """The fxopt operators that have a kernel: none yet; sparsity needs no operator."""
+        """The fxopt operators that have a kernel; sparsity needs none, for weights are looked at."""
         from fxopt.backends.tvm.rules import RULES
 
         return "" if op in RULES else f"operator {op} has no kernel in the tvm backend"
 
-    def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
-        """Compile the whole graph, or what of it has kernels.
+    def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
+        """Blocks of at least a vector of outputs, in floats."""
+        found, machine = Pattern.parse(pattern), machine_for(target)
+        if found.is_counted or found.outputs % machine.lanes:
+            return (
+                f"{pattern} gives no time on {target.name}: kernels skip blocks of outputs, a multiple of "
+                f"{machine.lanes} (such as {machine.columns}x1)"
+            )
+        return "" if dtype == "float32" else f"kernels that skip zeros take float32, not {dtype}"
 
-        Named dimensions take the sizes that the graph was captured with; on this machine, other sizes are compiled
-        when they come.
+    def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
+        """Compile the graph for each bucket; on this machine, what has no kernel runs in torch.
+
+        Without buckets, dimensions stay open on this machine: other sizes are compiled when they come, and there is
+        nothing to save.
 
         Raises:
-            Unsupported: the graph is of ONNX operators, or a part has no kernel and the target is not this machine.
+            Unsupported: a dimension has no sizes; operators have no kernel (all are named), or no aten form; the
+                target's processor lacks one of its instruction sets.
         """
         self.require()
         from fxopt.backends.tvm.executable import TvmExecutable
-        from fxopt.backends.tvm.machine import machine_for
+        from fxopt.backends.tvm.expand import settled
+        from fxopt.backends.tvm.lower import check_processor
         from fxopt.backends.tvm.mixed import MixedExecutable
+        from fxopt.backends.tvm.package import Package
+        from fxopt.backends.tvm.source import identifier, source_at, sources
 
-        if graph.origin != "torch":
-            raise Unsupported("the tvm backend takes graphs of aten operators; load the model from PyTorch")
-        machine = machine_for(target)
-        runner = machine if machine.family in ("wasm", _family()) and _runs(target) else _host_machine()
-        refused = {label(node): reason for node in graph.calls() if (reason := self.refuses(node, target))}
+        target = self._featured(target)
+        machines = machines_for(target)
+        for machine in machines:
+            check_processor(machine)
+        runner = machines[-1] if runs_here(target) else _host_machine()
+        name = identifier(self._model or graph.name)
+        open_ = not self.buckets and bool(dimensions(graph)) and runner in machines and runner.family != "wasm"
+        made = [source_at(graph, guessed_sizes(graph), name, name)] if open_ else sources(graph, self.buckets, name)
+        found = [settled(source, runner) for source in made]
+        made, reasons = [source for source, _ in found], found[0][1]
+        named = label if graph.origin == "torch" else _onnx_name
+        refused = {named(node): reason for node, reason in reasons.items()}
         if not refused:
-            return TvmExecutable(graph.copy(), machine, runner, _shapes(graph))
-        if runner != machine or machine.family == "wasm":
-            shown = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-            raise Unsupported(f"{len(refused)} operators have no kernel, and torch is not on {target.name}: {shown}")
-        return MixedExecutable(graph.copy(), machine, lambda node: self.refuses(node, target))
+            embedded = self.weights == "embedded"
+            package = Package(name, {name: graph.copy()}, made, target, machines, runner, embedded=embedded)
+            return TvmExecutable(package, is_open=open_)
+        if runner not in machines or runner.family == "wasm":
+            shown = "; ".join(f"{place}: {reason}" for place, reason in refused.items())
+            count = f"{len(refused)} operators have" if len(refused) > 1 else "1 operator has"
+            raise Unsupported(f"{count} no kernel for {target.name}: {shown}")
+        return MixedExecutable(made[0], target, runner, lambda node: reasons.get(node, ""))
 
 
-def _shapes(graph: Graph) -> tuple[tuple[int, ...], ...]:
-    shapes = []
-    for node, spec in zip(graph.placeholders, graph.inputs, strict=True):
-        value: Any = node.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            raise Unsupported(f"input {spec.name!r} is no tensor of a known shape")
-        shapes.append(tuple(int(hint(dim)) for dim in value.shape))
-    return tuple(shapes)
+def _onnx_name(node: fx.Node) -> str:
+    """Of the ONNX node that a lowered one comes from."""
+    return provenance(node)[0]
 
 
-def _family() -> str:
-    return {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}.get(platform.machine().lower(), "")
-
-
-def _host_machine() -> Any:
-    from fxopt.backends.tvm.machine import machine_for
+def _host_machine() -> Machine:
     from fxopt.cost_model.targets import get_target
 
     return machine_for(get_target("host"))
 
 
-def _runs(target: Target) -> bool:
-    """Whether code for the target runs here: this machine has its instruction sets."""
+def runs_here(target: Target) -> bool:
+    """Whether code for the target runs here: in wasmtime, or because this machine has its instruction sets."""
     from fxopt.cost_model.targets import get_target
 
-    return target.kind == "wasm" or target.features <= get_target("host").features
-
-
-__all__ = ["Tvm"]
+    if target.kind == "wasm":
+        return True
+    host = get_target("host")
+    return target.arch == host.arch and target.features <= host.features

@@ -147,6 +147,16 @@ def float32(value: float, lanes: int = 1) -> Expr:
     return spread(tirx.FloatImm("float32", value), lanes)
 
 
+def differs(a: Expr, b: Expr) -> Expr:
+    """a != b, which is true of NaN and anything; TVM's own NE is not."""
+    return tirx.Not(tirx.EQ(a, b))
+
+
+def is_nan(value: Expr) -> Expr:
+    """Whether a float is NaN."""
+    return differs(value, value)
+
+
 def spread(value: Expr, lanes: int) -> Expr:
     """The same value in every lane."""
     return value if lanes == 1 else tirx.Broadcast(value, lanes)
@@ -165,6 +175,11 @@ def reinterpret(dtype: str, value: Expr) -> Expr:
 def cast(dtype: str, value: Expr) -> Expr:
     """Conversion; floats are cut towards zero."""
     return tirx.Cast(dtype, value)
+
+
+def shuffle(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
+    """The values at `indices` of the vectors (of one type), one behind the other, as one vector."""
+    return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", index) for index in indices])
 
 
 def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:

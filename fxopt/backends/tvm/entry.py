@@ -1,4 +1,4 @@
-"""The one C function of a model, which calls the kernels in order, and what describes it: header, wrapper, manifest."""
+"""Entry points: one C function for each function of a model and each set of sizes, which calls the kernels in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxopt.backends.tvm.values import Slot
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: name, element type (int64, float32, uint8 for truth values), shape, bytes."""
+    """An input or output: name, element type ("float32", "int64", "int32", "bool" in bytes), shape, bytes."""
 
     name: str
     dtype: str
@@ -22,22 +22,33 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Signature:
-    """What a caller must know: `void NAME(void* arena, const void* weights, inputs ..., outputs ...)`."""
+class Entry:
+    """`void SYMBOL(void* arena, const void* weights, inputs ..., outputs ...)`.
 
-    name: str
+    Attributes:
+        function: the function of the model.
+        sizes: of its named dimensions.
+        arena_bytes: memory that the call may overwrite; what it holds before does not matter.
+        kernels: what it calls in order, as "kernel (node)".
+    """
+
+    symbol: str
+    function: str
+    sizes: dict[str, int]
     arena_bytes: int
-    weights_bytes: int
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    kernels: tuple[str, ...] = ()
 
-    def manifest(self) -> dict[str, Any]:
-        """As JSON would have it."""
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        """What a caller must know, as plain data."""
+        found = asdict(self)
+        del found["kernels"], found["function"]
+        return found
 
 
-def entry_function(program: Program, name: str) -> Any:
-    """The PrimFunc; all pointers are 64-byte aligned, and no two of them may overlap."""
+def entry_function(program: Program, symbol: str) -> Any:
+    """The PrimFunc; no two of its pointers may overlap."""
     arena, weights = _pointer("arena"), _pointer("weights")
     inputs = [_pointer(f"in{i}") for i in range(len(program.inputs))]
     outputs = [_pointer(f"out{i}") for i in range(len(program.outputs))]
@@ -55,62 +66,8 @@ def entry_function(program: Program, name: str) -> Any:
     calls = calls or [tirx.Evaluate(tirx.IntImm("int32", 0))]
     body = calls[0] if len(calls) == 1 else tirx.SeqStmt(calls)
     function = tirx.PrimFunc([arena, weights, *inputs, *outputs], body)
-    return function.with_attr({"global_symbol": name, "calling_conv": 0})
+    return function.with_attr({"global_symbol": symbol, "calling_conv": 0})
 
 
 def _pointer(name: str) -> Any:
     return tirx.Var(name, ir.PointerType(ir.PrimType("uint8"), "global"))
-
-
-def header(signature: Signature) -> str:
-    """The C header."""
-    upper = signature.name.upper()
-    lines = [
-        "#pragma once",
-        "/* Compiled by fxopt. Pointers are 64-byte aligned and do not overlap; one thread at a time per arena. */",
-        f"#define {upper}_ARENA_BYTES {signature.arena_bytes}",
-        f"#define {upper}_WEIGHTS_BYTES {signature.weights_bytes}",
-    ]
-    for kind, ports in (("IN", signature.inputs), ("OUT", signature.outputs)):
-        for index, port in enumerate(ports):
-            lines.append(f"#define {upper}_{kind}{index}_BYTES {port.nbytes} /* {port.name}: {_type(port)} */")
-    lines += [
-        "#ifdef __cplusplus", 'extern "C"', "#endif", f"void {signature.name}({_parameters(signature)});", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def embedding(signature: Signature, weights: str) -> str:
-    """A C file with the weights and static buffers: `NAME_input(i)`, `NAME_output(i)`, `NAME_run()`."""
-    name, upper = signature.name, signature.name.upper()
-    show = '__attribute__((visibility("default")))'
-    lines = [f'#include "{name}.h"', _static("arena", f"{upper}_ARENA_BYTES")]
-    lines += [f'static const _Alignas(64) unsigned char weights[] = {{\n#embed "{weights}"\n}};']
-    names = {"in": len(signature.inputs), "out": len(signature.outputs)}
-    for kind, count in names.items():
-        lines += [_static(f"{kind}{i}", f"{upper}_{kind.upper()}{i}_BYTES") for i in range(count)]
-    for kind, word in (("in", "input"), ("out", "output")):
-        listed = ", ".join(f"{kind}{i}" for i in range(names[kind])) or "0"
-        lines.append(f"{show} void* {name}_{word}(int i) {{ void* all[] = {{{listed}}}; return all[i]; }}")
-    given = ", ".join(["arena", "weights", *(f"{kind}{i}" for kind, count in names.items() for i in range(count))])
-    lines.append(f"{show} void {name}_run(void) {{ {name}({given}); }}")
-    return "\n".join([*lines, ""])
-
-
-def exports(signature: Signature) -> list[str]:
-    """The names that `embedding` adds."""
-    return [f"{signature.name}_{word}" for word in ("input", "output", "run")]
-
-
-def _static(name: str, size: str) -> str:
-    return f"static _Alignas(64) unsigned char {name}[{size} + 64];"
-
-
-def _parameters(signature: Signature) -> str:
-    inputs = [f"const void* in{i}" for i in range(len(signature.inputs))]
-    outputs = [f"void* out{i}" for i in range(len(signature.outputs))]
-    return ", ".join(["void* arena", "const void* weights", *inputs, *outputs])
-
-
-def _type(port: Port) -> str:
-    return f"{port.dtype}[{', '.join(map(str, port.shape))}]"

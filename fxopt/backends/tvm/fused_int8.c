@@ -5,6 +5,7 @@
               has them: inverse float [out], residual float [..., out], gamma float [out], beta float [out]
      outputs: y float [..., out], codes uint8 [..., out]; those that the attributes floats and codes ask for
      attributes: x_zero, y_zero, epilogue (its place in EPILOGUES), floats, codes (int), eps (float, of the layer norm)
+   SparseLinearInt8: the same for a weight of which most blocks of four outputs x one input are zero (sparse_int8.c)
    QuantizeRows: codes = clamp(round(x * inverse) + zero)
      inputs: x float [..., n], inverse float [n]; attribute: zero (int)
    LayerNormQuantizeRows: codes = clamp(round(layer_norm(x) * inverse) + zero)
@@ -24,9 +25,27 @@ typedef void Function(const i32 *rows, const u8 *q, const void *w, const i32 *st
 typedef struct {
   i32 level, inner, outputs, epilogue, floats, codes;
   float eps;
+} Sizes;
+typedef struct {
+  Sizes sizes;
   i32 columns, group;
   Function *run;
 } Form;
+
+typedef void SparseFunction(const i32 *rows, const u8 *panel, const i32 *stream, const i32 *firsts, const i32 *starts,
+                            const float *scales, const float *bias, const float *residual, const float *gamma,
+                            const float *beta, float *y, u8 *codes, const float *inverse, const float *zero);
+typedef struct {
+  Sizes sizes;
+  i32 group;
+  SparseFunction *run;
+} SparseForm;
+
+typedef void TurnFunction(const i32 *sizes, u8 *rows, u8 *panel);
+typedef struct {
+  i32 level, into_panel;
+  TurnFunction *run;
+} TurnForm;
 
 typedef void RowFunction(const i32 *rows, const float *x, const float *gamma, const float *beta, const float *inverse,
                          const float *zero, u8 *codes);
@@ -44,7 +63,8 @@ typedef struct {
   AttentionFunction *run;
 } AttentionForm;
 
-/* The extern functions and the tables: static const Form KERNELS[COUNT + 1], RowForm ROW_KERNELS[ROW_COUNT + 1],
+/* The extern functions and the tables: static const Form KERNELS[COUNT + 1], SparseForm SPARSE_KERNELS[SPARSE_COUNT + 1],
+   TurnForm TURN_KERNELS[TURN_COUNT + 1], RowForm ROW_KERNELS[ROW_COUNT + 1],
    AttentionForm ATTENTION_KERNELS[ATTENTION_COUNT + 1]. */
 #include "kernels.h"
 
@@ -66,7 +86,7 @@ typedef struct {
 } Kernel;
 
 typedef struct {
-  const Kernel *kernel;
+  const void *kernel;
   i64 rows;
   void *in[INPUTS], *out[OUTPUTS];
 } Work;
@@ -104,19 +124,60 @@ static Status *shape_of(Api api, const void *value, i64 sizes[RANK], usize *rank
   void *shape;
   CHECK(GetTensorTypeAndShape(value, &shape));
   Status *failed = GetDimensionsCount(shape, rank);
-  if (!failed && *rank > RANK) failed = CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: more than 8 dimensions");
+  if (!failed && *rank > RANK) failed = CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: more than 8 dimensions");
   if (!failed) failed = GetDimensions(shape, sizes, *rank);
   ReleaseTensorTypeAndShapeInfo(shape);
   return failed;
 }
 
+/* The best of some forms, which start with their sizes, that this CPU runs; NULL where there is none. */
+static const void *find(const void *forms, i32 count, usize stride, const Sizes *wanted) {
+  const Sizes *best = 0;
+  for (i32 i = 0; i < count; i++) {
+    const Sizes *form = (const void *)((const char *)forms + (usize)i * stride);
+    if (form->inner != wanted->inner || form->outputs != wanted->outputs || form->epilogue != wanted->epilogue) continue;
+    if (form->floats != wanted->floats || form->codes != wanted->codes) continue;
+    if (form->epilogue == LAYER_NORM && form->eps != wanted->eps) continue;
+    if (form->level <= wanted->level && (!best || best->level < form->level)) best = form;
+  }
+  return best;
+}
+
+/* What a linear's node asks for, its zero points (of x and of the codes) and its weight. */
+static Status *asked(Api api, const void *info, Sizes *wanted, i64 zeros[2], const signed char **weight) {
+  i64 epilogue, floats, codes, sizes[RANK];
+  i32 is_constant;
+  usize rank;
+  const void *value;
+  CHECK(KernelInfoGetAttribute_int64(info, "x_zero", &zeros[0]));
+  CHECK(KernelInfoGetAttribute_int64(info, "y_zero", &zeros[1]));
+  CHECK(KernelInfoGetAttribute_int64(info, "epilogue", &epilogue));
+  CHECK(KernelInfoGetAttribute_int64(info, "floats", &floats));
+  CHECK(KernelInfoGetAttribute_int64(info, "codes", &codes));
+  CHECK(KernelInfoGetAttribute_float(info, "eps", &wanted->eps));
+  CHECK(KernelInfoGetConstantInput_tensor(info, WEIGHT, &is_constant, &value));
+  if (!is_constant) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: a linear's weight must be an initializer");
+  CHECK(shape_of(api, value, sizes, &rank));
+  if (rank != 2) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: a linear's weight has two dimensions");
+  CHECK(GetTensorMutableData((void *)value, (void **)weight));
+  wanted->level = fxopt_cpu_level();
+  wanted->outputs = (i32)sizes[0], wanted->inner = (i32)sizes[1];
+  wanted->epilogue = (i32)epilogue, wanted->floats = (i32)floats, wanted->codes = (i32)codes;
+  return 0;
+}
+
+static Status *no_kernel(Api api) {
+  return CreateStatus(ORT_INVALID_ARGUMENT,
+                      "fxopt: this library has no kernel for the linear's sizes on this CPU (at least AVX2)");
+}
+
 static void pack(const Form *form, const signed char *weight, i64 zero, void *packed, i32 *starts) {
-  i64 inner = form->inner, columns = form->columns, group = form->group;
-  i64 panels = (form->outputs + columns - 1) / columns;
+  i64 inner = form->sizes.inner, outputs = form->sizes.outputs, columns = form->columns, group = form->group;
+  i64 panels = (outputs + columns - 1) / columns;
   for (i64 n = 0; n < panels * columns; n++) {
     i64 sum = 0;
     for (i64 k = 0; k < inner; k++) {
-      i32 code = n < form->outputs ? weight[n * inner + k] : 0;
+      i32 code = n < outputs ? weight[n * inner + k] : 0;
       i64 to = ((n / columns * (inner / group) + k / group) * columns + n % columns) * group + k % group;
       if (group == 4)
         ((signed char *)packed)[to] = (signed char)code;
@@ -136,71 +197,43 @@ static void destroy(void *given) {
   free(kernel);
 }
 
-static const Form *find(const i64 sizes[2], i64 epilogue, i64 floats, i64 codes, float eps) {
-  const Form *best = 0;
-  i32 level = fxopt_cpu_level();
-  for (i32 i = 0; i < COUNT; i++) {
-    const Form *form = &KERNELS[i];
-    if (form->inner != sizes[1] || form->outputs != sizes[0] || form->epilogue != epilogue) continue;
-    if (form->floats != floats || form->codes != codes || (epilogue == LAYER_NORM && form->eps != eps)) continue;
-    if (form->level <= level && (!best || best->level < form->level)) best = form;
-  }
-  return best;
-}
-
 static Status *create(const CustomOp *op, Api api, const void *info, void **made) {
   (void)op;
-  i64 x_zero, y_zero, epilogue, floats, codes, sizes[RANK];
-  float eps;
-  i32 is_constant;
-  usize rank;
-  const void *value;
-  void *weight;
-  CHECK(KernelInfoGetAttribute_int64(info, "x_zero", &x_zero));
-  CHECK(KernelInfoGetAttribute_int64(info, "y_zero", &y_zero));
-  CHECK(KernelInfoGetAttribute_int64(info, "epilogue", &epilogue));
-  CHECK(KernelInfoGetAttribute_int64(info, "floats", &floats));
-  CHECK(KernelInfoGetAttribute_int64(info, "codes", &codes));
-  CHECK(KernelInfoGetAttribute_float(info, "eps", &eps));
-  CHECK(KernelInfoGetConstantInput_tensor(info, WEIGHT, &is_constant, &value));
-  if (!is_constant) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: the weight must be an initializer");
-  CHECK(shape_of(api, value, sizes, &rank));
-  CHECK(GetTensorMutableData((void *)value, &weight));
-  const Form *form = rank == 2 ? find(sizes, epilogue, floats, codes, eps) : 0;
-  if (!form)
-    return CreateStatus(ORT_INVALID_ARGUMENT,
-                        "FusedLinearInt8: this library has no kernel for the node's sizes on this CPU (at least AVX2)");
-  usize padded = (usize)((form->outputs + form->columns - 1) / form->columns * form->columns);
+  Sizes wanted;
+  i64 zeros[2];
+  const signed char *weight;
+  CHECK(asked(api, info, &wanted, zeros, &weight));
+  const Form *form = find(KERNELS, COUNT, sizeof *form, &wanted);
+  if (!form) return no_kernel(api);
+  usize padded = (usize)((wanted.outputs + form->columns - 1) / form->columns * form->columns);
   Kernel *kernel = malloc(sizeof *kernel);
   if (!kernel) return CreateStatus(ORT_FAIL, "FusedLinearInt8: out of memory");
-  *kernel = (Kernel){api, form, malloc(padded * (usize)form->inner * (form->group == 4 ? 1 : 2)),
-                     malloc(padded * sizeof(i32)), (float)y_zero};
+  *kernel = (Kernel){api, form, malloc(padded * (usize)wanted.inner * (form->group == 4 ? 1 : 2)),
+                     malloc(padded * sizeof(i32)), (float)zeros[1]};
   if (!kernel->weight || !kernel->starts) {
     destroy(kernel);
     return CreateStatus(ORT_FAIL, "FusedLinearInt8: out of memory");
   }
-  pack(form, weight, x_zero, kernel->weight, kernel->starts);
+  pack(form, weight, zeros[0], kernel->weight, kernel->starts);
   *made = kernel;
   return 0;
 }
 
 static void part(void *given, usize index) {
   Work *work = given;
-  const Form *form = work->kernel->form;
-  i64 first = (i64)index * CHUNK, at = first * form->outputs;
+  const Kernel *kernel = work->kernel;
+  const Sizes *sizes = &kernel->form->sizes;
+  i64 first = (i64)index * CHUNK, at = first * sizes->outputs;
   i32 rows = (i32)(work->rows - first < CHUNK ? work->rows - first : CHUNK);
   float *residual = work->in[RESIDUAL], *y = work->out[Y];
   u8 *codes = work->out[CODES];
-  form->run(&rows, (u8 *)work->in[X] + first * form->inner, work->kernel->weight, work->kernel->starts,
-            work->in[SCALES], work->in[BIAS], residual ? residual + at : 0, work->in[GAMMA], work->in[BETA],
-            y ? y + at : 0, codes ? codes + at : 0, work->in[INVERSE], &work->kernel->zero);
+  kernel->form->run(&rows, (u8 *)work->in[X] + first * sizes->inner, kernel->weight, kernel->starts, work->in[SCALES],
+                    work->in[BIAS], residual ? residual + at : 0, work->in[GAMMA], work->in[BETA], y ? y + at : 0,
+                    codes ? codes + at : 0, work->in[INVERSE], &kernel->zero);
 }
 
-static Status *compute(void *given, void *context) {
-  const Kernel *kernel = given;
-  const Form *form = kernel->form;
-  Api api = kernel->api;
-  Work work = {.kernel = kernel, .rows = 1};
+/* Find a linear's operands and results, then run `one` for every CHUNK of rows. */
+static Status *run_linear(Work *work, const Sizes *form, Api api, void *context, void (*one)(void *, usize)) {
   i64 sizes[RANK];
   usize rank;
   const void *value;
@@ -210,216 +243,39 @@ static Status *compute(void *given, void *context) {
                                               : form->epilogue == LAYER_NORM);
     if (i == WEIGHT || !used) continue;
     CHECK(KernelContext_GetInput(context, i, &value));
-    if (!value) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: an input of the form is missing");
-    CHECK(GetTensorMutableData((void *)value, &work.in[i]));
+    if (!value) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: an input of the linear's form is missing");
+    CHECK(GetTensorMutableData((void *)value, &work->in[i]));
     if (i != X && i != RESIDUAL) continue;
     i64 rows = 1;
     CHECK(shape_of(api, value, sizes, &rank));
     for (usize d = 0; d + 1 < rank; d++) rows *= sizes[d];
-    if (rank == 0 || sizes[rank - 1] != (i == X ? form->inner : form->outputs) || (i != X && rows != work.rows))
-      return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: x or residual does not have the weight's sizes");
-    work.rows = rows;
+    if (rank == 0 || sizes[rank - 1] != (i == X ? form->inner : form->outputs) || (i != X && rows != work->rows))
+      return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: x or residual does not have the weight's sizes");
+    work->rows = rows;
     sizes[rank - 1] = form->outputs;
   }
   for (usize i = 0; i < OUTPUTS; i++) {
     void *result;
     if (i == Y ? !form->floats : !form->codes) continue;
     CHECK(KernelContext_GetOutput(context, i, sizes, rank, &result));
-    if (!result) return CreateStatus(ORT_INVALID_ARGUMENT, "FusedLinearInt8: an output of the form is missing");
-    CHECK(GetTensorMutableData(result, &work.out[i]));
+    if (!result) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: an output of the linear's form is missing");
+    CHECK(GetTensorMutableData(result, &work->out[i]));
   }
-  usize parts = (usize)((work.rows + CHUNK - 1) / CHUNK);
-  if (parts > 1) return KernelContext_ParallelFor(context, part, parts, 0, &work);
-  part(&work, 0);
+  usize parts = (usize)((work->rows + CHUNK - 1) / CHUNK);
+  if (parts > 1) return KernelContext_ParallelFor(context, one, parts, 0, work);
+  if (parts) one(work, 0);
   return 0;
 }
 
-/* ---- rows of floats to bytes */
-
-enum { ROW_X, ROW_INVERSE, ROW_GAMMA, ROW_BETA, ROW_INPUTS };
-
-typedef struct {
-  Api api;
-  i32 has_norm, level;
-  float zero, eps;
-} RowKernel;
-
-typedef struct {
-  const RowKernel *kernel;
-  const RowForm *form;
-  i64 rows;
-  const float *in[ROW_INPUTS];
-  u8 *codes;
-} RowWork;
-
-static Status *create_rows(const void *info, Api api, i32 has_norm, void **made) {
-  i64 zero;
-  float eps = 0;
-  CHECK(KernelInfoGetAttribute_int64(info, "zero", &zero));
-  if (has_norm) CHECK(KernelInfoGetAttribute_float(info, "eps", &eps));
-  RowKernel *kernel = malloc(sizeof *kernel);
-  if (!kernel) return CreateStatus(ORT_FAIL, "fxopt: out of memory");
-  *kernel = (RowKernel){api, has_norm, fxopt_cpu_level(), (float)zero, eps};
-  *made = kernel;
-  return 0;
+static Status *compute(void *given, void *context) {
+  const Kernel *kernel = given;
+  Work work = {.kernel = kernel};
+  return run_linear(&work, &kernel->form->sizes, kernel->api, context, part);
 }
 
-static Status *create_quantize(const CustomOp *op, Api api, const void *info, void **made) {
-  (void)op;
-  return create_rows(info, api, 0, made);
-}
-
-static Status *create_norm(const CustomOp *op, Api api, const void *info, void **made) {
-  (void)op;
-  return create_rows(info, api, 1, made);
-}
-
-static void row_part(void *given, usize index) {
-  RowWork *work = given;
-  i64 first = (i64)index * CHUNK, at = first * work->form->size;
-  i32 rows = (i32)(work->rows - first < CHUNK ? work->rows - first : CHUNK);
-  work->form->run(&rows, work->in[ROW_X] + at, work->in[ROW_GAMMA], work->in[ROW_BETA], work->in[ROW_INVERSE],
-                  &work->kernel->zero, work->codes + at);
-}
-
-static Status *compute_rows(void *given, void *context) {
-  const RowKernel *kernel = given;
-  Api api = kernel->api;
-  RowWork work = {.kernel = kernel, .rows = 1};
-  i64 sizes[RANK], length[RANK];
-  usize rank, one_rank;
-  const void *value;
-  void *data, *result;
-  CHECK(KernelContext_GetInput(context, ROW_X, &value));
-  CHECK(GetTensorMutableData((void *)value, &data));
-  CHECK(shape_of(api, value, sizes, &rank));
-  work.in[ROW_X] = data;
-  for (usize d = 0; d + 1 < rank; d++) work.rows *= sizes[d];
-  for (i32 i = 0; rank && i < ROW_COUNT; i++) {
-    const RowForm *form = &ROW_KERNELS[i];
-    if (form->size != sizes[rank - 1] || form->has_norm != kernel->has_norm || form->level > kernel->level) continue;
-    if (form->has_norm && form->eps != kernel->eps) continue;
-    if (!work.form || work.form->level < form->level) work.form = form;
-  }
-  if (!work.form) return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: this library has no kernel for rows of this size");
-  for (usize i = ROW_INVERSE; i < (kernel->has_norm ? ROW_INPUTS : ROW_GAMMA); i++) {
-    CHECK(KernelContext_GetInput(context, i, &value));
-    CHECK(shape_of(api, value, length, &one_rank));
-    if (one_rank != 1 || length[0] != work.form->size)
-      return CreateStatus(ORT_INVALID_ARGUMENT, "fxopt: inverse, gamma and beta have one value per channel");
-    CHECK(GetTensorMutableData((void *)value, &data));
-    work.in[i] = data;
-  }
-  CHECK(KernelContext_GetOutput(context, 0, sizes, rank, &result));
-  CHECK(GetTensorMutableData(result, (void **)&work.codes));
-  usize parts = (usize)((work.rows + CHUNK - 1) / CHUNK);
-  if (parts > 1) return KernelContext_ParallelFor(context, row_part, parts, 0, &work);
-  row_part(&work, 0);
-  return 0;
-}
-
-/* ---- attention */
-
-enum { Q, K, V, FACTORS, MASK, ATTENTION_INPUTS };
-
-typedef struct {
-  Api api;
-  i32 heads, level;
-  float zero, factor;
-} AttentionKernel;
-
-typedef struct {
-  const AttentionKernel *kernel;
-  const AttentionForm *form;
-  i64 queries, keys, mask_batch, mask_step; /* steps of the mask: 0 where it is shared */
-  void *in[ATTENTION_INPUTS];
-  u8 *codes;
-  i32 failed;
-} AttentionWork;
-
-static Status *create_attention(const CustomOp *op, Api api, const void *info, void **made) {
-  (void)op;
-  i64 zero, heads;
-  float factor;
-  CHECK(KernelInfoGetAttribute_int64(info, "zero", &zero));
-  CHECK(KernelInfoGetAttribute_int64(info, "num_heads", &heads));
-  CHECK(KernelInfoGetAttribute_float(info, "factor", &factor));
-  if (heads < 1) return CreateStatus(ORT_INVALID_ARGUMENT, "AttentionInt8: num_heads is not positive");
-  AttentionKernel *kernel = malloc(sizeof *kernel);
-  if (!kernel) return CreateStatus(ORT_FAIL, "AttentionInt8: out of memory");
-  *kernel = (AttentionKernel){api, (i32)heads, fxopt_cpu_level(), (float)zero, factor};
-  *made = kernel;
-  return 0;
-}
-
-/* One head of one batch element. The work space is that of `scratch` in attention_int8.py. */
-static void head(void *given, usize index) {
-  AttentionWork *work = given;
-  const AttentionForm *form = work->form;
-  i64 batch = (i64)index / work->kernel->heads, column = (i64)index % work->kernel->heads * form->width;
-  i64 padded = (work->keys + form->columns - 1) / form->columns * form->columns;
-  usize packed = (usize)(2 * padded * form->width) * (form->group == 4 ? 1 : 2);
-  usize floats = (usize)(padded * (2 * form->rows + 1) + form->rows), bytes = (usize)(form->rows * (padded + form->width));
-  packed = (packed + 63) / 64 * 64, floats = (floats + 15) / 16 * 16;
-  char *space = malloc(packed + (floats + (usize)padded) * sizeof(float) + bytes);
-  if (!space) {
-    work->failed = 1;
-    return;
-  }
-  float *values = (float *)(space + packed), *mask = values + floats;
-  if (work->in[MASK])
-    mask = (float *)work->in[MASK] + batch * work->mask_batch;
-  else
-    for (i64 i = 0; i < padded; i++) mask[i] = 0;
-  i64 from = batch * work->queries * form->stride + column, key = batch * work->keys * form->stride + column;
-  i32 sizes[3] = {(i32)work->queries, (i32)work->keys, (i32)work->mask_step};
-  form->run(sizes, (u8 *)work->in[Q] + from, (u8 *)work->in[K] + key, (u8 *)work->in[V] + key, mask,
-            &work->kernel->factor, (float *)work->in[FACTORS] + column, &work->kernel->zero, work->codes + from, space,
-            values, (u8 *)(values + floats + padded));
-  free(space);
-}
-
-static Status *compute_attention(void *given, void *context) {
-  const AttentionKernel *kernel = given;
-  Api api = kernel->api;
-  AttentionWork work = {.kernel = kernel};
-  i64 sizes[ATTENTION_INPUTS][RANK];
-  usize rank[ATTENTION_INPUTS];
-  const void *value;
-  void *result;
-  for (usize i = 0; i < ATTENTION_INPUTS; i++) {
-    CHECK(KernelContext_GetInput(context, i, &value));
-    if (!value && i == MASK) break;
-    CHECK(GetTensorMutableData((void *)value, &work.in[i]));
-    CHECK(shape_of(api, value, sizes[i], &rank[i]));
-  }
-  i32 fit = rank[Q] == 3 && rank[K] == 3 && rank[V] == 3 && rank[FACTORS] == 1;
-  for (usize d = 0; fit && d < 3; d++) fit = sizes[K][d] == sizes[V][d] && (d == 1 || sizes[K][d] == sizes[Q][d]);
-  if (!fit || sizes[FACTORS][0] != sizes[Q][2])
-    return CreateStatus(ORT_INVALID_ARGUMENT, "AttentionInt8: the sizes of q, k, v and inverse do not agree");
-  i64 batch = sizes[Q][0], stride = sizes[Q][2];
-  work.queries = sizes[Q][1], work.keys = sizes[K][1];
-  if (work.in[MASK]) {
-    const i64 *size = sizes[MASK];
-    fit = rank[MASK] == 4 && (size[0] == 1 || size[0] == batch) && size[1] == 1 && size[3] == work.keys;
-    if (!fit || (size[2] != 1 && size[2] != work.queries))
-      return CreateStatus(ORT_INVALID_ARGUMENT, "AttentionInt8: the mask is not [1 or batch, 1, 1 or queries, keys]");
-    work.mask_step = size[2] == 1 ? 0 : work.keys;
-    work.mask_batch = size[0] == 1 ? 0 : size[2] * work.keys;
-  }
-  for (i32 i = 0; i < ATTENTION_COUNT; i++) {
-    const AttentionForm *form = &ATTENTION_KERNELS[i];
-    if (form->stride != stride || form->width * (i64)kernel->heads != stride || form->level > kernel->level) continue;
-    if (!work.form || work.form->level < form->level) work.form = form;
-  }
-  if (!work.form) return CreateStatus(ORT_INVALID_ARGUMENT, "AttentionInt8: this library has no kernel for these heads");
-  CHECK(KernelContext_GetOutput(context, 0, sizes[Q], 3, &result));
-  CHECK(GetTensorMutableData(result, (void **)&work.codes));
-  if (!batch || !work.queries) return 0;
-  if (!work.keys) return CreateStatus(ORT_INVALID_ARGUMENT, "AttentionInt8: there are no keys");
-  CHECK(KernelContext_ParallelFor(context, head, (usize)(batch * kernel->heads), 0, &work));
-  return work.failed ? CreateStatus(ORT_FAIL, "AttentionInt8: out of memory") : 0;
-}
+#include "attention_int8.c"
+#include "rows_u8.c"
+#include "sparse_int8.c"
 
 /* ---- the operators */
 
@@ -429,6 +285,7 @@ static i32 attention_input_type(const CustomOp *op, usize i) { (void)op; return 
 static i32 attention_input_kind(const CustomOp *op, usize i) { (void)op; return i == MASK ? OPTIONAL : REQUIRED; }
 
 static const char *linear_name(const CustomOp *op) { (void)op; return "FusedLinearInt8"; }
+static const char *sparse_name(const CustomOp *op) { (void)op; return "SparseLinearInt8"; }
 static const char *quantize_name(const CustomOp *op) { (void)op; return "QuantizeRows"; }
 static const char *norm_name(const CustomOp *op) { (void)op; return "LayerNormQuantizeRows"; }
 static const char *provider(const CustomOp *op) { (void)op; return 0; /* the CPU */ }
@@ -472,6 +329,19 @@ static const CustomOp LINEAR = {
     .CreateKernelV2 = create,
     .KernelComputeV2 = compute,
 };
+static const CustomOp SPARSE = {
+    COMMON,
+    .GetName = sparse_name,
+    .GetInputType = input_type,
+    .GetInputTypeCount = inputs,
+    .GetOutputType = output_type,
+    .GetOutputTypeCount = outputs,
+    .KernelDestroy = destroy_sparse,
+    .GetInputCharacteristic = input_kind,
+    .GetOutputCharacteristic = output_kind,
+    .CreateKernelV2 = create_sparse,
+    .KernelComputeV2 = compute_sparse,
+};
 static const CustomOp ATTENTION = {
     COMMON,
     .GetName = attention_name,
@@ -500,6 +370,7 @@ Status *RegisterCustomOps(void *options, const ApiBase *base) {
   void *domain;
   CHECK(CreateCustomOpDomain("fxopt", &domain));
   CHECK(CustomOpDomain_Add(domain, &LINEAR));
+  CHECK(CustomOpDomain_Add(domain, &SPARSE));
   CHECK(CustomOpDomain_Add(domain, &QUANTIZE));
   CHECK(CustomOpDomain_Add(domain, &NORM));
   CHECK(CustomOpDomain_Add(domain, &ATTENTION));

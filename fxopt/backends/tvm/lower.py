@@ -14,7 +14,7 @@ from typing import Any
 
 from fxopt.backends.tvm.library import tirx, tvm
 from fxopt.backends.tvm.machine import Machine
-from fxopt.errors import OutputError
+from fxopt.errors import OutputError, Unsupported
 
 
 def generate(functions: Iterable[Any], machine: Machine) -> Any:
@@ -24,6 +24,24 @@ def generate(functions: Iterable[Any], machine: Machine) -> Any:
     module = tirx.transform.BindTarget(target.with_host(target))(module)
     module = tirx.transform.LowerIntrin()(module)
     return tvm.get_global_func("target.build.llvm")(module, target)
+
+
+def check_processor(machine: Machine) -> None:
+    """Raise when LLVM knows that the machine's processor lacks one of its instruction sets.
+
+    Raises:
+        Unsupported: it does; code with these instructions would crash there.
+    """
+    if machine.family != "arm" or not machine.cpu:
+        return
+    target = tvm.target.Target({"kind": "llvm", "mtriple": machine.triple, "mcpu": machine.cpu})
+    names = [feature.removeprefix("+") for feature in machine.features]
+    lacking = [name for name in names if not tvm.target.codegen.llvm_cpu_has_features(name, target)]
+    if lacking:
+        has = ", ".join(name for name in names if name not in lacking) or "none of them"
+        raise Unsupported(
+            f"{machine.cpu} has no {' and no '.join(lacking)} (it has {has}): code for it would crash there"
+        )
 
 
 def write_object(functions: Iterable[Any], machine: Machine, path: str | os.PathLike[str]) -> Path:

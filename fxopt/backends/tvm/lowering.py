@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
+from fxopt.backends.tvm.codes import Coded, Format, Levels
 from fxopt.backends.tvm.kernels.pointwise import Operand, Tree, pointwise
 from fxopt.backends.tvm.program import Program
 from fxopt.backends.tvm.values import DTYPES, Slot, Value, row_major
@@ -18,6 +20,9 @@ from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import constant_value
 
+_SAME_TYPE = ("layer_norm", "rms_norm")
+_SHAPES_ONLY = ("new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like")  # of their operand
+_LINEARS = ("linear_w8a8", "linear_w8a8_dynamic", "linear_nbits")
 _MOST_OPERANDS = 8  # of a fused expression: more of them need more registers than there are
 
 
@@ -52,6 +57,8 @@ Rule = Callable[["Lowering", Call], Any]
 def operator_name(node: fx.Node) -> str:
     """The operator without its overload: "add" for aten.add.Tensor."""
     packet = getattr(node.target, "overloadpacket", None)
+    if getattr(node.target, "namespace", "") == "prims":
+        return str(packet)
     return str(getattr(packet if packet is not None else node.target, "__name__", node.target))
 
 
@@ -63,9 +70,12 @@ class Lowering:
         self.program = program
         self.rules = rules
         self.values: dict[fx.Node, Any] = {}
-        self.known: dict[fx.Node, torch.Tensor] = {}  # what can be computed now
+        self.known: dict[fx.Node, Any] = {}  # what can be computed now: tensors, also several of one operator
         self.metas: dict[fx.Node, Any] = {}
         self.fused: dict[fx.Node, fx.Node] = {}  # activation -> the product that computes it
+        self.ranged: dict[tuple[fx.Node, Format], tuple[Slot, Value]] = {}  # range and codes of a value
+        self._floats: dict[Coded, Value] = {}
+        self._codes: dict[tuple[fx.Node, Levels], Value] = {}
         self._infer(shapes)
 
     # ---- types
@@ -77,31 +87,46 @@ class Lowering:
                 spec, shape = next(specs)
                 self.metas[node] = torch.empty(shape, dtype=_input_dtype(spec), device="meta")
             elif node.op == "get_attr":
-                self.known[node] = constant_value(self.graph, node)
-                self.metas[node] = self.known[node].to("meta")
+                value = constant_value(self.graph, node)
+                self.metas[node] = value
+                if isinstance(value, torch.Tensor):
+                    self.known[node], self.metas[node] = value, value.to("meta")
             elif node.op == "call_function":
                 self._infer_call(node)
 
     def _infer_call(self, node: fx.Node) -> None:
         target: Any = node.target
-        if operator_name(node) == "view":  # our strides may be others than those that torch made the view for
+        if target is torch.ops.aten.view.default:  # our strides may be others than those that torch made the view for
             target = torch.ops.aten.reshape.default
         inputs = node.all_input_nodes
+        args: Any
+        kwargs: Any
         args, kwargs = map_arg((node.args, node.kwargs), self.metas.__getitem__)
         try:
             if all(item in self.known or not _has_tensor(self.metas[item]) for item in inputs) and _is_pure(node):
                 real, named = map_arg((node.args, node.kwargs), lambda n: self.known.get(n, self.metas[n]))
                 found = target(*real, **named)
-                if isinstance(found, torch.Tensor):
+                if _has_tensor(found):
                     self.known[node] = found
-                    self.metas[node] = found.to("meta")
-                    return
+                    found = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), found)
                 self.metas[node] = found
+                return
+            if operator_name(node) in _SHAPES_ONLY:
+                shaped: Any = args[0]
+                self.known[node] = target(torch.empty_like(shaped, device="cpu"), *args[1:], **kwargs)
+                self.metas[node] = self.known[node].to("meta")
+                return
+            known = _quick_type(operator_name(node), args)
+            if known is not None:
+                self.metas[node] = known
                 return
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": "meta"}
             self.metas[node] = target(*args, **kwargs)
         except Exception as error:  # whatever torch raises for a type that it does not take
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                why = "depends on data, which has no kernel"
+                raise Unsupported(f"node {label(node)!r}: {node.target} {why}") from error
             raise Unsupported(f"node {label(node)!r}: {node.target} does not take these types: {error}") from error
 
     # ---- lowering
@@ -184,7 +209,8 @@ class Lowering:
 
     def constant(self, argument: Any) -> torch.Tensor | None:
         """A tensor that is known now."""
-        return self.known.get(argument) if isinstance(argument, fx.Node) else None
+        found: torch.Tensor | None = self.known.get(argument) if isinstance(argument, fx.Node) else None
+        return found
 
     def weight(self, argument: Any, what: str) -> torch.Tensor:
         """A constant float32 tensor."""
@@ -205,6 +231,8 @@ class Lowering:
         found = self.values[argument]
         if isinstance(found, Lazy):
             found = self.values[argument] = self.computed(found)
+        if isinstance(found, Coded):
+            return self.floats(found)
         if not isinstance(found, Value):
             raise Unsupported(f"{argument} is no tensor")
         return found
@@ -219,6 +247,32 @@ class Lowering:
         made = self.program.value(value.shape, value.dtype)
         self.copy(value, made)
         return made
+
+    def coded(self, argument: Any) -> Coded | None:
+        """A tensor that lies there as codes."""
+        found = self.values.get(argument) if isinstance(argument, fx.Node) else None
+        return found if isinstance(found, Coded) else None
+
+    def floats(self, coded: Coded) -> Value:
+        """The float32 tensor that codes stand for."""
+        if coded not in self._floats:
+            made = self._floats[coded] = self.program.value(coded.value.shape)
+            self.emit(("decode", ("load", 0), coded.levels), (coded.value,), made)
+        return self._floats[coded]
+
+    def codes(self, argument: fx.Node, levels: Levels) -> Value:
+        """The stored codes of a tensor on levels, contiguous."""
+        known = self.coded(argument)
+        if known is not None and known.levels == levels:
+            return self.dense(known.value)
+        if (argument, levels) not in self._codes:
+            shape = self.shape(argument)
+            tree, operands, dtype = self.parts(argument, shape)
+            if dtype != "float32":
+                raise Unsupported(f"takes float32, the operand is {dtype}")
+            made = self._codes[argument, levels] = self.program.value(shape, levels.stored.dtype)
+            self.emit(("encode", tree, levels), operands, made)
+        return self._codes[argument, levels]
 
     def copy(self, source: Value, target: Value) -> None:
         """Elements of one tensor into another one of the same shape."""
@@ -288,6 +342,15 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors(item)
+
+
+def _quick_type(name: str, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """The types of results that torch takes long to find out, or finds by unpacking the weight."""
+    if name in _SAME_TYPE:
+        return torch.empty_like(args[0])
+    if name in _LINEARS and len(args) > 1:
+        return torch.empty((*args[0].shape[:-1], args[1].shape[0]), dtype=args[0].dtype, device="meta")
+    return None
 
 
 def _has_tensor(value: Any) -> bool:

@@ -12,6 +12,10 @@ Family = Literal["x86", "arm", "wasm"]
 # How four 8-bit products are summed into an int32 lane; "" where a machine has no instruction for it.
 Dot = Literal["vpdpbusd", "vpmaddubsw", "sdot", "relaxed_dot", "dot_i16x8", "smull"]
 
+# The instruction sets that code is generated for, as targets name them.
+KNOWN = (
+    "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "neon", "dotprod", "simd128", "relaxed_simd",
+)  # fmt: skip
 _WASM = ("+simd128", "+bulk-memory", "+nontrapping-fptoint", "+sign-ext")
 
 
@@ -40,6 +44,8 @@ class Machine:
     def llvm(self) -> dict[str, Any]:
         """The dictionary that `tvm.target.Target` takes; products and sums may be fused (no other liberty)."""
         found: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "fast-math-contract": True}
+        if self.family == "wasm":
+            found["vector-width"] = 128  # without it TVM prints a warning
         if self.cpu:
             found["mcpu"] = self.cpu
         if self.features:
@@ -49,6 +55,23 @@ class Machine:
     def tile_rows(self, width: int) -> int:
         """Rows of a tile of `width` outputs that use as many registers as `rows` x `columns`."""
         return max(1, self.rows * self.columns // max(width, self.lanes))
+
+    @property
+    def dot_rows(self) -> int:
+        """Rows of an 8-bit tile of `columns` outputs."""
+        return 4 if self.family == "wasm" else 8 if self.lanes != 8 else 4
+
+    @property
+    def arch(self) -> str:
+        """The architecture as targets name it."""
+        return {"x86": "x86-64", "arm": "aarch64", "wasm": "wasm32"}[self.family]
+
+    @property
+    def label(self) -> str:
+        """What distinguishes builds for one target: "simd128", "relaxed"; "" where there is one."""
+        if self.family != "wasm":
+            return ""
+        return "relaxed" if "+relaxed-simd" in self.features else "simd128"
 
     @property
     def pointer_bits(self) -> int:
@@ -72,13 +95,24 @@ def machine_for(target: Target) -> Machine:
     if target.arch == "x86-64":
         return _x86(features)
     if target.arch == "aarch64":
-        return _arm(features)
+        return _arm(features, target.cpu)
     if target.arch == "wasm32":
         return _wasm(features)
     raise Unsupported(
         f"the tvm backend has no code generator for {target.arch} (target {target.name}); "
         "expected x86-64, aarch64 or wasm32"
     )
+
+
+def machines_for(target: Target) -> list[Machine]:
+    """The machines that a result for the target holds code for: for WebAssembly, engines without and with relaxed SIMD.
+
+    Raises:
+        Unsupported: no code can be generated for this architecture.
+    """
+    if target.arch != "wasm32":
+        return [machine_for(target)]
+    return [_wasm(frozenset({"simd128"})), _wasm(frozenset({"simd128", "relaxed_simd"}))]
 
 
 def _x86(features: frozenset[str]) -> Machine:
@@ -95,10 +129,10 @@ def _x86(features: frozenset[str]) -> Machine:
     return Machine("x86", triple, flags, "haswell", 8, 6, 16, 4, 24, "vpdpbusd" if vnni else "vpmaddubsw")
 
 
-def _arm(features: frozenset[str]) -> Machine:
+def _arm(features: frozenset[str], cpu: str) -> Machine:
     dotted = "dotprod" in features
     flags = ("+neon", "+dotprod") if dotted else ("+neon",)
-    return Machine("arm", "aarch64-linux-gnu", flags, "", 4, 8, 8, 4, 16, "sdot" if dotted else "smull")
+    return Machine("arm", "aarch64-linux-gnu", flags, cpu, 4, 8, 8, 4, 16, "sdot" if dotted else "smull")
 
 
 def _wasm(features: frozenset[str]) -> Machine:

@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxopt.backends.base import Executable
+from fxopt.backends.tvm.buckets import guessed_sizes
 from fxopt.backends.tvm.executable import TvmExecutable
 from fxopt.backends.tvm.machine import Machine
+from fxopt.backends.tvm.package import Package
+from fxopt.backends.tvm.source import Source, identifier, source_at
 from fxopt.errors import Unsupported
-from fxopt.ir.graph import Graph, hint
-from fxopt.ir.partition import extract, partition, run_partitioned
+from fxopt.ir.graph import Graph
+from fxopt.ir.partition import Region, extract, partition, run_partitioned
+from fxopt.ir.target import Target
 
 
 class MixedExecutable(Executable):
-    """A partitioned graph; `executed_on` names what runs in torch and why."""
+    """A partitioned graph at fixed sizes; `executed_on` names what runs in torch and why."""
 
-    def __init__(self, graph: Graph, machine: Machine, refuses: Callable[[fx.Node], str]) -> None:
-        self.graph = graph
-        self.parts = partition(graph, refuses)
+    def __init__(self, source: Source, target: Target, machine: Machine, refuses: Callable[[fx.Node], str]) -> None:
+        self.graph: Graph = source.graph
+        self.target = target
+        self.machine = machine
+        self.parts = partition(self.graph, refuses)
         self._compiled: list[TvmExecutable] = []
-        self._runners = [self._runner(region, machine) for region in self.parts.regions]
+        self._runners = [self._runner(region) for region in self.parts.regions]
         refused = "; ".join(str(region) for region in self.parts.regions if not region.accepted)
         self.executed_on = f"tvm, 1 thread, this machine; in torch: {refused}"
 
-    def _runner(self, region: Any, machine: Machine) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def _runner(self, region: Region) -> Callable[[Sequence[Any]], Sequence[Any]]:
         piece = extract(self.graph, region)
         if not region.accepted:
             return piece.run
-        shapes = []
         for node in piece.placeholders:
-            value = node.meta.get("val")
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(node.meta.get("val"), torch.Tensor):
                 raise Unsupported(f"a size crosses the border of a region at {node.name}; give static shapes")
-            shapes.append(tuple(int(hint(dim)) for dim in value.shape))
-        made = TvmExecutable(piece, machine, machine, tuple(shapes))
+        name = identifier(piece.name)
+        first = source_at(piece, guessed_sizes(piece), name, name)
+        graphs, machines = {name: piece}, [self.machine]
+        package = Package(name, graphs, [first], self.target, machines, self.machine, embedded=False)
+        made = TvmExecutable(package, is_open=True)
         self._compiled.append(made)
         return made.run
 
@@ -46,9 +54,13 @@ class MixedExecutable(Executable):
         """The outputs on flat inputs."""
         return run_partitioned(self.graph, self.parts, self._runners, inputs)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def write(self, folder: Path) -> dict[str, Any]:
         """A part needs torch: there is no file for it."""
         raise Unsupported(f"this model cannot be saved for tvm: {self.executed_on}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """The same."""
+        self.write(Path(path))
 
     def close(self) -> None:
         """Drop the compiled regions."""

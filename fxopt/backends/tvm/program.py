@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,10 @@ class Program:
     prefix: str = "k"
     _known: dict[Hashable, Slot] = field(default_factory=dict)
 
+    def another(self) -> Program:
+        """An empty program that shares kernels and constants with this one."""
+        return replace(self, steps=[], inputs=[], outputs=[], arena_bytes=0, why="")
+
     def slot(self, count: int, dtype: str = "float32", place: Place = "arena", index: int = 0) -> Slot:
         """Memory for `count` values."""
         return Slot(place, count, dtype, index)
@@ -55,7 +60,7 @@ class Program:
     def constant(self, array: Array) -> Slot:
         """Memory that holds the array's values."""
         array = np.ascontiguousarray(array)
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.data).digest())
         if key not in self._known:
             dtype = {"bool": "uint8"}.get(str(array.dtype), str(array.dtype))
             self._known[key] = self.slot(array.size, dtype, "constant", len(self.constants))
@@ -75,7 +80,7 @@ class Program:
         return [function for _, function in self.functions.values()]
 
     def lay_out(self) -> bytes:
-        """Give every slot its offset; returns the constants in one piece."""
+        """Give every slot its offset; returns the constants in one piece, those of all programs that share them."""
         self._lay_out_arena()
         blob = bytearray()
         offsets = []

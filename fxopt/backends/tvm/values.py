@@ -12,7 +12,12 @@ Place = Literal["arena", "input", "output", "constant"]
 
 # torch's element types -> TVM's; truth values are bytes that are 0 or 1.
 DTYPES = {torch.float32: "float32", torch.int64: "int64", torch.int32: "int32", torch.bool: "uint8"}
-BYTES = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "uint16": 2}
+BYTES = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "byte": 1}
+
+
+def tvm_type(dtype: str) -> str:
+    """TVM's element type; "byte" is one of 0 ... 255, while "uint8" is a truth value."""
+    return "uint8" if dtype == "byte" else dtype
 
 
 @dataclass(eq=False)

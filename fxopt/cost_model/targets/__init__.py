@@ -13,6 +13,8 @@ from collections.abc import Callable
 from fxopt.errors import unknown
 from fxopt.ir.target import Target
 
+ALIASES = {"wasm": "wasm-simd", "wasm-relaxed-simd": "wasm-relaxed"}  # other names of targets
+
 
 def target_names() -> list[str]:
     """The names of all targets of this package, sorted."""
@@ -27,9 +29,19 @@ def get_target(name: str) -> Target:
     Raises:
         UnknownName: there is none; near names are suggested.
     """
-    kebab = name.replace("_", "-")
+    kebab = canonical(name)
     if kebab not in target_names():
         raise unknown("target", name, target_names())
     found: Target | Callable[[], Target]
     found = importlib.import_module(f"{__name__}.{kebab.replace('-', '_')}").TARGET
     return found if isinstance(found, Target) else found()
+
+
+def canonical(name: str) -> str:
+    """The name with dashes, and that of the target for another name of it.
+
+    >>> canonical("wasm")
+    'wasm-simd'
+    """
+    kebab = name.replace("_", "-")
+    return ALIASES.get(kebab, kebab)

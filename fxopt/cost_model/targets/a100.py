@@ -1,5 +1,6 @@
 """NVIDIA A100 SXM4, 80 GB."""
 
+from fxopt.cost_model.sparse_kernels import AMPERE_24
 from fxopt.ir.target import Target
 
 TARGET = Target(
@@ -23,6 +24,7 @@ TARGET = Target(
         "int4": 1248e12,
     },
     sparse_24={"tf32": 312e12, "float16": 624e12, "bfloat16": 624e12, "int8": 1248e12, "int4": 2496e12},
+    sparse_kernels=AMPERE_24,
     bandwidth=2.039e12,
     cache_bytes=40 * 2**20,  # no bandwidth of the L2 is stated: everything is priced as main memory
     launch_seconds=3e-6,

@@ -1,5 +1,6 @@
 """Arm Cortex-A53, four cores in order at 1.4 GHz (Raspberry Pi 3, many phones): no 8-bit dot product."""
 
+from fxopt.cost_model.sparse_kernels import BLOCKS_128
 from fxopt.ir.target import Target
 
 TARGET = Target(
@@ -20,7 +21,9 @@ TARGET = Target(
     cache_bandwidth=6e9,
     launch_seconds=0.3e-6,
     cores=4,
+    cpu="cortex-a53",
     features=frozenset({"neon"}),
+    sparse_kernels=BLOCKS_128,  # by assumption: vectors of the same width
     efficiency={
         "linear": 0.5,
         "linear.int8": 0.4,

@@ -1,5 +1,6 @@
 """Arm Cortex-A76 at 2.4 GHz, one core: with the 8-bit dot product."""
 
+from fxopt.cost_model.sparse_kernels import BLOCKS_128
 from fxopt.ir.target import Target
 
 TARGET = Target(
@@ -18,7 +19,9 @@ TARGET = Target(
     cache_bytes=2 * 2**20,
     cache_bandwidth=25e9,
     launch_seconds=0.1e-6,
+    cpu="cortex-a76",
     features=frozenset({"neon", "dotprod"}),
+    sparse_kernels=BLOCKS_128,  # by assumption: vectors of the same width
     efficiency={
         "linear": 0.6,
         "linear.int8": 0.5,

@@ -1,5 +1,6 @@
 """x86-64 with AVX-512 and its 8-bit dot product (VNNI): Ice Lake, Zen 4 and later."""
 
+from fxopt.cost_model.sparse_kernels import OWN_INT8
 from fxopt.ir.target import Target
 
 TARGET = Target(
@@ -23,6 +24,7 @@ TARGET = Target(
     cache_bandwidth=1.0e11,
     launch_seconds=2.4e-7,
     features=frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512_vnni"}),
+    sparse_kernels=OWN_INT8,
     efficiency={
         "linear": 0.9,
         "linear.int8": 0.75,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -10,10 +12,10 @@ from torch import fx
 from fxopt.cost_model.work.aten import aten_cost
 from fxopt.cost_model.work.call import Call
 from fxopt.cost_model.work.onnx import onnx_cost
-from fxopt.ir.graph import Graph, tensor_value
+from fxopt.ir.graph import Graph, hint, shape_of, tensor_value
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.op import declaration
-from fxopt.ir.target import Cost
+from fxopt.ir.target import Cost, Zeros
 
 NOTHING = Cost(0.0, 0.0, "float32", "shape", 0)
 
@@ -31,7 +33,16 @@ def node_cost(graph: Graph, node: fx.Node) -> Cost:
     if declared is not None:
         return _declared_cost(node, declared)
     call = Call(graph, node)
-    return onnx_cost(call) if isinstance(node.target, OnnxOp) else aten_cost(call)
+    return onnx_cost(call) if isinstance(node.target, OnnxOp) else _with_zeros(node, aten_cost(call))
+
+
+def _with_zeros(node: fx.Node, cost: Cost) -> Cost:
+    """The work of a linear of aten, with the zeros that a compiler of these operators may skip."""
+    mark, shape = node.meta.get("sparsity"), shape_of(node)
+    if mark is None or shape is None or cost.kind != "linear":
+        return cost
+    rows = math.prod(hint(dim) for dim in shape[:-1])
+    return replace(cost, zeros=Zeros(str(mark.pattern), mark.zeros, rows))
 
 
 def _declared_cost(node: fx.Node, declared: Any) -> Cost:

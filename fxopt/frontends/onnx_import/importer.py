@@ -19,6 +19,7 @@ from fxopt.frontends.onnx_import import gradient, tensors
 from fxopt.frontends.onnx_import.functions import PLAIN, Function, Key, called, plain_value
 from fxopt.frontends.onnx_import.messages import captured_names, graph_header, graphs_of, without_subgraphs
 from fxopt.ir.graph import Graph, Opaque, ValueSpec
+from fxopt.ir.onnx import marks
 from fxopt.ir.onnx.bodies import DEFAULTS, AttributeReference
 from fxopt.ir.onnx.dtypes import TO_TORCH
 from fxopt.ir.onnx.op import OnnxOp
@@ -212,6 +213,8 @@ class Importer:
         node = self.fx.create_node("call_function", target, arguments, attributes, name=identifier(label))
         node.meta["onnx"] = NodeRecord(proto.name, tuple(proto.output), proto, target, node.kwargs)
         node.meta["provenance"] = (label,)
+        if (mark := marks.read(proto)) is not None:
+            node.meta["sparsity"] = mark
         if len(proto.output) == 1:
             self.values[proto.output[0]] = node
             return

@@ -17,6 +17,7 @@ from fxopt.ir.lower.quiet import quiet
 from fxopt.ir.lower.ranges import check_ranges
 from fxopt.ir.lower.suggestions import narrowed
 from fxopt.ir.lower.trace import Traced
+from fxopt.ir.masks import carry
 
 _ATTEMPTS = 4  # each may narrow the range of a dimension to what the model takes
 _SIZE = 4  # of a named dimension when no size is known: more than 1, which torch would take for a constant
@@ -53,6 +54,7 @@ def lower(graph: Graph, *, sizes: Mapping[str, int] | None = None, fixed: Collec
         exported, taken = _exported(graph, traced, examples, asked)
         exported = _functional(graph, exported)
     lowered = built(graph, inputs, traced, exported, asked, {dim.__name__: name for name, dim in dims.items()})
+    carry(graph, lowered)
     if taken is not asked:
         check_ranges(graph, lowered, inputs, asked, taken, chosen)
     return lowered

@@ -22,6 +22,7 @@ from fxopt.ir.subgraphs import has_bodies
 KEY = "fxopt"  # of the provenance in a traced node's meta["custom"]
 Key = tuple[int, str]  # a constant: the id of its graph and its name there
 SEPARATOR = "\n"
+_SCALED = ("Resize", "Upsample")
 
 
 def graphs_within(graph: Graph) -> list[Graph]:
@@ -57,6 +58,8 @@ class Traced(torch.nn.Module):
         for part in graphs:
             for node in part.fx.find_nodes(op="get_attr"):
                 value = constant_value(part, node)
+                if isinstance(value, torch.Tensor) and _is_option(node):
+                    value = value.numpy()
                 if isinstance(value, np.ndarray):
                     self.table[id(part), str(node.target)] = value
         self.flags: dict[Key, bool] = {
@@ -83,6 +86,11 @@ class Traced(torch.nn.Module):
             if not isinstance(value, torch.Tensor):
                 raise Unsupported(f"output {spec.name!r} is a {type(value).__name__}; a torch graph gives tensors only")
         return tuple(results)
+
+
+def _is_option(node: fx.Node) -> bool:
+    """Whether a constant only says how to compute: scales, whose values sizes follow from."""
+    return bool(node.users) and all(getattr(user.target, "op_type", "") in _SCALED for user in node.users)
 
 
 class TracedRun(GraphRun):

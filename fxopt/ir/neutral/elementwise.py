@@ -36,7 +36,7 @@ for _name, _op_type in {
 @reads("maximum", aten.maximum.default)
 @reads("minimum", aten.minimum.default)
 @reads("matmul", aten.matmul.default, aten.mm.default, aten.bmm.default)
-@reads("where", aten.where.self)
+@reads("where", aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def _plain_torch(graph: Graph, node: fx.Node) -> Arguments | None:
     return node.args if not node.kwargs or node.kwargs == {"alpha": 1} else None
 

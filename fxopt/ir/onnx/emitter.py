@@ -13,6 +13,7 @@ from torch import fx
 
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, Opaque, label, provenance
+from fxopt.ir.onnx import marks
 from fxopt.ir.onnx.dtypes import FROM_TORCH, to_numpy
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.onnx.records import ConstantRecord, NodeRecord
@@ -38,7 +39,9 @@ class Emitter:
         self.inline = inline
         self.opsets: dict[str, int] = around.opsets if around is not None else graph.model.opsets  # type: ignore[union-attr]
         self.keeps_metadata: bool = (
-            around.keeps_metadata if around is not None else graph.model.proto.ir_version >= 10  # type: ignore[union-attr]
+            around.keeps_metadata
+            if around is not None
+            else graph.model.proto.ir_version >= marks.IR_VERSION or marks.has_marks(graph)  # type: ignore[union-attr]
         )
         self.nodes: list[NodeProto] = []
         self.initializers: list[tuple[TensorProto, torch.Tensor | None]] = []
@@ -207,9 +210,11 @@ class Emitter:
         same_constants = all(
             self._attribute_unchanged(value) for value in node.kwargs.values() if isinstance(value, fx.Node)
         )
-        if list(proto.input) == inputs and list(proto.output) == outputs and same_attributes and same_constants:
+        same_names = list(proto.input) == inputs and list(proto.output) == outputs
+        if same_names and same_attributes and same_constants and marks.is_written(proto, node):
             return proto
         adapted: NodeProto = NodeProto.FromString(proto.SerializeToString())
+        marks.write(adapted, node)
         del adapted.input[:], adapted.output[:]
         adapted.input.extend(inputs)
         adapted.output.extend(outputs)
@@ -308,6 +313,7 @@ class Emitter:
         proto.metadata_props.add(key="fxopt.from", value=source)
         if passes:
             proto.metadata_props.add(key="fxopt.pass", value=passes[-1])
+        marks.write(proto, self._current)
 
 
 def _code(kind: Any) -> int:

@@ -15,6 +15,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.emitter import Emitter, Form, Forms, drop_stale_types
 from fxopt.ir.onnx.external_writer import write_external
+from fxopt.ir.onnx.marks import IR_VERSION, has_marks
 
 INLINE_LIMIT = 1_900_000_000  # bytes of weights up to which one file is written (protobuf's limit is 2^31 - 1)
 _SMALL = 1024  # bytes; smaller tensors always lie in the file: shape inference must read shapes
@@ -41,6 +42,8 @@ def _emit(
     for domain, version in emitter.opsets.items():
         if domain not in known:
             proto.opset_import.append(helper.make_opsetid(domain, version))
+    if has_marks(graph):
+        proto.ir_version = max(proto.ir_version, IR_VERSION)
     drop_stale_types(proto.graph, graph.model.dangling)
     return proto, pending
 

@@ -108,7 +108,7 @@ def _(
     dtype = str(x.dtype).removeprefix("torch.")
     work = 2 * macs * (_UNPACKING_8 if bits == 8 else _UNPACKING)
     form = (("op", "linear_nbits"), ("rows", rows), ("out", out), ("in", inner), ("bits", bits), ("group", group))
-    return Cost(work, rows * (inner + out) * size + weights, dtype, "linear.nbits", 1, macs, form)
+    return Cost(work, rows * (inner + out) * size + weights, dtype, "linear.nbits", 1, macs, form=form)
 
 
 @linear_nbits.samples

@@ -27,7 +27,7 @@ _FIXED, _RUN_TIME = "with fixed ranges", "with ranges found at run time"
 _BEHIND = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # float operators that a quantiser puts behind DequantizeLinear
 
 # Positions of the weight's codes, scale and zero point, and how activations are treated, by domain and operator.
-_OPERATORS: dict[tuple[str, str], tuple[int, int | None, int, str]] = {
+OPERATORS: dict[tuple[str, str], tuple[int, int | None, int, str]] = {
     ("", "QLinearConv"): (3, 4, 5, _FIXED),
     (_CONTRIB, "QLinearConv"): (3, 4, 5, _FIXED),
     ("", "QLinearMatMul"): (3, 4, 5, _FIXED),
@@ -74,8 +74,8 @@ def quantized(graph: Graph, node: fx.Node) -> Quantized | None:
         return None
     target: Any = node.target
     key = getattr(target, "domain", ""), getattr(target, "op_type", "")
-    if key in _OPERATORS:
-        return _integer(graph, node, key[1], *_OPERATORS[key])
+    if key in OPERATORS:
+        return _integer(graph, node, key[1], *OPERATORS[key])
     if key == (_CONTRIB, "MatMulNBits"):
         return _few_bits(node)
     if key[0] == _CONTRIB and key[1] in _OTHERS:

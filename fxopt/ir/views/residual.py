@@ -11,7 +11,7 @@ from fxopt.ir.graph import Graph, shape_of
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.neutral import read
 from fxopt.ir.onnx.op import OnnxOp
-from fxopt.ir.views.common import escapes, reads_shape
+from fxopt.ir.views.common import escapes, is_onnx, reads_shape
 
 _MIXING_ONNX = ("MatMul", "Gemm", "Conv", "Attention", "MultiHeadAttention", "GroupQueryAttention", "Einsum")
 _MIXING_ATEN = (
@@ -47,7 +47,7 @@ class ResidualBlock:
 
 def residual(graph: Graph, node: fx.Node) -> ResidualBlock | Refusal | None:
     """The block that ends in the addition `node`; None when it is something else, a refusal when it is almost one."""
-    operands = read(graph, node, "add")
+    operands = node.args if is_onnx(node, "Sum") else read(graph, node, "add")
     if operands is None or len(operands) != 2 or operands[0] is operands[1]:
         return None
     for entry, branch in (operands, operands[::-1]):

@@ -60,6 +60,8 @@ class QuantizeLinear(LossyPass):
             tensor), or "auto": on CUDA targets both are offered, elsewhere int8.
     """
 
+    after = ("sparsify",)  # masks are chosen on floats
+
     bits: int | None = 8
     activations: str = "auto"
     group: int = 32

@@ -123,13 +123,18 @@ def float_conv(x: torch.Tensor, view: Conv, weight: torch.Tensor, bias: torch.Te
     return result
 
 
-def saturates(ctx: Context) -> bool:
-    """x86 without VNNI multiplies u8 by s8 into saturating 16-bit sums of two."""
+def sums_of(ctx: Context, view: Linear | Conv, weight: torch.Tensor) -> int:
+    """The `sums` of `grids.quantize_weight` for the target's kernels."""
+    if is_depthwise(view, weight):
+        return 32
+    features = ctx.target.features
+    if ctx.target.kind == "wasm":
+        return 7 if "relaxed_simd" in features else 32
     if ctx.target.kind != "cpu" or not ctx.target.arch.startswith("x86"):
-        return False
-    return not ({"avx512_vnni", "avx_vnni", "amx_int8"} & ctx.target.features)
+        return 32
+    return 32 if {"avx512_vnni", "avx_vnni", "amx_int8"} & features else 16
 
 
 def is_depthwise(view: Linear | Conv, weight: torch.Tensor) -> bool:
-    """One input and one output channel per group: ONNX Runtime's kernels for these multiply in 32 bits everywhere."""
+    """One input and one output channel per group: kernels for these multiply in 32 bits everywhere."""
     return isinstance(view, Conv) and view.groups == weight.shape[0] and weight.shape[1] == 1

@@ -30,10 +30,9 @@ from fxopt.passes.quantize_between import behind
 from fxopt.passes.quantize_linear.common import (
     JUDGED,
     float_cost,
-    is_depthwise,
     replaced,
     result_of,
-    saturates,
+    sums_of,
     unfit,
     value_of,
     with_conversions,
@@ -84,7 +83,7 @@ class EightBit:
             return
         weight = view.weight(graph)
         group = f"{op_name} {'x'.join(map(str, weight.shape))}"
-        sums = 16 if saturates(ctx) and not is_depthwise(view, weight) else 32
+        sums = sums_of(ctx, view, weight)
         wanted = [kind for kind in kinds if self.activations in ("auto", kind)]
         if not wanted:
             refusal = Refusal("a convolution has no {} form that pays; use activations=static", self.activations)

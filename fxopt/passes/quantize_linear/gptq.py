@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from fxopt.passes.quantize_linear.grids import Grid
-
-BLOCK = 128  # columns whose updates are gathered before the rest of the weight is touched
-DAMPING = 0.01  # of the mean of H's diagonal, added to it
-_MOST_DAMPING = 1e3
+from fxopt.passes.second_moments import sweep, upper_factor
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,16 @@ def nearest(weight: Tensor, grid: Grid) -> Tensor:
     return wide.codes(weight.double(), grid.groups(weight.shape[1])).to(torch.uint8)
 
 
-def gptq(weight: Tensor, moments: Tensor, grid: Grid, *, act_order: bool = True) -> Rounded:
+def gptq(
+    weight: Tensor, moments: Tensor, grid: Grid, *, act_order: bool = True, kept: Tensor | None = None
+) -> Rounded:
     """Round `weight` [out, in] to the grid so that the error of x @ weight.T is small.
 
     Args:
         moments: H [in, in], proportional to the sum of x x.T over the calibration rows. Inputs that were always 0 are
             rounded to nearest.
         act_order: round the inputs with the largest moments first.
+        kept: bool [out, in]; the other weights become exactly 0, and those after them make up for it.
     """
     columns = weight.shape[1]
     hessian = moments.clone()
@@ -49,38 +49,19 @@ def gptq(weight: Tensor, moments: Tensor, grid: Grid, *, act_order: bool = True)
     if act_order:
         order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
         hessian = hessian[order][:, order]
-    upper, damping = _factor(hessian)
+    upper, damping = upper_factor(hessian)
     groups = grid.groups(columns)[order]
     grid = Grid(grid.bits, grid.group, grid.scales.to(hessian.dtype), grid.zeros.to(hessian.dtype))
     left = weight.to(hessian.dtype)[:, order].clone()
-    codes = torch.empty_like(left)
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        errors = torch.empty(weight.shape[0], end - start, dtype=left.dtype)
-        for column in range(start, end):
-            here = slice(column, column + 1)
-            codes[:, here] = grid.codes(left[:, here], groups[here])
-            error = (left[:, here] - grid.values(codes[:, here], groups[here])) / upper[column, column]
-            left[:, column + 1 : end] -= error * upper[column, column + 1 : end]
-            errors[:, column - start : column - start + 1] = error
-        left[:, end:] -= errors @ upper[start:end, end:]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
-    return Rounded(result.to(torch.uint8), damping)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
 
+    def rounded(column: int, values: Tensor) -> Tensor:
+        group = groups[column : column + 1]
+        if kept is not None:
+            values = torch.where(kept[:, order[column]], values, 0.0)
+        found = grid.codes(values[:, None], group)
+        codes[:, order[column]] = found[:, 0].to(torch.uint8)
+        return grid.values(found, group)[:, 0]
 
-def _factor(hessian: Tensor) -> tuple[Tensor, float]:
-    """The upper Cholesky factor of the damped inverse; the damping is raised until the matrix is positive definite."""
-    mean = float(torch.diagonal(hessian).mean())
-    damping = DAMPING
-    while True:
-        damped = hessian.clone()
-        torch.diagonal(damped).add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper, damping
-        damping *= 10
-        if damping > _MOST_DAMPING:
-            raise ValueError("the second moments of the activations are not finite or not positive")
+    sweep(left, upper, rounded)
+    return Rounded(codes, damping)

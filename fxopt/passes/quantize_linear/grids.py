@@ -23,15 +23,17 @@ def quantize_weight(weight: Tensor, sums: int = 32) -> tuple[Tensor, Tensor]:
         weight: float [out, in] or [out, in, *kernel].
         sums: bits in which kernels add products first. Where x86 lacks VNNI, vpmaddubsw adds the products of two
             neighbours in saturating 16 bits; with 16, two neighbouring codes of one sign add up to 128 at most, and
-            255 * 128 fits. That is exact, and finer than codes of seven bits (-63 ... 63).
+            255 * 128 fits. That is exact, and finer than codes of seven bits (-63 ... 63). With 7, codes have these
+            seven bits: WebAssembly's relaxed dot product takes no others on one side.
     """
     rows = weight.float().reshape(weight.shape[0], -1)
+    highest = 63 if sums == 7 else 127
     largest = rows.abs().amax(1)
     if sums == 16:
         largest = torch.maximum(largest, _largest_pair(weight.float()))  # rounding adds at most one to 127
-    scales = largest / 127
+    scales = largest / highest
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    codes = torch.round(rows / scales[:, None]).clamp(-127, 127).to(torch.int8)
+    codes = torch.round(rows / scales[:, None]).clamp(-highest, highest).to(torch.int8)
     return codes.reshape(weight.shape).contiguous(), scales
 
 

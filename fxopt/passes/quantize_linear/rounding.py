@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from fxopt.ir.graph import label
+from fxopt.ir.masks import mark_of
 from fxopt.ir.ops.linear_nbits import group_count
 from fxopt.ir.packing import pack, packed_width
-from fxopt.passes.quantize_linear.gptq import DAMPING, Rounded, gptq, nearest
+from fxopt.passes.quantize_linear.gptq import Rounded, gptq, nearest
 from fxopt.passes.quantize_linear.grids import Grid, group_grid
+from fxopt.passes.second_moments import DAMPING
 from fxopt.passes.stats import Stats
 
 _SLAB = 1 << 21  # elements
@@ -46,7 +48,8 @@ class Rounding:
         return packed, scales, zeros.to(torch.uint8)
 
     def _gptq(self, weight: Tensor, moments: Tensor, grid: Grid, node: fx.Node, stats: Stats) -> Tensor:
-        return _noted(gptq(weight, moments, grid, act_order=self.act_order), node, stats)
+        found = gptq(weight, moments, grid, act_order=self.act_order, kept=_kept(weight, node))
+        return _noted(found, node, stats)
 
     def nearest(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """What the weight [out, in] becomes when it is rounded to nearest, as float32: some outputs at a time."""
@@ -77,9 +80,14 @@ def eight_bit_codes(weight: Tensor, scales: Tensor, moments: Tensor, node: fx.No
     parts = []
     for rows, units, hessian in zip(weight.chunk(len(moments)), scales.chunk(len(moments)), moments, strict=True):
         grid = Grid(8, weight.shape[1], units[:, None], torch.full_like(units[:, None], _MIDDLE))
-        codes = _noted(gptq(rows, hessian, grid), node, stats)
+        codes = _noted(gptq(rows, hessian, grid, kept=_kept(rows, node)), node, stats)
         parts.append((codes.to(torch.int16) - int(_MIDDLE)).clamp(-127, 127).to(torch.int8))
     return torch.cat(parts)
+
+
+def _kept(weight: Tensor, node: fx.Node) -> Tensor | None:
+    """Which weights may be other than 0; None: all, where no zeros were promised."""
+    return None if mark_of(node) is None else weight != 0
 
 
 def _noted(found: Rounded, node: fx.Node, stats: Stats) -> Tensor:

@@ -1,4 +1,4 @@
-"""Build kernels for this machine and for WebAssembly, and run them on arrays."""
+"""Build kernels for this machine, for WebAssembly and, under qemu, for Arm, and run them on arrays."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ try:
 except MissingDependency as error:
     pytest.skip(str(error), allow_module_level=True)
 
+from fxopt.backends.tvm import qemu
 from fxopt.backends.tvm.link import link
 from fxopt.backends.tvm.load import load
 from fxopt.backends.tvm.lower import write_object
 from fxopt.backends.tvm.machine import Machine, machine_for
 
 RUNNABLE = ("host", "wasm", "wasm-relaxed")
+EMULATED = ("cortex-a53", "cortex-a76")  # slow: tests that take them are marked so
 ALL = (*RUNNABLE, "x86-avx512-vnni", "x86-avx-vnni", "cortex-a53", "cortex-a76")
 
 
@@ -48,6 +50,8 @@ class Builder:
         self.count += 1
         stem = self.folder / f"k{self.count}"
         functions = functions if isinstance(functions, list) else [functions]
+        if made_for.family == "arm" and platform.machine() not in ("aarch64", "arm64"):
+            return self.emulated(functions, made_for, stem)
         built = write_object(functions, made_for, stem.with_suffix(".o"))
         names = [str(function.attrs["global_symbol"]) for function in functions]
         path = link([built], names, made_for, stem.with_suffix(".wasm" if made_for.family == "wasm" else ".so"))
@@ -56,6 +60,19 @@ class Builder:
         def run(name: str, *arrays: np.ndarray[Any, Any]) -> None:
             assert all(array.flags.c_contiguous for array in arrays)
             library.call(name, arrays)
+
+        return run
+
+    def emulated(self, functions: list[Any], made_for: Machine, folder: Path) -> Callable[..., None]:
+        """A caller that starts the emulator each time."""
+        if qemu.missing():
+            pytest.skip(qemu.missing())
+
+        def run(name: str, *arrays: np.ndarray[Any, Any]) -> None:
+            call = qemu.Call(name, tuple((number, 0) for number in range(len(arrays))))
+            found, _ = qemu.run(functions, [call], arrays, made_for, folder)
+            for array, value in zip(arrays, found, strict=True):
+                array[...] = value
 
         return run
 

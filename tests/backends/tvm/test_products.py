@@ -16,6 +16,7 @@ from tests.backends.tvm.harness import ALL, RUNNABLE, Builder, build, guarded, m
 from fxopt.backends.tvm.kernels.bsr import bsr, pack_bsr, unpack_bsr  # isort: skip
 from fxopt.backends.tvm.kernels.dense import dense, pack_bias, pack_dense  # isort: skip
 from fxopt.backends.tvm.kernels.nm import nm, pack_nm  # isort: skip
+from fxopt.backends.tvm.kernels.panels import pack_powers, pack_two_of_four, panel_dense, scratch_size  # isort: skip
 from fxopt.backends.tvm.lower import assembly  # isort: skip
 
 __all__ = ["build"]
@@ -85,6 +86,52 @@ def test_nm(build: Builder, target: str, width: int, n: int, m: int) -> None:
         x, b, y = randn(rows, inner), randn(outputs), guarded(rows, outputs)
         run(f"n{i}", x, p.values, p.inputs, pack_bias(b, outputs, width), y)
         close(y, x, w, b)
+
+
+def stored(kind: str, outputs: int, inner: int) -> np.ndarray[Any, Any]:
+    """A weight that a form of fewer bytes holds."""
+    w = randn(outputs, inner, seed=5)
+    if kind == "powers":
+        return np.where(np.abs(w) < 0.1, 0, np.sign(w) * np.exp2(np.rint(np.log2(np.abs(w))))).astype(np.float32)
+    groups = w.reshape(outputs, -1, 4)
+    order = np.abs(groups).argsort(-1).argsort(-1)
+    return (groups * (order >= 2)).reshape(outputs, inner)
+
+
+@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("kind", ["powers", "two of four"])
+def test_panels(build: Builder, target: str, kind: str) -> None:
+    m = machine(target)
+    shapes = [(7, 16, 5), (13, 40, 17), (70, 64, 64)]
+    weights = [stored(kind, outputs, inner) for _, inner, outputs in shapes]
+    pack = pack_powers if kind == "powers" else pack_two_of_four
+    packed = [found for w in weights if (found := pack(w, m.columns)) is not None]
+    assert len(packed) == len(shapes)
+    run = build(
+        [panel_dense(f"p{i}", *s, form, m) for i, (s, (form, _)) in enumerate(zip(shapes, packed, strict=True))], m
+    )
+    for i, ((rows, inner, outputs), w, (form, arrays)) in enumerate(zip(shapes, weights, packed, strict=True)):
+        x, b, y = randn(rows, inner), randn(outputs), guarded(rows, outputs)
+        scratch = guarded(scratch_size(form, inner, m))
+        run(f"p{i}", x, *arrays, pack_bias(b, outputs, m.columns), scratch, y)
+        close(y, x, w, b)
+
+
+@given(st.integers(-120, 120), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_powers_of_two_are_found(exponent: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    w = (random.choice([-1.0, 0.0, 1.0], (5, 6)) * np.exp2(random.integers(exponent, exponent + 5, (5, 6)))).astype(
+        np.float32
+    )
+    found = pack_powers(w, 4)
+    assert (found is None) == bool((w == 0).all())
+    if found is not None:
+        codes = found[1][0].transpose(0, 2, 1).reshape(-1, 6)[:5].astype(np.int64)
+        size = np.where(codes & 0x7F, np.exp2((codes & 0x7F) - 127.0 + found[0].exponent), 0)
+        assert (np.where(codes & 0x80, -size, size) == w).all()
+    w[0, 0] = 3.0
+    assert pack_powers(w, 4) is None and pack_two_of_four(randn(4, 8), 4) is None
 
 
 @pytest.mark.parametrize("target", ALL)

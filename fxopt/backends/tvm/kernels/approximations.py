@@ -40,7 +40,7 @@ def exp(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     shifted = kernel.let(clamped * float32(1 / math.log(2), lanes) + float32(_ROUND, lanes))
     count = kernel.let(shifted - float32(_ROUND, lanes))
     rest = kernel.let((clamped - count * float32(_LN2_HIGH, lanes)) - count * float32(_LN2_LOW, lanes))
-    power = _polynomial(kernel, rest, _EXP, lanes)
+    power = polynomial(kernel, rest, _EXP, lanes)
     integers = typed("int32", lanes)
     bits = (reinterpret(integers, shifted) << _int(23, lanes)) + _int(126 << 23, lanes)  # 2**(count - 1)
     scaled = kernel.let(power * reinterpret(typed("float32", lanes), bits) * float32(2.0, lanes))
@@ -48,18 +48,35 @@ def exp(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     return kernel.let(tirx.Select(x < float32(low, lanes), float32(0.0, lanes), bounded))
 
 
+def exp_below_one(kernel: Kernel, x: Expr, lanes: int) -> Expr:
+    """e**x as `exp` gives it for x <= 0, as softmax needs it: fewer operations."""
+    low = -86.6
+    clamped = kernel.let(tirx.Max(float32(low, lanes), x))  # this order keeps NaN
+    shifted = kernel.let(clamped * float32(1 / math.log(2), lanes) + float32(_ROUND, lanes))
+    count = kernel.let(shifted - float32(_ROUND, lanes))
+    rest = kernel.let((clamped - count * float32(_LN2_HIGH, lanes)) - count * float32(_LN2_LOW, lanes))
+    bits = (reinterpret(typed("int32", lanes), shifted) << _int(23, lanes)) + _int(127 << 23, lanes)  # 2**count
+    scaled = polynomial(kernel, rest, _EXP, lanes) * reinterpret(typed("float32", lanes), bits)
+    return kernel.let(tirx.Select(x < float32(low, lanes), float32(0.0, lanes), scaled))
+
+
 def erf(kernel: Kernel, x: Expr, lanes: int) -> Expr:
-    """The error function within 2.2e-7: x * P(x**2), with x cut at 3.9 on both sides."""
+    """The error function within 2.4e-7: x * P(x**2), with x cut at 3.9 on both sides."""
     end = float32(_ERF_END, lanes)
     cut = kernel.let(tirx.Min(end, tirx.Max(float32(-_ERF_END, lanes), x)))
     position = kernel.let(cut * cut * float32(2 / _ERF_END**2, lanes) - float32(1.0, lanes))
-    return kernel.let(cut * _polynomial(kernel, position, _ERF, lanes))
+    half = len(_ERF) // 2  # two chains of sums, which do not wait for each other
+    low, high = (polynomial(kernel, position, part, lanes) for part in (_ERF[:half], _ERF[half:]))
+    power = position
+    for _ in range(half.bit_length() - 1):
+        power = kernel.let(power * power)
+    return kernel.let(cut * (low + power * high))
 
 
 def tanh(kernel: Kernel, x: Expr, lanes: int) -> Expr:
     """Within 3 units in the last place: a polynomial near zero, 1 - 2 / (e**2x + 1) elsewhere."""
     square = kernel.let(x * x)
-    near = x + x * square * _polynomial(kernel, square, _TANH, lanes)
+    near = x + x * square * polynomial(kernel, square, _TANH, lanes)
     far = float32(1.0, lanes) - float32(2.0, lanes) / (exp(kernel, x + x, lanes) + float32(1.0, lanes))
     return kernel.let(tirx.Select(square < float32(_TANH_SMALL**2, lanes), near, far))
 
@@ -104,10 +121,10 @@ def silu(kernel: Kernel, x: Expr, lanes: int) -> Expr:
 def _without_bell(kernel: Kernel, x: Expr, bell: Sequence[float], lanes: int) -> Expr:
     size = kernel.let(tirx.Min(tirx.Max(x, float32(0.0, lanes) - x), float32(_BELL_END, lanes)))
     position = kernel.let(size * float32(2 / _BELL_END, lanes) - float32(1.0, lanes))
-    return kernel.let(tirx.Max(float32(0.0, lanes), x) - size * _polynomial(kernel, position, bell, lanes))
+    return kernel.let(tirx.Max(float32(0.0, lanes), x) - size * polynomial(kernel, position, bell, lanes))
 
 
-def _polynomial(kernel: Kernel, x: Expr, coefficients: Sequence[float], lanes: int) -> Expr:
+def polynomial(kernel: Kernel, x: Expr, coefficients: Sequence[float], lanes: int) -> Expr:
     """sum(c_i * x**i), by Horner's rule."""
     value = float32(coefficients[-1], lanes)
     for coefficient in reversed(coefficients[:-1]):

@@ -11,16 +11,32 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fxopt.backends.tvm.emit import Expr, Kernel, each, float32, int32, spread, tail
-from fxopt.backends.tvm.kernels.rows import softmax_row
+from fxopt.backends.tvm.kernels.approximations import exp_below_one
+from fxopt.backends.tvm.kernels.rows import add, reduce_row
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 
 _QUERIES = 4  # queries that share the loads of keys and values
 
 
+Strides = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where an operand lies: strides of batch, head and row (the last axis is contiguous), offset, elements in all."""
+
+    strides: Strides
+    offset: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Attention:
-    """q [batch, heads, queries, width], k [batch, key_heads, keys, width], v [..., keys, value_width]."""
+    """q [batch, heads, queries, width], k [batch, key_heads, keys, width], v [..., keys, value_width].
+
+    The result lies as [batch, queries, heads, value_width].
+    """
 
     batch: int
     heads: int
@@ -30,6 +46,7 @@ class Attention:
     width: int
     value_width: int
     scale: float
+    placed: tuple[Placed, Placed, Placed]  # q, k, v
     causal: bool = False
     mask: Literal["", "float32", "bool"] = ""
     mask_strides: tuple[int, int, int] = (0, 0, 0)  # of batch, head, query; keys are contiguous
@@ -42,15 +59,13 @@ class Attention:
 
 
 def attention(name: str, size: Attention, machine: Machine) -> Any:
-    """`void NAME(q, k, v, [mask], scratch, y [batch, heads, queries, value_width])`.
+    """`void NAME(q, k, v, [mask], scratch, y)`.
 
     A float mask is added to the scores; a bool one (as bytes) keeps the keys where it is true. A query without any key
     gives NaN, as the definition does.
     """
     kernel = Kernel(name)
-    q = kernel.buffer("q", size.batch * size.heads * size.queries * size.width)
-    k = kernel.buffer("k", size.batch * size.key_heads * size.keys * size.width)
-    v = kernel.buffer("v", size.batch * size.key_heads * size.keys * size.value_width)
+    q, k, v = (kernel.buffer(key, place.count) for key, place in zip("qkv", size.placed, strict=True))
     mask = (
         kernel.buffer("mask", size.mask_size, "float32" if size.mask == "float32" else "uint8") if size.mask else None
     )
@@ -59,15 +74,14 @@ def attention(name: str, size: Attention, machine: Machine) -> Any:
     emitter = _Emitter(kernel, size, machine, q, k, v, mask, scratch, y)
     shared = size.heads // size.key_heads
     with kernel.loop(size.batch, "b") as b, kernel.loop(size.key_heads, "kh") as key_head:
-        pair = kernel.let(b * size.key_heads + key_head)
-        emitter.transpose(pair)
+        emitter.transpose(b, key_head)
         with kernel.loop(shared, "h") as h:
             head = kernel.let(key_head * shared + h)
             full, rest = divmod(size.queries, _QUERIES)
             with kernel.loop(full, "q") as block:
-                emitter.block(b, head, pair, block * _QUERIES, _QUERIES)
+                emitter.block(b, head, key_head, block * _QUERIES, _QUERIES)
             if rest:
-                emitter.block(b, head, pair, int32(full * _QUERIES), rest)
+                emitter.block(b, head, key_head, int32(full * _QUERIES), rest)
     return kernel.function()
 
 
@@ -83,31 +97,56 @@ class _Emitter:
     scratch: Any
     y: Any
 
-    def transpose(self, pair: Expr) -> None:
+    def start(self, operand: int, batch: Expr, head: Expr) -> Expr:
+        """Where a head's rows of q (0), k (1) or v (2) begin."""
+        place = self.size.placed[operand]
+        return self.kernel.let(batch * place.strides[0] + head * place.strides[1] + place.offset)
+
+    def transpose(self, b: Expr, key_head: Expr) -> None:
         """The keys of one head as [width, keys] behind the scores: scores are then sums along lanes of keys."""
         size, kernel = self.size, self.kernel
-        start = kernel.let(pair * (size.keys * size.width))
+        start, step = self.start(1, b, key_head), size.placed[1].strides[2]
         with kernel.loop(size.width, "d") as d:
             place = kernel.let(d * size.keys + _QUERIES * size.keys)
 
             def copy(at: Expr, lanes: int) -> None:
-                value = kernel.load(self.k, start + at * size.width + d, lanes, size.width)
+                value = kernel.load(self.k, start + at * step + d, lanes, step)
                 kernel.store(self.scratch, place + at, value, lanes)
 
             each(kernel, size.keys, self.machine.lanes, copy)
 
-    def block(self, b: Expr, head: Expr, pair: Expr, query: Expr, count: int) -> None:
+    def block(self, b: Expr, head: Expr, key_head: Expr, query: Expr, count: int) -> None:
         """Scores, softmax and the weighted sum of the values for `count` queries."""
         size, kernel = self.size, self.kernel
-        first = kernel.let((b * size.heads + head) * size.queries + query)
+        first = kernel.let(self.start(0, b, head) + query * size.placed[0].strides[2])
         lanes = self.machine.lanes
         each_pair = 2 * lanes if size.keys >= 2 * lanes else lanes
         each(kernel, size.keys, each_pair, lambda at, n: self.scores(first, query, (b, head), at, n, count))
+        shares = kernel.local(count)
         for i in range(count):
-            softmax_row(kernel, self.machine, size.keys, self.scratch, int32(i * size.keys), self.scratch,
-                        int32(i * size.keys))  # fmt: skip
-        values = kernel.let(pair * (size.keys * size.value_width))
-        each(kernel, size.value_width, each_pair, lambda at, n: self.weighted(first, values, at, n, count))
+            kernel.store(shares, i, float32(1.0) / self.exponentials(i * size.keys))
+        values = self.start(2, b, key_head)
+        result = kernel.let(((b * size.queries + query) * size.heads + head) * size.value_width)
+        each(kernel, size.value_width, each_pair, lambda at, n: self.weighted(result, values, at, n, count, shares))
+
+    def exponentials(self, start: int) -> Expr:
+        """e**(score - largest) in the place of a row of scores; returns their sum.
+
+        A NaN among the scores may get lost in the maximum; its exponential is NaN all the same.
+        """
+        kernel, keys, scratch = self.kernel, self.size.keys, self.scratch
+
+        def score(at: Expr, n: int) -> Expr:
+            return kernel.let(kernel.load(scratch, at + start, n))
+
+        high = reduce_row(kernel, self.machine, keys, -math.inf, lambda a, b: tirx.Max(b, a), score)
+
+        def exponential(at: Expr, n: int) -> Expr:
+            value = exp_below_one(kernel, kernel.let(score(at, n) - spread(high, n)), n)
+            kernel.store(scratch, at + start, value, n)
+            return value
+
+        return reduce_row(kernel, self.machine, keys, 0.0, add, exponential)
 
     def scores(self, first: Expr, query: Expr, where: tuple[Expr, Expr], at: Expr, lanes: int, count: int) -> None:
         """`count` queries times `lanes` keys."""
@@ -121,7 +160,7 @@ class _Emitter:
             place = d * size.keys + _QUERIES * size.keys
             keys = [kernel.let(kernel.load(self.scratch, place + at + offset, n)) for offset, n in pieces]
             for i in range(count):
-                value = kernel.let(kernel.load(self.q, (first + i) * size.width + d))
+                value = kernel.let(kernel.load(self.q, first + i * size.placed[0].strides[2] + d))
                 for (offset, n), key in zip(pieces, keys, strict=True):
                     old = kernel.load(sums, i * lanes + offset, n)
                     kernel.store(sums, i * lanes + offset, old + spread(value, n) * key, n)
@@ -147,8 +186,8 @@ class _Emitter:
             score = tirx.Select(keys <= spread(query, lanes), score, none)
         return score
 
-    def weighted(self, first: Expr, values: Expr, at: Expr, lanes: int, count: int) -> None:
-        """`count` results of `lanes` columns."""
+    def weighted(self, result: Expr, values: Expr, at: Expr, lanes: int, count: int, shares: Any) -> None:
+        """`count` results of `lanes` columns, by the sums of their exponentials."""
         size, kernel = self.size, self.kernel
         sums = kernel.local(count * lanes)
         pieces = tail(lanes, self.machine.lanes)
@@ -156,7 +195,7 @@ class _Emitter:
             for offset, n in pieces:
                 kernel.store(sums, i * lanes + offset, float32(0.0, n), n)
         with kernel.loop(size.keys, "key") as key:
-            row = values + key * size.value_width + at
+            row = values + key * size.placed[2].strides[2] + at
             loaded = [kernel.let(kernel.load(self.v, row + offset, n)) for offset, n in pieces]
             for i in range(count):
                 weight = kernel.let(kernel.load(self.scratch, key + i * size.keys))
@@ -165,5 +204,6 @@ class _Emitter:
                     kernel.store(sums, i * lanes + offset, old + spread(weight, n) * value, n)
         for i in range(count):
             for offset, n in pieces:
-                place = (first + i) * size.value_width + at + offset
-                kernel.store(self.y, place, kernel.load(sums, i * lanes + offset, n), n)
+                place = result + i * (size.heads * size.value_width) + at + offset
+                value = kernel.load(sums, i * lanes + offset, n) * spread(kernel.load(shares, i), n)
+                kernel.store(self.y, place, value, n)

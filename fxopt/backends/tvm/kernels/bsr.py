@@ -81,7 +81,7 @@ def bsr(
     def walk(panel: Expr) -> tuple[Expr, Step]:
         first = kernel.let(kernel.load(starts, panel))
         extent = kernel.let(kernel.load(starts, panel + 1) - first)
-        return extent, lambda p: (kernel.let(kernel.load(inputs, first + p)), (first + p) * width)
+        return extent, lambda p: [(kernel.let(kernel.load(inputs, first + p)), (first + p) * width)]
 
     emit_rows(kernel, size, machine, (x, values, bias, y), [walk])
     return kernel.function()

@@ -21,6 +21,7 @@ from fxopt.backends.tvm.machine import Machine
 
 Floats = npt.NDArray[np.float32]
 _SCRATCH_BYTES = 128 * 1024  # patches of a block: they stay in the second-level cache
+_BLOCK_BYTES = 24 * 1024  # pixels that stay in the first-level cache while all panels go past them
 
 
 @dataclass(frozen=True)
@@ -190,25 +191,35 @@ class _Emitter:
         each(kernel, count, self.machine.lanes, lambda at, n: kernel.store(self.scratch, to + at, float32(0.0, n), n))
 
     def product(self, source: Any, start: Expr, pixels: int, row: int, group: Expr, place: Expr) -> None:
-        """Panels of outputs times tiles of pixels; `row` is the distance of two inputs, `place` that of the result."""
+        """Blocks of pixels, in them panels of outputs, in them tiles of pixels.
+
+        Args:
+            row: the distance of two inputs.
+            place: where the result lies.
+        """
         kernel, machine, size = self.kernel, self.machine, self.size
-        per_group = size.outputs // size.groups
-        full, rest = divmod(per_group, machine.outputs)
-        tiles, left = divmod(pixels, machine.pixels)
+        full, rest = divmod(size.outputs // size.groups, machine.outputs)
+        block = max(1, _BLOCK_BYTES // (4 * max(size.inner, 1)) // machine.pixels) * machine.pixels
 
-        def tile(panel: Expr, outputs: int, pixel: Expr, count: int) -> None:
-            self.tile(source, start + pixel, row, group, panel, outputs, place + pixel, count)
-
-        def all_pixels(panel: Expr, outputs: int) -> None:
+        def panel(number: Expr, outputs: int, pixel: Expr, count: int) -> None:
+            tiles, left = divmod(count, machine.pixels)
             with kernel.loop(tiles, "tile") as index:
-                tile(panel, outputs, index * machine.pixels, machine.pixels)
+                at = pixel + index * machine.pixels
+                self.tile(source, start + at, row, group, number, outputs, place + at, machine.pixels)
             if left:
-                tile(panel, outputs, int32(tiles * machine.pixels), left)
+                at = pixel + tiles * machine.pixels
+                self.tile(source, start + at, row, group, number, outputs, place + at, left)
 
-        with kernel.loop(full, "panel") as panel:
-            all_pixels(panel, machine.outputs)
-        if rest:
-            all_pixels(int32(full), rest)
+        def panels(pixel: Expr, count: int) -> None:
+            with kernel.loop(full, "panel") as number:
+                panel(number, machine.outputs, pixel, count)
+            if rest:
+                panel(int32(full), rest, pixel, count)
+
+        with kernel.loop(pixels // block, "block") as index:
+            panels(index * block, block)
+        if pixels % block:
+            panels(int32(pixels - pixels % block), pixels % block)
 
     def walk(self, group: Expr, panel: Expr) -> tuple[Expr, Callable[[Expr], tuple[Expr, Expr]]]:
         """How many inputs a panel keeps, and for the p-th one its number and its weights' offset."""

@@ -27,7 +27,7 @@ def dense(name: str, rows: int, inner: int, outputs: int, machine: Machine, acti
 
     def walk(start: int, count: int) -> Walk:
         def of_panel(panel: Expr) -> tuple[Expr, Step]:
-            return count, lambda p: (p + start, (panel * inner + start + p) * size.width)
+            return count, lambda p: [(p + start, (panel * inner + start + p) * size.width)]
 
         return of_panel
 

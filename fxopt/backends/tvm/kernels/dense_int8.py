@@ -1,189 +1,223 @@
-"""y = act((q - zero) @ C.T * scales + b): 8-bit codes of x and W, 32-bit sums, float32 results.
+"""y = act((q - zero) @ C.T * scales + b [+ residual]): 8-bit codes of x and W, 32-bit sums, float32 results or codes.
 
-x is rounded to bytes once per call (static scale and zero point), in the range that the machine's instruction takes:
-
-- `vpdpbusd` (AVX-512 VNNI, AVX-VNNI): unsigned bytes times signed ones, exact;
-- `vpmaddubsw` (AVX2): the same, but pairs are summed in 16 bits, so x has 7 bits: 2 * 127 * 127 < 2**15;
-- `sdot` (Arm): signed times signed;
-- `relaxed_dot` (WebAssembly relaxed SIMD): x has 7 bits, since what a set top bit does is the engine's choice;
-- `dot_i16x8` (WebAssembly) and `smull` (Arm without dot product): widened to 16 bits, pairs are summed in 32.
-
-The zero point is folded into the bias: sum((q - z) c) = sum(q c) - z sum(c).
+Rows are worked off in blocks that the second-level cache holds, in them panels of outputs, in them register tiles.
+`fxopt.backends.tvm.kernels.dot` has the instructions, and how codes are stored for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from fxopt.backends.tvm.emit import (
-    Expr,
-    Kernel,
-    cast,
-    each,
-    float32,
-    int32,
-    intrinsic,
-    reinterpret,
-    spread,
-    tail,
-    typed,
-)
+from fxopt.backends.tvm.codes import Levels
+from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, float32, int32, reinterpret, spread, tail, typed
 from fxopt.backends.tvm.kernels.activations import Activation, apply
+from fxopt.backends.tvm.kernels.dot import Dot, in_groups, load_weights, multiply, spread_group
+from fxopt.backends.tvm.kernels.quantize import rounded
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
+from fxopt.backends.tvm.values import tvm_type
 
-Codes = npt.NDArray[np.int8]
+_LEAST_ROWS = 8  # from which a panel is widened ahead
+_BLOCK_BYTES = 192 * 1024  # codes of rows that stay in the second-level cache while all panels go past them
 
 
 @dataclass(frozen=True)
-class Range:
-    """The codes of x for a machine: low ... high, of `dtype`, `group` of them summed into a lane at a time."""
+class Product:
+    """x [rows, inner] times the codes of W.
 
-    low: int
-    high: int
-    dtype: str
-    group: int
+    Attributes:
+        ranged: the scale and zero point of x are found at run time: `scales` are then those of W alone, and `starts`
+            its column sums; else `scales` are those of the products, and `starts` the column sums times offset - zero.
+        residual: another float32 [rows, outputs] is added behind the activation.
+        levels: y is rounded to these; None: it is float32.
+        factors: before, y is multiplied with a factor per output.
+    """
 
+    rows: int
+    inner: int
+    outputs: int
+    activation: Activation = ""
+    ranged: bool = False
+    residual: bool = False
+    levels: Levels | None = None
+    factors: bool = False
 
-def code_range(machine: Machine) -> Range:
-    """Which integers x is rounded to."""
-    if machine.dot == "vpdpbusd":
-        return Range(0, 255, "uint8", 4)
-    if machine.dot in ("vpmaddubsw", "relaxed_dot"):
-        return Range(0, 127, "uint8", 4)
-    if machine.dot == "sdot":
-        return Range(-128, 127, "int8", 4)
-    return Range(-128, 127, "int16", 2)
-
-
-def padded(inner: int, machine: Machine) -> int:
-    """Inputs, rounded up to whole groups."""
-    group = code_range(machine).group
-    return -(-inner // group) * group
-
-
-def pack_int8(codes: Codes, machine: Machine) -> npt.NDArray[Any]:
-    """[out, in] codes in -127 ... 127 -> [panels, in / group, columns, group], zero padded, int16 where group is 2."""
-    group, width = code_range(machine).group, machine.columns
-    outputs, inner = codes.shape
-    whole = np.zeros((-(-outputs // width) * width, padded(inner, machine)), np.int8 if group == 4 else np.int16)
-    whole[:outputs, :inner] = codes
-    return np.ascontiguousarray(whole.reshape(-1, width, whole.shape[1] // group, group).transpose(0, 2, 1, 3))
+    @property
+    def block(self) -> int:
+        """Rows that are worked off together, at most."""
+        return max(8, _BLOCK_BYTES // max(2 * self.inner, 1) // 8 * 8)
 
 
-def code_sums(codes: Codes, zero: int, width: int) -> npt.NDArray[np.int32]:
-    """-zero * sum(c) per output, padded to whole panels: what the sums start from."""
-    sums = np.zeros(-(-codes.shape[0] // width) * width, np.int32)
-    sums[: codes.shape[0]] = -zero * codes.astype(np.int32).sum(1)
-    return sums
+def work_space(size: Product, dot: Dot, machine: Machine) -> tuple[str, int]:
+    """Type and number of values: sums of rows for raised weights, or a panel of weights in 16 bits; none: ("", 0).
+
+    WebAssembly engines keep an inner loop of 16-bit loads in registers, and one that widens bytes not always.
+    """
+    if dot.raised:
+        return "int32", min(size.rows, size.block)
+    if machine.family == "wasm" and size.rows >= _LEAST_ROWS:
+        return "int16", in_groups(size.inner, dot) * machine.columns
+    return "", 0
 
 
-def quantize(name: str, rows: int, inner: int, scale: float, zero: int, machine: Machine) -> Any:
-    """`void NAME(x [rows, inner], q [rows, padded])`: clamp(round(x / scale) + zero), half to even; NaN: low end."""
-    codes = code_range(machine)
-    width = padded(inner, machine)
-    kernel = Kernel(name)
-    x, q = kernel.buffer("x", rows * inner), kernel.buffer("q", rows * width, codes.dtype)
-    magic = 12582912.0  # 1.5 * 2**23: adding it rounds half to even, and the integer is in the low bits
-    with kernel.loop(rows, "row") as row:
+def dense_int8(name: str, size: Product, dot: Dot, machine: Machine) -> Any:
+    """`void NAME(q, w, starts, scales, bias, [range], [residual], [factors], [work space], y)`.
 
-        def write(at: Expr, n: int, row: Expr = row) -> None:
-            scaled = kernel.load(x, row * inner + at, n) / float32(scale, n)
-            low, high = float32(float(codes.low - zero), n), float32(float(codes.high - zero), n)
-            clamped = kernel.let(tirx.Min(tirx.Max(scaled, low), high))
-            rounded = reinterpret(typed("int32", n), kernel.let(clamped + float32(magic, n)))
-            start = spread(tirx.IntImm("int32", 0x4B400000 - zero), n)
-            kernel.store(q, row * width + at, cast(typed(codes.dtype, n), rounded - start), n)
-
-        each(kernel, inner, machine.lanes, write)
-        for extra in range(inner, width):
-            kernel.store(q, row * width + extra, tirx.IntImm(codes.dtype, 0))
-    return kernel.function()
+    q: [rows, inner in whole groups] as `dot.x` says; w as `pack_codes` gives; starts int32, scales, bias and factors
+    float32, all padded to whole panels; range float32 [2].
+    """
+    return _Writer(name, size, dot, machine).function()
 
 
-def dense_int8(name: str, rows: int, inner: int, outputs: int, machine: Machine, activation: Activation = "") -> Any:
-    """`void NAME(q [rows, padded], w, starts, scales, bias, y [rows, outputs])`; scales are weight scale * x scale."""
-    codes = code_range(machine)
-    groups, width = padded(inner, machine) // codes.group, machine.columns
-    panels = -(-outputs // width)
-    kernel = Kernel(name)
-    q = kernel.buffer("q", rows * groups * codes.group, codes.dtype)
-    w = kernel.buffer("w", panels * groups * width * codes.group, "int8" if codes.group == 4 else "int16")
-    starts = kernel.buffer("starts", panels * width, "int32")
-    scales, bias = kernel.buffer("scales", panels * width), kernel.buffer("bias", panels * width)
-    y = kernel.buffer("y", rows * outputs)
-    lanes = machine.lanes
+class _Writer:
+    def __init__(self, name: str, size: Product, dot: Dot, machine: Machine) -> None:
+        self.kernel, self.size, self.dot, self.machine = Kernel(name), size, dot, machine
+        self.groups, self.width = in_groups(size.inner, dot) // dot.group, machine.columns
+        kernel, panels = self.kernel, -(-size.outputs // self.width)
+        self.q = kernel.buffer("q", size.rows * self.groups * dot.group, tvm_type(dot.x.dtype))
+        self.w = kernel.buffer("w", panels * self.groups * self.width * dot.group, dot.weights)
+        self.starts = kernel.buffer("starts", panels * self.width, "int32")
+        self.scales, self.bias = (kernel.buffer(key, panels * self.width) for key in ("scales", "bias"))
+        self.range = kernel.buffer("range", 2) if size.ranged else None
+        self.residual = kernel.buffer("residual", size.rows * size.outputs) if size.residual else None
+        self.factors = kernel.buffer("factors", panels * self.width) if size.factors else None
+        kind, count = work_space(size, dot, machine)
+        self.row_sums = kernel.buffer("row_sums", count, kind) if kind == "int32" else None
+        self.wide = kernel.buffer("wide", count, kind) if kind == "int16" else None
+        kind = "float32" if size.levels is None else tvm_type(size.levels.stored.dtype)
+        self.y = kernel.buffer("y", size.rows * size.outputs, kind)
+        self.scale = self.raise_by = None
+        if self.range is not None:
+            self.scale = kernel.let(kernel.load(self.range, 0))
+            if dot.x.offset is not None:
+                self.raise_by = kernel.let(int32(dot.x.offset) - cast("int32", kernel.load(self.range, 1)))
 
-    def tile(panel: Expr, row: Expr, count: int, columns: int) -> None:
+    def function(self) -> Any:
+        kernel, size = self.kernel, self.size
+        full, rest = divmod(size.rows, size.block)
+        with kernel.loop(full, "block") as index:
+            self.block(index * size.block, size.block)
+        if rest:
+            self.block(int32(full * size.block), rest)
+        return kernel.function()
+
+    def block(self, start: Expr, rows: int) -> None:
+        """All panels past some rows."""
+        kernel, size = self.kernel, self.size
+        if self.row_sums is not None:
+            self.add_up_rows(start, rows)
+        full, rest = divmod(size.outputs, self.width)
+
+        def panel(number: Expr, columns: int) -> None:
+            height = self.machine.dot_rows if self.wide is not None or self.dot.group == 4 else 3
+            if self.wide is not None:
+                self.widen(number)
+            tiles, left = divmod(rows, height)
+            with kernel.loop(tiles, "tile") as index:
+                self.tile(number, start, index * height, height, columns)
+            if left:
+                self.tile(number, start, int32(tiles * height), left, columns)
+
+        with kernel.loop(full, "panel") as number:
+            panel(number, self.width)
+        if rest:
+            panel(int32(full), rest)
+
+    def widen(self, panel: Expr) -> None:
+        """A panel's codes in 16 bits."""
+        kernel, count = self.kernel, self.groups * self.dot.group * self.width
+
+        def write(at: Expr, n: int) -> None:
+            value = cast(typed("int16", n), kernel.load(self.w, panel * count + at, n))
+            kernel.store(self.wide, at, value, n)
+
+        each(kernel, count, 8, write)
+
+    def add_up_rows(self, start: Expr, rows: int) -> None:
+        """-raised * the sum of the stored codes of each row."""
+        kernel, inner = self.kernel, self.groups * self.dot.group
+        with kernel.loop(rows, "row") as row:
+            total = kernel.local(4, "int32")
+            kernel.store(total, 0, spread(int32(0), 4), 4)
+            place = kernel.let((start + row) * inner)
+            with kernel.loop(inner // 16, "v") as v:
+                ones = spread(tirx.IntImm("uint8", 1), 16)
+                codes = kernel.load(self.q, place + v * 16, 16)
+                kernel.store(total, 0, multiply(self.dot, kernel.load(total, 0, 4), codes, ones, 4), 4)
+            parts = [kernel.load(total, lane) for lane in range(4)]
+            parts += [cast("int32", kernel.load(self.q, place + i)) for i in range(inner // 16 * 16, inner)]
+            value: Expr = int32(0)
+            for part in parts:
+                value = value + part
+            kernel.store(self.row_sums, row, value * int32(-self.dot.raised))
+
+    def tile(self, panel: Expr, start: Expr, row: Expr, count: int, columns: int) -> None:
+        """`count` rows times a panel, of whose outputs `columns` exist."""
+        kernel, dot, width, lanes = self.kernel, self.dot, self.width, self.machine.lanes
         sums = kernel.local(count * width, "int32")
+        vectors = range(0, width, lanes)
         for r in range(count):
-            for v in range(0, width, lanes):
-                kernel.store(sums, r * width + v, kernel.load(starts, panel * width + v, lanes), lanes)
-        with kernel.loop(groups, "g") as g:
-            size = lanes * codes.group
-            place = (panel * groups + g) * (width * codes.group)
-            weights = [kernel.let(kernel.load(w, place + v * codes.group, size)) for v in range(0, width, lanes)]
+            for v in vectors:
+                kernel.store(sums, r * width + v, self.first(panel * width + v, row + r), lanes)
+
+        def step(g: Expr, group_of: Callable[[int], Expr]) -> None:
+            if self.wide is not None:
+                place = g * (width * dot.group)
+                weights = [kernel.let(kernel.load(self.wide, place + 2 * v, 2 * lanes)) for v in vectors]
+            else:
+                place = (panel * self.groups + g) * (width * dot.group)
+                weights = [load_weights(kernel, dot, self.w, place + v * dot.group, lanes) for v in vectors]
             for r in range(count):
-                some = kernel.load(q, ((row + r) * groups + g) * codes.group, codes.group)
-                value = kernel.let(spread(reinterpret("int32", some), lanes))
-                for v, weight in zip(range(0, width, lanes), weights, strict=True):
+                value = group_of(r)
+                for v, weight in zip(vectors, weights, strict=True):
                     old = kernel.load(sums, r * width + v, lanes)
-                    kernel.store(sums, r * width + v, _dot(machine, old, value, weight), lanes)
+                    kernel.store(sums, r * width + v, multiply(dot, old, value, weight, lanes), lanes)
+
+        def of_row(r: int, g: Expr) -> Expr:
+            return spread_group(kernel, dot, self.q, ((start + row + r) * self.groups + g) * dot.group, lanes)
+
+        fours = self.groups // 4 if dot.instruction == "sdot" else 0  # it takes a lane of x as it is
+        if fours:
+            with kernel.loop(fours, "g") as four:
+                at = [((start + row + r) * self.groups + four * 4) * dot.group for r in range(count)]
+                loaded = [kernel.let(reinterpret("int32x4", kernel.load(self.q, place, 16))) for place in at]
+                for j in range(4):
+                    step(four * 4 + j, lambda r, j=j: tirx.Shuffle([loaded[r]], [int32(j)] * 4))  # type: ignore[misc]
+        with kernel.loop(self.groups - 4 * fours, "g") as g:
+            step(g + 4 * fours, lambda r: of_row(r, g + 4 * fours))
         for r in range(count):
             for v, n in tail(columns, lanes):
-                at = panel * width + v
-                value = cast(typed("float32", n), kernel.load(sums, r * width + v, n)) * kernel.load(scales, at, n)
-                value = apply(kernel, activation, kernel.let(value + kernel.load(bias, at, n)), n)
-                kernel.store(y, (row + r) * outputs + at, value, n)
+                total = cast(typed("float32", n), kernel.load(sums, r * width + v, n))
+                self.finish(kernel.let(total), panel * width + v, start + row + r, n)
 
-    def panel_of(panel: Expr, columns: int) -> None:
-        tile_rows = min(machine.rows, 4)
-        full, rest = divmod(rows, tile_rows)
-        with kernel.loop(full, "tile") as index:
-            tile(panel, index * tile_rows, tile_rows, columns)
-        if rest:
-            tile(panel, int32(full * tile_rows), rest, columns)
+    def first(self, column: Expr, row: Expr) -> Expr:
+        """What the sums of a row start from."""
+        kernel, lanes = self.kernel, self.machine.lanes
+        ranged_wide = self.size.ranged and self.raise_by is None
+        value = spread(int32(0), lanes) if ranged_wide else kernel.load(self.starts, column, lanes)
+        if self.raise_by is not None:
+            value = value * spread(self.raise_by, lanes)
+        if self.row_sums is not None:
+            value = value + spread(kernel.load(self.row_sums, row), lanes)
+        return value
 
-    full, rest = divmod(outputs, width)
-    with kernel.loop(full, "panel") as panel:
-        panel_of(panel, width)
-    if rest:
-        panel_of(int32(full), rest)
-    return kernel.function()
-
-
-def _dot(machine: Machine, sums: Expr, x: Expr, w: Expr) -> Expr:
-    """sums + the products of each lane's group; x holds one group's codes in every lane's 32 bits."""
-    n = machine.lanes
-    sum_type, bytes_type = typed("int32", n), typed("int8", 4 * n)
-    if machine.dot == "vpdpbusd":
-        x = reinterpret(typed("uint8", 4 * n), x)
-        return intrinsic(sum_type, f"llvm.x86.avx512.vpdpbusd.{32 * n}", sums, x, w)
-    if machine.dot == "vpmaddubsw":
-        names = {8: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
-                 16: ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512")}[n]  # fmt: skip
-        pairs = intrinsic(typed("int16", 2 * n), names[0], reinterpret(bytes_type, x), w)
-        ones = spread(tirx.IntImm("int16", 1), 2 * n)
-        return sums + intrinsic(sum_type, names[1], pairs, ones)
-    if machine.dot == "sdot":
-        return intrinsic(sum_type, "llvm.aarch64.neon.sdot.v4i32.v16i8", sums, w, reinterpret(bytes_type, x))
-    if machine.dot == "relaxed_dot":
-        return intrinsic(sum_type, "llvm.wasm.relaxed.dot.i8x16.i7x16.add.signed", w, reinterpret(bytes_type, x), sums)
-    pairs = reinterpret(typed("int16", 2 * n), x)
-    if machine.dot == "dot_i16x8":
-        return sums + intrinsic(sum_type, "llvm.wasm.dot", w, pairs)
-    return sums + _pairwise(pairs, w, n)
+    def finish(self, total: Expr, column: Expr, row: Expr, n: int) -> None:
+        """Scale, bias, activation, residual, rounding."""
+        kernel, size = self.kernel, self.size
+        scale = kernel.load(self.scales, column, n)
+        scale = scale if self.scale is None else scale * spread(self.scale, n)
+        value = kernel.let(total * scale + kernel.load(self.bias, column, n))
+        value = kernel.let(apply(kernel, size.activation, value, n))
+        at = row * size.outputs + column
+        if self.residual is not None:
+            value = value + kernel.load(self.residual, at, n)
+        if self.factors is not None:
+            value = value * kernel.load(self.factors, column, n)
+        if size.levels is not None:
+            value = rounded(size.levels, kernel.let(value / float32(size.levels.scale, n)), n)
+        kernel.store(self.y, at, value, n)
 
 
-def _pairwise(a: Expr, b: Expr, lanes: int) -> Expr:
-    """a[2i] b[2i] + a[2i+1] b[2i+1] in 32 bits: even and odd halves by shifts, which LLVM makes into smull or mla."""
-    wide = typed("int32", lanes)
-    a32, b32 = reinterpret(wide, a), reinterpret(wide, b)
-    by = spread(tirx.IntImm("int32", 16), lanes)
-    odd = (a32 >> by) * (b32 >> by)
-    even = ((a32 << by) >> by) * ((b32 << by) >> by)
-    return even + odd
+__all__ = ["Product", "dense_int8", "work_space"]

@@ -1,16 +1,21 @@
 """Depthwise convolution [N, C, H, W]: each plane is copied into a padded scratch, split by phases of the stride.
 
 With the columns of one phase side by side, every load of the sum is a contiguous vector, whatever the stride.
+8-bit codes are summed as floats too: below 2**24 these are integers, which the products of a small window stay.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from fxopt.backends.tvm.codes import Levels
 from fxopt.backends.tvm.emit import Expr, Kernel, each, float32, spread
 from fxopt.backends.tvm.kernels.activations import apply
 from fxopt.backends.tvm.kernels.conv import Conv
+from fxopt.backends.tvm.kernels.quantize import float_of, rounded
 from fxopt.backends.tvm.machine import Machine
+from fxopt.backends.tvm.values import tvm_type
 
 
 def depthwise_scratch(size: Conv) -> int:
@@ -19,24 +24,34 @@ def depthwise_scratch(size: Conv) -> int:
     return rows * phases * columns
 
 
-def depthwise(name: str, size: Conv, machine: Machine) -> Any:
-    """`void NAME(x, w [out, kh, kw], bias [out], scratch, y)`; `size.groups` is the number of channels."""
+def depthwise(name: str, size: Conv, machine: Machine, levels: tuple[Levels, Levels] | None = None) -> Any:
+    """`void NAME(x, w [out, kh, kw], bias [out], [scales [out]], scratch, y)`; `size.groups` is the number of channels.
+
+    Args:
+        levels: of x and y, which are then codes; w and bias are integers, and scales those of x and w over that of y.
+    """
     kernel = Kernel(name)
     per_channel = size.outputs // size.channels
-    x = kernel.buffer("x", size.batch * size.channels * size.height * size.width)
+    kinds = ["float32"] * 2 if levels is None else [tvm_type(item.stored.dtype) for item in levels]
+    x = kernel.buffer("x", size.batch * size.channels * size.height * size.width, kinds[0])
     w = kernel.buffer("w", size.outputs * size.kernel[0] * size.kernel[1])
     bias = kernel.buffer("bias", size.outputs)
+    scales = None if levels is None else kernel.buffer("scales", size.outputs)
     scratch = kernel.buffer("scratch", depthwise_scratch(size))
-    y = kernel.buffer("y", size.batch * size.outputs * size.out_height * size.out_width)
+    y = kernel.buffer("y", size.batch * size.outputs * size.out_height * size.out_width, kinds[1])
+    integers = None if levels is None else replace(levels[0], scale=1.0)
     each(
         kernel, depthwise_scratch(size), machine.lanes,
         lambda at, n: kernel.store(scratch, at, float32(0.0, n), n),
     )  # fmt: skip
     with kernel.loop(size.batch, "n") as n, kernel.loop(size.channels, "c") as c:
-        _copy(kernel, size, machine, x, kernel.let((n * size.channels + c) * (size.height * size.width)), scratch)
+        start = kernel.let((n * size.channels + c) * (size.height * size.width))
+        _copy(kernel, size, machine, (x, scratch), start, integers)
         with kernel.loop(per_channel, "o") as o:
             channel = kernel.let(c * per_channel + o)
-            _sum(kernel, size, machine, (w, bias, scratch, y), n, channel)
+            _sum(
+                kernel, size, machine, (w, bias, scales, scratch, y), n, channel, None if levels is None else levels[1]
+            )
     return kernel.function()
 
 
@@ -47,8 +62,9 @@ def _plane(size: Conv) -> tuple[int, int, int]:
     return rows, size.stride[1], -(-reach // size.stride[1])
 
 
-def _copy(kernel: Kernel, size: Conv, machine: Machine, x: Any, start: Expr, scratch: Any) -> None:
+def _copy(kernel: Kernel, size: Conv, machine: Machine, buffers: Any, start: Expr, codes: Levels | None) -> None:
     """The inner part of the padded plane; its border stays zero."""
+    x, scratch = buffers
     rows, phases, columns = _plane(size)
     count = min(size.height, rows - size.pads[0])
     with kernel.loop(max(count, 0), "h") as h:
@@ -60,13 +76,16 @@ def _copy(kernel: Kernel, size: Conv, machine: Machine, x: Any, start: Expr, scr
             source = kernel.let(start + h * size.width + first)
 
             def copy(at: Expr, lanes: int, to: Expr = to, source: Expr = source) -> None:
-                kernel.store(scratch, to + at, kernel.load(x, source + at * phases, lanes, phases), lanes)
+                value = kernel.load(x, source + at * phases, lanes, phases)
+                kernel.store(scratch, to + at, value if codes is None else float_of(codes, value, lanes), lanes)
 
             each(kernel, max(inside, 0), machine.lanes, copy)
 
 
-def _sum(kernel: Kernel, size: Conv, machine: Machine, buffers: Any, n: Expr, channel: Expr) -> None:
-    w, bias, scratch, y = buffers
+def _sum(
+    kernel: Kernel, size: Conv, machine: Machine, buffers: Any, n: Expr, channel: Expr, levels: Levels | None
+) -> None:
+    w, bias, scales, scratch, y = buffers
     _, phases, columns = _plane(size)
     kh, kw = size.kernel
     weights = [kernel.let(kernel.load(w, channel * (kh * kw) + i)) for i in range(kh * kw)]
@@ -82,7 +101,10 @@ def _sum(kernel: Kernel, size: Conv, machine: Machine, buffers: Any, n: Expr, ch
                     row = (oh * size.stride[0] + i * size.dilation[0]) * phases + shift % phases
                     loaded = kernel.load(scratch, row * columns + shift // phases + at, lanes)
                     value = value + spread(weights[i * kw + j], lanes) * loaded
-            result = apply(kernel, size.activation, kernel.let(value), lanes)
+            if levels is None:
+                result = apply(kernel, size.activation, kernel.let(value), lanes)
+            else:
+                result = rounded(levels, kernel.let(value * spread(kernel.load(scales, channel), lanes)), lanes)
             kernel.store(y, place + oh * size.out_width + at, result, lanes)
 
         each(kernel, size.out_width, machine.lanes, write)

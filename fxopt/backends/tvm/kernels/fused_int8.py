@@ -71,6 +71,10 @@ class Form:
     def __post_init__(self) -> None:
         if self.inner % 4 or self.inner <= 0 or self.outputs <= 0:
             raise Unsupported(f"a fused product takes a multiple of 4 inputs; given {self.inner} -> {self.outputs}")
+        self.check_results()
+
+    def check_results(self) -> None:
+        """Raise `Unsupported` where nothing is written, or a layer norm has no place for its rows."""
         if not (self.floats or self.codes):
             raise Unsupported("a fused product without results")
         if self.epilogue == "layer_norm" and not self.floats:
@@ -236,40 +240,51 @@ class _Writer:
             scale, bias = (kernel.let(kernel.load(self.at[key], at, n)) for key in ("scales", "bias"))
             for r in range(count):
                 value = cast(typed("float32", n), kernel.load(sums, r * width + v, n)) * scale + bias
-                self.finish(kernel.let(value), (row + r) * form.outputs + at, at, n)
-
-    def finish(self, value: Expr, place: Expr, at: Expr, n: int) -> None:
-        """Everything after the bias for `n` outputs of a row."""
-        kernel, form = self.kernel, self.form
-        if form.epilogue in ("residual", "layer_norm"):
-            value = kernel.let(value + kernel.load(self.at["residual"], place, n))
-        if form.epilogue == "layer_norm":
-            kernel.store(self.at["y"], place, value, n)
-            return
-        if form.epilogue == "relu":
-            value = kernel.let(tirx.Max(float32(0.0, n), value))
-        elif form.epilogue in ("gelu", "gelu_tanh"):
-            function = getattr(approximations, form.epilogue if form.floats else f"{form.epilogue}_short")
-            value = function(kernel, value, n)
-        if form.floats:
-            kernel.store(self.at["y"], place, value, n)
-        if form.codes:
-            round_to_bytes(kernel, self.at, value, place, at, n)
+                finish(kernel, form, self.at, kernel.let(value), (row + r) * form.outputs + at, at, n)
 
     def norms(self, first: Expr, count: Expr) -> None:
         """Layer norm of rows of y, in place."""
-        kernel, form, y = self.kernel, self.form, self.at["y"]
-        with kernel.loop(count, "norm") as index:
-            start = kernel.let((first + index) * form.outputs)
+        with self.kernel.loop(count, "norm") as index:
+            normed(self.kernel, self.tile.lanes, self.form, self.at, (first + index) * self.form.outputs)
 
-            def write(column: Expr, n: int, value: Expr, start: Expr = start) -> None:
-                kernel.store(y, start + column, value, n)
-                if form.codes:
-                    round_to_bytes(kernel, self.at, value, start + column, column, n)
 
-            norm_row(kernel, self.tile.lanes, form.outputs, form.eps, self.at, y, start, write)
+def activated(kernel: Kernel, form: Form, value: Expr, n: int) -> Expr:
+    """The form's activation of `n` values; short ones where only bytes are made of them."""
+    if form.epilogue == "relu":
+        return kernel.let(tirx.Max(float32(0.0, n), value))
+    if form.epilogue in ("gelu", "gelu_tanh"):
+        function = getattr(approximations, form.epilogue if form.floats else f"{form.epilogue}_short")
+        return function(kernel, value, n)
+    return value
+
+
+def finish(kernel: Kernel, form: Form, at: dict[str, Any], value: Expr, place: Expr, column: Expr, n: int) -> None:
+    """Everything after the bias for `n` outputs of a row: `column` is the first one, `place` its index in y."""
+    if form.epilogue in ("residual", "layer_norm"):
+        value = kernel.let(value + kernel.load(at["residual"], place, n))
+    if form.epilogue == "layer_norm":
+        kernel.store(at["y"], place, value, n)
+        return
+    value = activated(kernel, form, value, n)
+    if form.floats:
+        kernel.store(at["y"], place, value, n)
+    if form.codes:
+        round_to_bytes(kernel, at, value, place, column, n)
+
+
+def normed(kernel: Kernel, lanes: int, form: Form, at: dict[str, Any], row: Expr) -> None:
+    """Layer norm of a row of y, in place."""
+    y, start = at["y"], kernel.let(row)
+
+    def write(column: Expr, n: int, value: Expr) -> None:
+        kernel.store(y, start + column, value, n)
+        if form.codes:
+            round_to_bytes(kernel, at, value, start + column, column, n)
+
+    norm_row(kernel, lanes, form.outputs, form.eps, at, y, start, write)
 
 
 __all__ = [
-    "PARAMETERS", "Epilogue", "Form", "Tile", "dot", "fused_int8", "pack", "spread_codes", "starts_of", "tile_for",
+    "PARAMETERS", "Codes", "Epilogue", "Form", "Tile", "activated", "dot", "finish", "fused_int8", "normed", "pack",
+    "spread_codes", "starts_of", "tile_for",
 ]  # fmt: skip

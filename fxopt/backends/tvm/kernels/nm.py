@@ -70,12 +70,14 @@ def nm(
     bias = kernel.buffer("bias", size.panels * width)
     y = kernel.buffer("y", rows * outputs)
 
-    def walk(panel: Expr) -> tuple[Expr, Step]:
-        def step(p: Expr) -> tuple[Expr, Expr]:
-            at = panel * kept + p
-            return kernel.let(cast("int32", kernel.load(inputs, at))), at * width
+    each = 2 if machine.family == "arm" and kept % 2 == 0 else 1  # inputs per round of the loop
 
-        return kept, step
+    def walk(panel: Expr) -> tuple[Expr, Step]:
+        def step(p: Expr) -> list[tuple[Expr, Expr]]:
+            places = [panel * kept + p * each + i for i in range(each)]
+            return [(kernel.let(cast("int32", kernel.load(inputs, at))), at * width) for at in places]
+
+        return kept // each, step
 
     emit_rows(kernel, size, machine, (x, values, bias, y), [walk])
     return kernel.function()

@@ -1,7 +1,8 @@
 """Fused pointwise expressions over strided operands; a copy is the smallest of them.
 
-An expression is a tuple: ("load", operand), ("constant", value, dtype), or (operator, argument, ...). Truth values are
-TIR booleans inside an expression and bytes in memory.
+An expression is a tuple: ("load", operand), ("constant", value, dtype), ("decode", code, levels) and ("encode", value,
+levels) between float32 and 8-bit codes, or (operator, argument, ...). Truth values are TIR booleans inside an
+expression and bytes in memory.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, float32, int32, spread, typed
+from fxopt.backends.tvm.emit import Expr, Kernel, cast, differs, each, float32, int32, is_nan, spread, typed
 from fxopt.backends.tvm.kernels.activations import ACTIVATIONS, apply
 from fxopt.backends.tvm.kernels.approximations import erf, exp
+from fxopt.backends.tvm.kernels.functions import FUNCTIONS
+from fxopt.backends.tvm.kernels.quantize import float_of, rounded
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
+from fxopt.backends.tvm.values import tvm_type
 
 Tree = tuple[Any, ...]
 
@@ -35,8 +39,8 @@ def pointwise(
 ) -> Any:
     """`void NAME(operand, ..., y)`: y[place] = tree, over all elements of `shape`."""
     kernel = Kernel(name)
-    buffers = [kernel.buffer(f"x{i}", operand.count, operand.dtype) for i, operand in enumerate(operands)]
-    y = kernel.buffer("y", place.count, place.dtype)
+    buffers = [kernel.buffer(f"x{i}", operand.count, tvm_type(operand.dtype)) for i, operand in enumerate(operands)]
+    y = kernel.buffer("y", place.count, tvm_type(place.dtype))
     shape, strides = _collapsed(shape, [*(operand.strides for operand in operands), place.strides])
     offsets = [*(operand.offset for operand in operands), place.offset]
     lanes = machine.lanes
@@ -114,34 +118,41 @@ def evaluate(kernel: Kernel, tree: Tree, load: Callable[[int], Expr], lanes: int
         return _constant(rest[0], rest[1], lanes)
     if operator == "cast":
         return _cast(evaluate(kernel, rest[0], load, lanes), rest[1], rest[2], lanes)
+    if operator in ("decode", "encode"):
+        value, levels = kernel.let(evaluate(kernel, rest[0], load, lanes)), rest[1]
+        if operator == "decode":
+            return float_of(levels, value, lanes)
+        return rounded(levels, kernel.let(value / float32(levels.scale, lanes)), lanes)
     values = [kernel.let(evaluate(kernel, part, load, lanes)) for part in rest]
     if operator in ACTIVATIONS:
         return apply(kernel, operator, values[0], lanes)
     if operator in ("exp", "erf"):
         return (exp if operator == "exp" else erf)(kernel, values[0], lanes)
+    if operator in FUNCTIONS:
+        return FUNCTIONS[operator](kernel, values[0], lanes)
     return OPERATORS[operator](*values)
 
 
 def _constant(value: float, dtype: str, lanes: int) -> Expr:
     if dtype == "float32":
         return float32(value, lanes)
-    return spread(tirx.IntImm("bool" if dtype == "uint8" else dtype, int(value)), lanes)
+    return spread(tirx.IntImm("bool" if dtype == "uint8" else tvm_type(dtype), int(value)), lanes)
 
 
 def _cast(value: Expr, source: str, target: str, lanes: int) -> Expr:
     if target == "uint8":
-        return tirx.NE(value, _constant(0, source, lanes))
+        return differs(value, _constant(0, source, lanes))
     if source == "uint8":
         return _from_truth(value, target, lanes)
     return cast(typed(target, lanes), value)
 
 
 def _maximum(a: Expr, b: Expr) -> Expr:
-    return tirx.Select(tirx.NE(a, a), a, tirx.Max(a, b))  # Max(a, b) is a > b ? a : b, so that NaN in b stays
+    return tirx.Select(is_nan(a), a, tirx.Max(a, b))  # Max(a, b) is a > b ? a : b, so that NaN in b stays
 
 
 def _minimum(a: Expr, b: Expr) -> Expr:
-    return tirx.Select(tirx.NE(a, a), a, tirx.Min(a, b))
+    return tirx.Select(is_nan(a), a, tirx.Min(a, b))
 
 
 def _rsqrt(a: Expr) -> Expr:
@@ -169,7 +180,7 @@ OPERATORS: dict[str, Callable[..., Expr]] = {
     "floor": tirx.floor,
     "where": tirx.Select,
     "eq": tirx.EQ,
-    "ne": tirx.NE,
+    "ne": differs,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
@@ -177,4 +188,7 @@ OPERATORS: dict[str, Callable[..., Expr]] = {
     "and": tirx.And,
     "or": tirx.Or,
     "not": tirx.Not,
+    "floordiv": tirx.floordiv,
+    "floormod": tirx.floormod,
+    "truncdiv": tirx.truncdiv,
 }

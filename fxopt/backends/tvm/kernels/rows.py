@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fxopt.backends.tvm.emit import Expr, Kernel, each, float32, int32, spread
-from fxopt.backends.tvm.kernels.approximations import exp
+from fxopt.backends.tvm.emit import Expr, Kernel, each, float32, int32, is_nan, spread
+from fxopt.backends.tvm.kernels.approximations import exp_below_one
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 
@@ -21,12 +21,12 @@ def add(a: Expr, b: Expr) -> Expr:
 
 def largest(a: Expr, b: Expr) -> Expr:
     """Maximum; NaN when either is (the comparison alone would drop it on one side)."""
-    return tirx.Select(tirx.NE(a, a), a, tirx.Select(a > b, a, b))
+    return tirx.Select(is_nan(a), a, tirx.Select(a > b, a, b))
 
 
 def smallest(a: Expr, b: Expr) -> Expr:
     """Minimum; NaN when either is."""
-    return tirx.Select(tirx.NE(a, a), a, tirx.Select(a < b, a, b))
+    return tirx.Select(is_nan(a), a, tirx.Select(a < b, a, b))
 
 
 def reduce_row(
@@ -60,7 +60,7 @@ def softmax_row(kernel: Kernel, machine: Machine, size: int, x: Any, source: Exp
 
     def exponential(at: Expr, lanes: int) -> Expr:
         shifted = kernel.let(kernel.load(x, source + at, lanes) - spread(high, lanes))
-        value = exp(kernel, shifted, lanes)
+        value = exp_below_one(kernel, shifted, lanes)
         kernel.store(y, place + at, value, lanes)
         return value
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fxopt.backends.tvm.emit import Expr, Kernel, int32, spread, tail
+from fxopt.backends.tvm.emit import Expr, Kernel, cast, int32, spread, tail
 from fxopt.backends.tvm.kernels.activations import Activation, apply
 from fxopt.backends.tvm.machine import Machine
 
-# start(panel) -> (number of kept inputs, step), step(p) -> (column of x, offset of the weights in their buffer)
-Step = Callable[[Expr], tuple[Expr, Expr]]
+# walk(panel) -> (number of steps, step), step(p) -> of each input of a step: column of x, offset of its weights
+Step = Callable[[Expr], Sequence[tuple[Expr, Expr]]]
 Walk = Callable[[Expr], tuple[Expr, Step]]
 
 _BLOCK_BYTES = 192 * 1024  # rows of x that stay in the second-level cache while all panels go past them
@@ -37,12 +37,16 @@ class RowMajor:
         return -(-self.outputs // self.width)
 
 
-def emit_rows(kernel: Kernel, size: RowMajor, machine: Machine, buffers: Sequence[Any], walks: Sequence[Walk]) -> None:
+def emit_rows(
+    kernel: Kernel, size: RowMajor, machine: Machine, buffers: Sequence[Any], walks: Sequence[Walk],
+    prepare: Callable[[Expr], None] | None = None,
+) -> None:  # fmt: skip
     """Blocks of rows, in them the walks (parts of the sum), in them panels, in them tiles of `machine.rows` rows.
 
     Args:
         buffers: x, weights, bias, y.
         walks: each adds its part of the inputs to y; the first starts from the bias, the last applies the activation.
+        prepare: what is done before the rows of a block go past a panel.
     """
     inner = -(-size.inner // len(walks))
     tile_rows = machine.tile_rows(size.width)
@@ -52,15 +56,26 @@ def emit_rows(kernel: Kernel, size: RowMajor, machine: Machine, buffers: Sequenc
     def rows(start: Expr, count: int) -> None:
         for index, walk in enumerate(walks):
             piece = _Tile(kernel, size, machine, tuple(buffers), index == 0, index == len(walks) - 1)
-            with kernel.loop(full, "panel") as panel:
-                piece.panel(walk, panel, size.width, start, count)
+
+            def panel(number: Expr, columns: int, piece: _Tile = piece, walk: Walk = walk) -> None:
+                if prepare is not None:
+                    prepare(number)
+                piece.panel(walk, number, columns, start, count)
+
+            with kernel.loop(full, "panel") as number:
+                panel(number, size.width)
             if rest:
-                piece.panel(walk, int32(full), rest, start, count)
+                panel(int32(full), rest)
 
     with kernel.loop(size.rows // block, "block") as index:
         rows(index * block, block)
     if size.rows % block:
         rows(int32(size.rows - size.rows % block), size.rows % block)
+
+
+def wide(machine: Machine, offset: Expr) -> Expr:
+    """An offset in the width of an address: a base and an index that LLVM can tell apart."""
+    return cast("int64", int32(offset)) if machine.pointer_bits == 64 else offset
 
 
 @dataclass(frozen=True)
@@ -99,13 +114,14 @@ class _Tile:
                 at = (row + r) * size.outputs + panel * width + v
                 kernel.store(sums, r * width + v, kernel.load(y, at, some), some)
         with kernel.loop(extent, "p") as p:
-            column, offset = step(p)
-            weights = [kernel.let(kernel.load(w, offset + v, lanes)) for v in vectors]
-            for r in range(rows):
-                value = kernel.let(spread(kernel.load(x, (row + r) * size.inner + column), lanes))
-                for v, weight in zip(vectors, weights, strict=True):
-                    at = r * width + v
-                    kernel.store(sums, at, kernel.load(sums, at, lanes) + value * weight, lanes)
+            for column, offset in step(p):
+                weights = [kernel.let(kernel.load(w, offset + v, lanes)) for v in vectors]
+                for r in range(rows):
+                    place = wide(self.machine, (row + r) * size.inner) + wide(self.machine, column)
+                    value = kernel.let(spread(kernel.load(x, place), lanes))
+                    for v, weight in zip(vectors, weights, strict=True):
+                        at = r * width + v
+                        kernel.store(sums, at, kernel.load(sums, at, lanes) + value * weight, lanes)
         for r in range(rows):
             for v, some in tail(columns, lanes):
                 value = kernel.let(kernel.load(sums, r * width + v, some))

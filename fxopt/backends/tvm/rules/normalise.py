@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxopt.backends.tvm.kernels.attention import Attention, attention
+from fxopt.backends.tvm.kernels.attention import Attention, Placed, attention
 from fxopt.backends.tvm.kernels.reduce import reduce
 from fxopt.backends.tvm.kernels.rows import layer_norm, rms_norm, softmax
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule
@@ -113,7 +113,7 @@ def _vector_norm(low: Lowering, call: Call) -> Value:
 def _attention(low: Lowering, call: Call) -> Value:
     if call["dropout_p"]:
         raise Unsupported("drops values at random: call model.eval() before")
-    q, k, v = (low.dense(call[name], "float32") for name in ("query", "key", "value"))
+    q, k, v = (_rows(low, call[name]) for name in ("query", "key", "value"))
     if any(len(item.shape) != 4 for item in (q, k, v)):
         raise Unsupported(f"its query has shape {q.shape}, expected [batch, heads, length, width]")
     batch, heads, queries, width = q.shape
@@ -129,15 +129,27 @@ def _attention(low: Lowering, call: Call) -> Value:
             raise Unsupported(f"its mask is {value.dtype}, expected float32 or bool")
         value, strides = _mask(low, value, (batch, heads, queries, k.shape[2]))
         slots, mask_size = [value.slot], value.slot.count
+    placed = tuple(Placed(item.strides[:3], item.offset, item.slot.count) for item in (q, k, v))  # type: ignore[arg-type]
     size = Attention(
-        batch, heads, k.shape[1], queries, k.shape[2], width, v.shape[3], float(scale), bool(call["is_causal"]),
-        mask, strides, mask_size,  # type: ignore[arg-type]
+        batch, heads, k.shape[1], queries, k.shape[2], width, v.shape[3], float(scale), placed,  # type: ignore[arg-type]
+        bool(call["is_causal"]), mask, strides, mask_size,  # type: ignore[arg-type]
     )  # fmt: skip
-    made = low.program.value((batch, heads, queries, v.shape[3]))
+    made = low.program.value((batch, queries, heads, v.shape[3]))
     if made.count:
         scratch = low.program.slot(size.scratch)
         low.program.call(attention, (size,), q.slot, k.slot, v.slot, *slots, scratch, made.slot)
-    return made
+    batch_step, row, head, column = made.strides
+    return made.viewed((batch, heads, queries, v.shape[3]), (batch_step, head, row, column))
+
+
+def _rows(low: Lowering, argument: Any) -> Value:
+    """An operand of attention, with a contiguous last axis."""
+    value = low.value(argument)
+    if value.dtype != "float32":
+        raise Unsupported(f"an operand is {value.dtype}, expected float32")
+    if value.shape and value.strides[-1] != 1 and value.shape[-1] != 1:
+        return low.dense(value)
+    return value
 
 
 def _mask(low: Lowering, value: Value, shape: tuple[int, ...]) -> tuple[Value, Any]:

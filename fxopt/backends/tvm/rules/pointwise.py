@@ -213,6 +213,8 @@ RULES: dict[str, Rule] = {
     "bitwise_and": _logical("and"),
     "bitwise_or": _logical("or"),
     "bitwise_not": _logical("not"),
+    "__and__": _logical("and"),
+    "__or__": _logical("or"),
     "to": _cast,
     "_to_copy": _cast,
 }

@@ -1,23 +1,34 @@
-"""Linear layers and matrix products. A weight with enough zeros in blocks of outputs x 1 input runs block-sparse."""
+"""Linear layers and matrix products, in the form that the weight's zeros and values allow.
+
+Enough zeros in blocks of outputs x 1 input: block-sparse. n of m inputs that a panel of outputs shares: n of m. Two of
+four inputs of each output's own, or powers of two: fewer bytes at the speed of a dense product. Else dense.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from fxopt.backends.tvm.kernels.activations import Activation
-from fxopt.backends.tvm.kernels.bsr import bsr, pack_bsr
+from fxopt.backends.tvm.kernels.bsr import Bsr, bsr, pack_bsr
 from fxopt.backends.tvm.kernels.dense import dense, pack_bias, pack_dense
 from fxopt.backends.tvm.kernels.matmul import matmul
+from fxopt.backends.tvm.kernels.nm import nm, pack_nm
+from fxopt.backends.tvm.kernels.panels import Panels, pack_powers, pack_two_of_four, panel_dense, scratch_size
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule, operator_name
 from fxopt.backends.tvm.machine import Machine
-from fxopt.backends.tvm.values import Value
+from fxopt.backends.tvm.values import Slot, Value
 from fxopt.errors import Unsupported
 
 _WIDTHS = (16, 8, 4)
+_SPARSITIES = ((1, 4), (2, 8), (2, 4), (4, 8))  # the emptiest first
+_EMPTIER = 0.8  # blocks that keep less than this share of what a pattern keeps are better
+_ROWS_THAT_PAY = 64  # for which decoding a panel is lost in the time of the product
 
 
 def activation(low: Lowering, node: fx.Node) -> Activation:
@@ -57,18 +68,64 @@ def linear(low: Lowering, node: fx.Node, x: Any, weight: torch.Tensor, bias: tor
     machine, program = low.program.machine, low.program
     matrix = weight.numpy()
     shift = None if bias is None else bias.numpy()
+    pattern = next(_patterns(matrix, machine), None)
+    blocks = _blocks(matrix, machine)
+    if pattern is not None and (blocks is None or blocks.density > _EMPTIER * pattern[0] / pattern[1]):
+        n, m, width = pattern
+        shared = pack_nm(matrix, n, m, width)
+        slots = [program.constant(item) for item in (shared.values, shared.inputs, pack_bias(shift, outputs, width))]
+        program.call(nm, (rows, inner, outputs, n, m, width), source.slot, *slots, made.slot, activation=act)
+        return made
+    if blocks is not None:
+        sizes = (rows, inner, outputs, len(blocks.values), blocks.width)
+        given = (blocks.values, blocks.inputs, blocks.starts, pack_bias(shift, outputs, blocks.width))
+        slots = [program.constant(item) for item in given]
+        program.call(bsr, sizes, source.slot, *slots, made.slot, activation=act)
+        return made
+    shifts = program.constant(pack_bias(shift, outputs, machine.columns))
+    found = compact(matrix, machine.columns) if rows >= _ROWS_THAT_PAY else None
+    if found is not None:
+        stored(low, source, found, (rows, inner, outputs), shifts, made, act)
+        return made
+    slots = [program.constant(pack_dense(matrix, machine.columns)), shifts]
+    program.call(dense, (rows, inner, outputs), source.slot, *slots, made.slot, activation=act)
+    return made
+
+
+def compact(matrix: Any, width: int) -> tuple[Panels, list[Any]] | None:
+    """A form of the weight in fewer bytes; None: there is none."""
+    return pack_powers(matrix, width) or pack_two_of_four(matrix, width)
+
+
+def stored(
+    low: Lowering, source: Value, form: tuple[Panels, list[Any]], sizes: tuple[int, int, int], bias: Slot, made: Value,
+    act: Activation,
+) -> None:  # fmt: skip
+    """A product with panels that are decoded on the way."""
+    program, (panels, arrays) = low.program, form
+    slots = [program.constant(array) for array in arrays]
+    scratch = program.slot(scratch_size(panels, sizes[1], program.machine))
+    program.call(panel_dense, (*sizes, panels), source.slot, *slots, bias, scratch, made.slot, activation=act)
+
+
+def _patterns(matrix: Any, machine: Machine) -> Iterator[tuple[int, int, int]]:
+    """n of m inputs that enough neighbouring outputs share to gain time, the widest first."""
+    widths = (machine.columns, *(width for width in _WIDTHS if machine.lanes <= width < machine.columns))
+    for width in widths if machine.family != "x86" else widths[:1]:
+        panels = [matrix[start : start + width] for start in range(0, len(matrix), width)]
+        used = np.stack([(panel != 0).any(0) for panel in panels])  # [panels, in]
+        for n, m in _SPARSITIES:
+            if used.shape[1] and used.shape[1] % m == 0 and int(used.reshape(len(used), -1, m).sum(-1).max()) <= n:
+                yield n, m, width
+
+
+def _blocks(matrix: Any, machine: Machine) -> Bsr | None:
+    """The weight in blocks of some outputs x 1 input, if enough of them are zero."""
     for width in (machine.columns, *(w for w in _WIDTHS if w != machine.columns)):
         packed = pack_bsr(matrix, width)
         if packed.density < worthwhile_density(width, machine) and len(packed.values):
-            sizes = (rows, inner, outputs, len(packed.values), width)
-            slots = [program.constant(item) for item in (packed.values, packed.inputs, packed.starts)]
-            shifts = program.constant(pack_bias(shift, outputs, width))
-            program.call(bsr, sizes, source.slot, *slots, shifts, made.slot, activation=act)
-            return made
-    slots = [program.constant(pack_dense(matrix, machine.columns))]
-    slots.append(program.constant(pack_bias(shift, outputs, machine.columns)))
-    program.call(dense, (rows, inner, outputs), source.slot, *slots, made.slot, activation=act)
-    return made
+            return packed
+    return None
 
 
 def worthwhile_density(width: int, machine: Machine) -> float:
@@ -100,6 +157,11 @@ def _linear(low: Lowering, call: Call) -> Value:
 def _addmm(low: Lowering, call: Call) -> Value:
     if call["alpha"] != 1 or call["beta"] != 1:
         raise Unsupported(f"has alpha {call['alpha']} and beta {call['beta']}, expected 1 and 1")
+    if low.constant(call["mat2"]) is None:
+        product = _product(low, call.node, low.value(call["mat1"]), low.value(call["mat2"]))
+        made = low.program.value(product.shape)
+        low.emit(("add", ("load", 0), ("load", 1)), (product, low.value(call["self"])), made)
+        return made
     bias = low.weight(call["self"], "bias")
     if bias.dim() != 1:
         raise Unsupported(f"its bias has shape {tuple(bias.shape)}, expected one axis")

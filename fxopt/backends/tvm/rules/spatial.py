@@ -16,7 +16,7 @@ from fxopt.backends.tvm.rules.products import activation
 from fxopt.backends.tvm.values import Value
 from fxopt.errors import Unsupported
 
-_SPARSE_BELOW = 0.6
+SPARSE_BELOW = 0.6  # density of blocks from which on skipping the others pays
 
 
 def _pair(given: Any, rank: int) -> tuple[int, int]:
@@ -57,25 +57,29 @@ def _convolution(low: Lowering, call: Call) -> Value:
         activation=activation(low, call.node),
     )
     made = low.program.value(low.shape(call.node))
-    if not made.count:
-        return made
+    if made.count:
+        convolved(low, size, source, weight, bias, made)
+    return made
+
+
+def convolved(low: Lowering, size: Conv, source: Value, weight: torch.Tensor, bias: Any, made: Value) -> None:
+    """The convolution in floats, in the form that its groups and its weight's zeros allow."""
     matrix = weight.reshape(weight.shape[0], -1).numpy()
     if size.groups == size.channels and size.groups > 1:
         slots = [low.program.constant(item) for item in (matrix, _whole(bias, size.outputs))]
         scratch = low.program.slot(depthwise_scratch(size))
         low.program.call(depthwise, (size,), source.slot, *slots, scratch, made.slot)
-        return made
+        return
     outputs = low.program.machine.outputs
     shift = low.program.constant(pack_conv_bias(bias, size.outputs, size.groups, outputs))
     patches = [low.program.slot(size.scratch)] if size.scratch else []
     packed = pack_bsr(matrix, outputs) if size.groups == 1 else None
-    if packed is not None and packed.density < _SPARSE_BELOW and len(packed.values):
+    if packed is not None and packed.density < SPARSE_BELOW and len(packed.values):
         slots = [low.program.constant(item) for item in (packed.values, packed.inputs, packed.starts)]
         low.program.call(conv, (size,), source.slot, *slots, shift, *patches, made.slot, kept=len(packed.values))
-        return made
+        return
     panels = low.program.constant(pack_conv(weight.numpy(), size.groups, outputs))
     low.program.call(conv, (size,), source.slot, panels, shift, *patches, made.slot)
-    return made
 
 
 def _whole(bias: Any, outputs: int) -> Any:

@@ -19,7 +19,7 @@ from fxopt.frontends.onnx import load
 from fxopt.ir.shapes import infer
 from fxopt.ir.verify import NumericCheck
 from fxopt.passes.base import Context
-from fxopt.passes.fuse_attention import FuseAttention
+from fxopt.passes.fuse_attention_heads import FuseAttentionHeads
 from fxopt.passes.manager import PassManager
 
 TARGET = get_target("x86-avx2")
@@ -115,7 +115,7 @@ def operators(proto: onnx.ModelProto) -> Counter[str]:
 
 def optimized(proto: onnx.ModelProto, folder: Path, feed: dict[str, np.ndarray]) -> onnx.ModelProto:
     result = fxopt.optimize(
-        proto, "host", passes=["fuse-attention"], calibration=[feed], force=True, budget=None, threads=1
+        proto, "host", passes=["fuse-attention-heads"], calibration=[feed], force=True, budget=None, threads=1
     )
     result.save(folder / "out.onnx")
     return onnx.load(folder / "out.onnx")
@@ -167,28 +167,40 @@ def test_models_of_other_opsets(tmp_path: Path) -> None:
         assert {entry.domain: entry.version for entry in made.opset_import}[""] == (max(opset, 23) if fused else opset)
 
 
-def refusal(proto: onnx.ModelProto) -> str:
+def refusals(proto: onnx.ModelProto) -> list[str]:
+    """The reasons for which nothing is fused, on the softmax and on the products around it."""
     graph = load(proto)
     infer(graph, {"b": 3})
     ctx = Context(TARGET, capabilities=OnnxRuntime())
-    assert FuseAttention().opset(graph, ctx) == 0
-    assert FuseAttention().run(graph, ctx) == 0
-    (verdict,) = ctx.ledger.select(pass_name="fuse-attention")
-    assert verdict.outcome == "refused"
-    return verdict.reason
+    assert FuseAttentionHeads().opset(graph, ctx) == 0
+    assert FuseAttentionHeads().run(graph, ctx) == 0
+    verdicts = list(ctx.ledger.select(pass_name="fuse-attention-heads"))
+    assert {verdict.outcome for verdict in verdicts} == {"refused"}
+    return [verdict.reason for verdict in verdicts]
+
+
+def test_rows_without_keys_of_an_added_mask_keep_their_meaning(tmp_path: Path) -> None:
+    text = onnx.printer.to_text(network("added"))
+    text = text.replace("weights = Softmax <axis: int = -1> (masked)", GUARD.strip().replace("axis =", "axis: int ="))
+    proto = onnx.parser.parse_model(text.replace("[b,1,1,6] m", "[b,1,6,6] m"))
+    feed = inputs(proto)
+    feed["m"][0, 0, 2] = -np.inf  # zeros; row 1 is the lowest number: the mean
+    feed["m"][1, 0, 3, :4] = -np.inf
+    before, fused = run(proto, feed), optimized(proto, tmp_path, feed)
+    assert operators(fused)["Attention"] == 1
+    assert not before[0, 2].any() and before[0, 1].any()
+    assert np.allclose(before, run(fused, feed), atol=2e-6)
 
 
 def test_what_is_not_fused_has_a_reason() -> None:
-    guarded = network("added", opset=23)
-    text = onnx.printer.to_text(guarded)
-    text = text.replace("weights = Softmax <axis: int = -1> (masked)", GUARD.strip().replace("axis =", "axis: int ="))
-    assert "it is unknown whether rows without keys give 0" in refusal(onnx.parser.parse_model(text))
-    assert "may leave rows without keys" in refusal(network("not guarded", opset=23))
+    assert "may leave rows without keys" in refusals(network("not guarded", opset=23))[0]
     odd = network("none", opset=23)
     for node in odd.graph.node:
         if node.op_type == "Identity":
             node.op_type = "Sigmoid"
-    assert "there is Sigmoid, which is not understood" in refusal(odd)
+    reasons = refusals(odd)
+    assert reasons[0] == "between q @ k.T and the softmax there is masked (Sigmoid), which is not understood"
+    assert reasons[1:] == [f"a product around weights: {reasons[0]}"]
 
 
 def test_other_types_are_left_alone() -> None:
@@ -204,7 +216,7 @@ def test_a_causal_constant_is_an_attribute() -> None:
     infer(graph, {"b": 3})
     feed = inputs(proto)
     sample = [torch.from_numpy(value) for value in feed.values()]
-    manager = PassManager([FuseAttention()])
+    manager = PassManager([FuseAttentionHeads()])
     assert manager.run(graph, Context(TARGET, capabilities=OnnxRuntime()), NumericCheck.of(graph, sample)) == 1
     (node,) = graph.calls()
     assert node.kwargs["is_causal"] == 1 and len(node.args) == 3

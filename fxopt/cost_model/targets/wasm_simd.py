@@ -1,9 +1,10 @@
 """WebAssembly with 128-bit SIMD (simd128), one thread: what every current browser, Node and wasmtime run."""
 
+from fxopt.cost_model.sparse_kernels import BLOCKS_128
 from fxopt.ir.target import Target
 
 TARGET = Target(
-    name="wasm",
+    name="wasm-simd",
     kind="wasm",
     arch="wasm32",
     backend="tvm",
@@ -20,6 +21,7 @@ TARGET = Target(
     cache_bandwidth=30e9,
     launch_seconds=0.05e-6,
     features=frozenset({"simd128"}),
+    sparse_kernels=BLOCKS_128,
     efficiency={
         "linear": 0.8,
         "linear.int8": 0.7,

@@ -1,0 +1,57 @@
+"""Sections of docs/benchmarks.md on WebAssembly and 64-bit Arm; see `benchmarks.tables`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TITLES = {
+    "products": "Single layers in float32",
+    "models": "Models in float32, dense and block-sparse",
+    "int8": "Models in 8 bits",
+}
+
+
+def wasm(result: dict[str, Any], where: str) -> list[str]:
+    """Node: speed over each peer."""
+    node = {row["node"] for group in result["groups"].values() for row in group["cases"]}
+    peers = ", ".join(f"{name} {version}" for name, version in sorted(result["peer_versions"].items()))
+    lines = [
+        "## WebAssembly",
+        "",
+        f"`python -m benchmarks.wasm` on {where}, Node {', '.join(sorted(node))}, one thread; {peers}.",
+        "",
+        "How many times as fast, median of alternating bursts (10th to 90th percentile). `simd128` unless the name",
+        "says relaxed. Error: largest difference to torch in float64, of the largest value.",
+    ]
+    for name, group in result["groups"].items():
+        lines += ["", f"### {_TITLES.get(name, name)}", "", "| case | fxopt | error | over | times |"]
+        lines += ["|---|---|---|---|---|"]
+        for row in group["cases"]:
+            for ours, found in row["rows"].items():
+                for peer, ratio in found.get("speed_over", {}).items():
+                    times = f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+                    cells = f"{row['title']} | {ours} | {found['relative_error']:.1e}"
+                    lines.append(f"| {cells} | {peer} | {times} |")
+        means = "; ".join(f"{pair} {mean:.2f}x" for pair, mean in group["geometric_means"].items())
+        lines += ["", f"Geometric means: {means}."]
+    return lines
+
+
+def arm_instructions(result: dict[str, Any], where: str) -> list[str]:
+    """Counts, for there is no Arm processor here."""
+    lines = [
+        "## Instructions on 64-bit Arm",
+        "",
+        f"`python -m benchmarks.arm_instructions` on {where}; {result['emulator']}, code for {result['target']}.",
+        "",
+        "Executed instructions over those of fxopt's dense float kernel. These are no times: there is no Arm processor",
+        "here. Results are compared with numpy and torch.",
+        "",
+    ]
+    names = list(result["kernels"][0]["over_dense"])
+    lines += [f"| rows x inputs x outputs | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for row in result["kernels"]:
+        shown = " | ".join(f"{row['over_dense'][name]:.3f}" for name in names)
+        lines.append(f"| {' x '.join(map(str, row['shape']))} | {shown} |")
+    models = "; ".join(f"{name} {found['over_dense']:.3f}" for name, found in result["models"].items())
+    return [*lines, "", f"Whole models with 80 % of their blocks zero, over dense: {models}."]

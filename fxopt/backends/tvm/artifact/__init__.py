@@ -1,0 +1,1 @@
+"""What is saved for a compiled model: libraries, loaders for JavaScript, C and Python, and a manifest."""

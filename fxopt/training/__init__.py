@@ -1,0 +1,1 @@
+"""What `fxopt.finetune` is made of."""
