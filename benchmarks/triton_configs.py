@@ -30,7 +30,8 @@ from fxopt.cost_model.targets import get_target
 from fxopt.errors import Unsupported
 from fxopt.ir.target import Target
 
-TYPICAL = {80: "a100", 90: "h100", 100: "b200"}  # sm_86 and sm_89 use the table of sm_80
+TYPICAL = {80: "a100", 90: "h100", 100: "b200", 86: "rtx3090", 89: "l40s"}
+_ALIKE = {86: 80, 89: 80}  # choices are taken from another architecture where they compile well
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def main() -> None:
             if space.key == (f"w8a8_tma/{configs.INT8_ROWS[-1]}" if arch < 90 else f"w8a8/{configs.INT8_ROWS[-1]}"):
                 continue  # one of the two is used
             row = text["rows"].get(space.like, {}).get(version)
+            if arch in _ALIKE:
+                row = configs.table(_ALIKE[arch]).get(space.key, {}).get(version)
             if options.like:
                 row = text["rows"].get(space.key, {}).get(options.like)
             first = None if row is None else Choice(row["constants"], row["warps"], row["stages"])

@@ -12,17 +12,21 @@ from fxopt.ir.target import Cost, Prediction, Target
 
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.bfloat16}
 _MANY = 1 << 30  # inputs: a group of all has a layout anyway
-_OF_TORCH = ("scaled_dot_product_attention",)  # what has no kernel here runs in torch, which has one for it
 _NOT_MEASURED = {"linear_qkv": "one product for queries, keys and values was not measured on a GPU"}
-_EVERYWHERE = ("linear_w8a8", "linear_w8a8_dynamic", "linear_fp8")
+_EVERYWHERE = (
+    *("linear_w8a8", "linear_w8a8_dynamic", "linear_fp8"),
+    *("scaled_dot_product_attention", "attention", "Attention"),  # torch has fast ones
+)
 
 
 def answer(target: Target | None, op: str, dtype: str, pattern: str) -> str:
     """ "" for yes, else the reason."""
-    if op in _EVERYWHERE or op in _OF_TORCH:
+    if op in _EVERYWHERE:
         return ""
     if op in _NOT_MEASURED:
         return _NOT_MEASURED[op]
+    if op == "linear_sparse":
+        return "" if pattern == "2:4" and dtype in ("float16", "bfloat16") else _no_sparse(dtype, pattern)
     asked = dict(item.split("=", 1) for item in pattern.split(",") if "=" in item)
     sizes = _sizes(asked)
     if op == "linear_nbits":
@@ -70,6 +74,10 @@ def _sizes(asked: dict[str, str]) -> tuple[int, int, int] | None:
             first, second, third = (int(asked[name]) for name in names)
             return first, second, third
     return None
+
+
+def _no_sparse(dtype: str, pattern: str) -> str:
+    return f"GPUs skip zeros of the pattern 2:4 in 16-bit floats; the weight is {pattern} in {dtype}"
 
 
 def _no_kernel(op: str) -> str:

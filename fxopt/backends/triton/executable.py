@@ -18,7 +18,7 @@ from fxopt.backends.triton.chips import LEAST
 from fxopt.backends.triton.cuda_graphs import Replays
 from fxopt.backends.triton.lower import lowered
 from fxopt.backends.triton.lower.job import Job
-from fxopt.errors import InvalidModel
+from fxopt.errors import FxoptError, InvalidModel
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Verdict
@@ -54,25 +54,33 @@ class TritonExecutable(EagerExecutable):
         self.target = target
         self.saved = saved
         self._job: Job | None = None
+        self._problem = ""  # why the graph cannot be lowered: the reference runs
         self._runners: dict[torch.device, Replays] = {}
         gpu = usable_gpu()
         if gpu:
             self.executed_on = f"triton on {gpu}"
 
-    def job(self) -> Job:
-        """The lowered graph with its kernels, compiled for the target."""
-        if self._job is None:
-            graph = self.graph if self.graph.origin == "torch" else self.graph.lower()
-            self._job = lowered(graph, self.target)
+    def job(self) -> Job | None:
+        """The lowered graph with its kernels, compiled for the target; None where it cannot be lowered."""
+        if self._job is None and not self._problem:
+            try:
+                graph = self.graph if self.graph.origin == "torch" else self.graph.lower()
+                self._job = lowered(graph, self.target)
+            except FxoptError as error:
+                self._problem = str(error)
         return self._job
 
     def verdicts(self) -> Sequence[Verdict]:
         """What runs in which kernel, and what does not."""
-        return self.job().verdicts
+        job = self.job()
+        return () if job is None else job.verdicts
 
     def notes(self) -> Sequence[str]:
         """How many kernels there are for which chip, and that nothing was measured."""
-        kernels = self.job().kernels
+        job = self.job()
+        if job is None:
+            return [f"there are no kernels, and the reference runs: {self._problem}"]
+        kernels = job.kernels
         if not kernels.reports and not kernels.refused:
             return []
         return [
@@ -82,7 +90,10 @@ class TritonExecutable(EagerExecutable):
 
     def save_beside(self, folder: Path) -> None:
         """Write the kernels and their static reports into a folder of their own."""
-        kernels = self.job().kernels
+        job = self.job()
+        if job is None:
+            return
+        kernels = job.kernels
         usable = [kernel for key, kernel in kernels.compiled.items() if key not in kernels.refused]
         bundled(usable, kernels.chip.sm).save(folder / "kernels")
         lines = [
@@ -96,17 +107,21 @@ class TritonExecutable(EagerExecutable):
         """The outputs on flat inputs; those on another device than the GPU come back there."""
         if not usable_gpu() or not all(isinstance(value, Tensor) for value in inputs):
             return super().run(inputs)
+        if self._job is None:
+            self._install(torch.device("cuda", torch.cuda.current_device()))
+        job = self.job()
+        if job is None:
+            return super().run(inputs)
         here = torch.device("cuda", torch.cuda.current_device())
         device = next((value.device for value in inputs if value.is_cuda), here)
-        results = self._runner(device)([value.to(device) for value in inputs])
+        results = self._runner(device, job)([value.to(device) for value in inputs])
         back = inputs[0].device if inputs else device
         return [result.to(back) for result in results]
 
-    def _runner(self, device: torch.device) -> Replays:
+    def _runner(self, device: torch.device, job: Job) -> Replays:
         if device not in self._runners:
             register()
-            self._install(device)
-            compiled = torch.compile(placed(self.job().graph, device), fullgraph=True)
+            compiled = torch.compile(placed(job.graph, device), fullgraph=True)
 
             def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
                 with torch.no_grad():

@@ -19,6 +19,7 @@ from fxopt.backends.triton import Triton, library
 from fxopt.backends.triton import executable as module
 from fxopt.backends.triton.bundle import Bundle
 from fxopt.backends.triton.executable import TritonExecutable, usable_gpu
+from fxopt.backends.triton.lower.job import Job
 from fxopt.catalog import find_backend
 from fxopt.cost_model.targets import get_target
 from fxopt.errors import MissingDependency, Unsupported
@@ -110,6 +111,14 @@ class Llama(nn.Module):
         return x
 
 
+def job_of(fast: fxopt.Optimized) -> Job:
+    executable = fast._ready.executable
+    assert isinstance(executable, TritonExecutable)
+    job = executable.job()
+    assert job is not None
+    return job
+
+
 @pytest.fixture(scope="module")
 def llama() -> tuple[fxopt.Optimized, Tensor]:
     """Optimised for an A100, in 4 bits, and an input."""
@@ -152,7 +161,7 @@ def test_the_reference_runs_and_says_so_once(llama: tuple[fxopt.Optimized, Tenso
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(fast(x), first)
-    lowered = fast._ready.executable.job().graph.run([x])[0]
+    lowered = job_of(fast).graph.run([x])[0]
     assert float((lowered - first).float().norm() / first.float().norm()) < 4e-3
 
 
@@ -214,7 +223,7 @@ def test_an_empty_batch() -> None:
         objective="size", passes=["quantize-linear{bits=4,method=rtn}"],
     )  # fmt: skip
     assert fast(data[:0]).shape == (0, 32)
-    assert fast._ready.executable.job().graph.run([data[:0]])[0].shape == (0, 32)
+    assert job_of(fast).graph.run([data[:0]])[0].shape == (0, 32)
 
 
 @slow
@@ -251,6 +260,21 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Something")
+
+
+def test_a_graph_that_cannot_be_lowered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuses(graph: Any, target: Any) -> Any:
+        raise Unsupported("it branches on data")
+
+    monkeypatch.setattr(module, "lowered", refuses)
+    executable = TritonExecutable(fxopt.capture(nn.ReLU(), (torch.ones(2),)), get_target("a100"))
+    assert executable.verdicts() == ()
+    assert executable.notes() == ["there are no kernels, and the reference runs: it branches on data"]
+    executable.save_beside(tmp_path)
+    assert not list(tmp_path.iterdir())
+    Gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert executable.run([torch.tensor([-1.0, 2.0])])[0].tolist() == [0.0, 2.0]
 
 
 def test_which_gpu_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,10 @@ from fxopt.ir.ops.linear_24 import compress_24, linear_24
 from fxopt.ir.ops.linear_fp8 import linear_fp8, to_e4m3
 from fxopt.ir.ops.linear_nbits import group_count, linear_nbits
 from fxopt.ir.ops.linear_shift import linear_shift, shift_codes
+from fxopt.ir.ops.linear_sparse import linear_sparse, stored
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
 from fxopt.ir.packing import pack
+from fxopt.ir.sparsity import Pattern
 
 F16 = torch.float16
 GOOD = StaticReport("k", 80, 4, 96, 0, 1000, {"tensor": 1}, {"HMMA": 1})
@@ -250,6 +252,34 @@ class Sparse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_24(x, self.values, self.places, None)
+
+
+@pytest.mark.parametrize(("text", "columns"), [("2:4", 1024), ("4x1", 64)])
+def test_packed_zeros(text: str, columns: int) -> None:
+    """Weights that another pass packed: those of the tensor cores' pattern for many rows, others as they were."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = torch.randn(columns // 4, 4, columns)
+            weight[:, :, ::2] = 0
+            values, mask = stored(weight.reshape(columns, columns).half(), Pattern.parse(text))
+            self.register_buffer("values", values)
+            self.register_buffer("mask", mask)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return linear_sparse(x, self.values, self.mask, None, columns, text)
+
+    x = torch.randn(2048, columns).half()
+    graph = captured(Packed(), x)
+    job = job_of(graph)
+    if text == "2:4":
+        assert names(job) == ["fxopt_triton.linear_sparse24"]
+    else:
+        assert names(job) == ["aten.linear"]
+        assert reasons(job, "refused")[0].startswith("GPUs skip zeros of the pattern 2:4; these are 4x1")
+    few = x[:3]
+    torch.testing.assert_close(job.graph.run([few])[0], graph.run([few])[0], rtol=2e-2, atol=2e-1)
 
 
 @pytest.mark.slow

@@ -75,6 +75,9 @@ def test_what_passes_ask() -> None:
     backend = Triton()
     backend.target = get_target("h200")
     assert backend.supports("linear_w8a8", "int8") == backend.supports("linear_fp8", "float8_e4m3fn") == ""
+    assert backend.supports("scaled_dot_product_attention", "float16") == backend.supports("attention", "float16") == ""
+    assert backend.supports("linear_sparse", "float16", "2:4") == ""
+    assert "the weight is 4x1 in float16" in backend.supports("linear_sparse", "float16", "4x1")
     assert backend.supports("linear_nbits", "int4", "group=32,activations=float") == ""
     assert "take activations as they are" in backend.supports("linear_nbits", "int4", "group=32,activations=int8")
     assert "8-bit weights have no packed layout" in backend.supports("linear_nbits", "int8", "group=32,activations=float")

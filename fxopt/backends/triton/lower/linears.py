@@ -25,11 +25,13 @@ from fxopt.ir.ops.linear_24 import expand_24, linear_24
 from fxopt.ir.ops.linear_fp8 import linear_fp8
 from fxopt.ir.ops.linear_nbits import dequantized, linear_nbits
 from fxopt.ir.ops.linear_shift import BITS, linear_shift, shift_values
+from fxopt.ir.ops.linear_sparse import dense, linear_sparse
 from fxopt.ir.ops.linear_w8a8 import linear_w8a8, linear_w8a8_dynamic
 from fxopt.ir.packing import pack, unpack
 
 _LINEAR = torch.ops.aten.linear.default
 _FP8 = 89
+_TWO_OF_FOUR = "2:4"
 _CUBLAS = "aten.linear on the weight in 16-bit floats, which takes more memory"
 
 
@@ -193,15 +195,20 @@ def float8(job: Job, node: fx.Node) -> None:
 
 
 def sparse_24(job: Job, node: fx.Node) -> None:
-    """`linear_24`."""
-    x, values, places, bias = node.args
-    kept, where, value = job.graph.constant(values), job.graph.constant(places), tensor_value(x)
-    if kept is None or where is None or value is None:
+    """`linear_24`, `linear_sparse`."""
+    given: Any = node.args
+    x, values, where, bias = given[:4]
+    pattern = given[5] if node.target is linear_sparse.target else _TWO_OF_FOUR
+    kept, places, value = job.graph.constant(values), job.graph.constant(where), tensor_value(x)
+    if kept is None or places is None or value is None:
         job.refused(node, "its weight is no constant", "the reference")
         return
-    weight = expand_24(kept, where).to(value.dtype)
+    whole = expand_24(kept, places) if node.target is linear_24.target else dense(kept, places, given[4])
+    weight = whole.to(value.dtype)
     outputs, columns = weight.shape
     reason = sparse.refusal(outputs, columns, value.dtype)
+    if pattern != _TWO_OF_FOUR:
+        reason = f"GPUs skip zeros of the pattern {_TWO_OF_FOUR}; these are {pattern}"
     reason = reason or sparse_24_refusal(job.target, rows_of(x), outputs, columns, value.dtype)
     if reason:
         job.refused(node, reason, "aten.linear on the dense weight")
@@ -220,4 +227,5 @@ RULES: dict[Any, Callable[[Job, fx.Node], None]] = {
     linear_w8a8_dynamic.target: int8,
     linear_fp8.target: float8,
     linear_24.target: sparse_24,
+    linear_sparse.target: sparse_24,
 }
