@@ -20,7 +20,6 @@ from fxopt.ir.views.attention.seen import Seen
 from fxopt.ir.views.attention.view import HIDDEN_BELOW, Attention, Term
 from fxopt.ir.views.common import aten, is_aten
 
-
 _LARGEST = 1 << 26  # elements of a constant mask that is looked at
 
 
