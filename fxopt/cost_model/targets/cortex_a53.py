@@ -11,7 +11,7 @@ TARGET = Target(
     source=(
         "peak: one 128-bit FMLA per cycle (Arm Cortex-A53 Technical Reference Manual: one 128-bit Advanced SIMD "
         "datapath) at 1.4 GHz, 8-bit products as SMLAL and SADALP at twice that; cache sizes of the BCM2837; "
-        "bandwidths, launch time and efficiency factors are assumptions"
+        "bandwidths and launch time are assumptions, efficiency factors were fitted"
     ),
     error=(
         "predicted from instruction counts, never measured on the device: 41 % mean error on held-out rows of "

@@ -10,7 +10,7 @@ TARGET = Target(
     backend="tvm",
     source=(
         "peak: two 128-bit FMLA and two 128-bit SDOT per cycle (Arm Cortex-A76 Software Optimization Guide) at 2.4 "
-        "GHz; bandwidths, launch time and efficiency factors are assumptions"
+        "GHz; bandwidths and launch time are assumptions, efficiency factors were fitted"
     ),
     error=(
         "predicted from instruction counts, never measured on the device: 21 % mean error on held-out rows of "
