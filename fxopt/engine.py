@@ -221,8 +221,7 @@ class Optimizer:
         """The error report, and the loss that the budget limits."""
         if self._references is None:
             self._references = [self.baseline.run(sample) for sample in self.verification]
-        results = [executable.run(sample) for sample in self.verification]
-        found: OutputError = output_error(self._references, results)
+        found: OutputError = output_error(self._references, map(executable.run, self.verification))
         before = after = None
         loss = found.noise_to_signal
         if self.request.evaluate is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,38 +29,59 @@ def noise_to_signal(reference: torch.Tensor, value: torch.Tensor) -> float:
     return noise / signal if signal > 0.0 else float("inf")
 
 
-def output_error(reference: Sequence[Sequence[torch.Tensor]], results: Sequence[Sequence[torch.Tensor]]) -> OutputError:
-    """The error of `results` [sample][output] against `reference`; integer outputs are compared as numbers too."""
+def output_error(reference: Sequence[Sequence[torch.Tensor]], results: Iterable[Sequence[torch.Tensor]]) -> OutputError:
+    """The error of `results` [sample][output] against `reference`; integer outputs are compared as numbers too.
+
+    Results are taken one sample after the other, so they need not all be there at once.
+    """
+    sums: dict[int, _Sums] = {}
+    for before, after in zip(reference, results, strict=True):
+        for index, value in enumerate(before):
+            if isinstance(value, torch.Tensor):
+                sums.setdefault(index, _Sums()).add(value.double(), after[index].double())
     worst = OutputError(0.0, 0.0, 1.0, len(reference))
-    if not reference:
-        return worst
-    for index in range(len(reference[0])):
-        pairs = [(r[index], v[index]) for r, v in zip(reference, results, strict=True)]
-        if not isinstance(pairs[0][0], torch.Tensor):
-            continue
-        found = _one_output([(a.double(), b.double()) for a, b in pairs], len(reference))
-        if found.noise_to_signal > worst.noise_to_signal:
-            worst = found
+    for found in sums.values():
+        error = found.error(len(reference))
+        if error.noise_to_signal > worst.noise_to_signal:
+            worst = error
     return worst
 
 
-def _one_output(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], samples: int) -> OutputError:
-    if any(a.shape != b.shape for a, b in pairs):
-        return OutputError(float("inf"), float("inf"), 0.0, samples)
-    same_infinite = [(torch.nan_to_num(a), torch.where(a == b, torch.nan_to_num(a), b)) for a, b in pairs]
-    noise = sum((b - a).square().sum().item() for a, b in same_infinite)
-    if noise != noise:
-        return OutputError(float("inf"), float("inf"), 0.0, samples)
-    energy = sum(a.square().sum().item() for a, _ in same_infinite)
-    count = sum(a.numel() for a, _ in same_infinite)
-    mean = sum(a.sum().item() for a, _ in same_infinite) / max(1, count)
-    signal = energy - count * mean * mean
-    cosines = [torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in same_infinite]
-    if noise == 0.0:
-        return OutputError(0.0, 0.0, 1.0, samples)
-    return OutputError(
-        noise / signal if signal > 0.0 else float("inf"),
-        (noise / energy) ** 0.5 if energy > 0.0 else float("inf"),
-        sum(cosines) / len(cosines),
-        samples,
-    )
+@dataclass
+class _Sums:
+    """What the error of one output is computed from, summed over samples; equal infinities are no noise."""
+
+    noise: float = 0.0
+    energy: float = 0.0
+    total: float = 0.0
+    count: int = 0
+    cosine: float = 0.0
+    is_comparable: bool = True
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """One sample: the reference and the result in float64."""
+        if a.shape != b.shape:
+            self.is_comparable = False
+            return
+        b = torch.where(a == b, torch.nan_to_num(a), b)
+        a = torch.nan_to_num(a)
+        self.noise += (b - a).square().sum().item()
+        self.energy += a.square().sum().item()
+        self.total += a.sum().item()
+        self.count += a.numel()
+        self.cosine += torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+    def error(self, samples: int) -> OutputError:
+        """The error over all of them."""
+        if not self.is_comparable or math.isnan(self.noise):
+            return OutputError(float("inf"), float("inf"), 0.0, samples)
+        if self.noise == 0.0:
+            return OutputError(0.0, 0.0, 1.0, samples)
+        mean = self.total / max(1, self.count)
+        signal = self.energy - self.count * mean * mean
+        return OutputError(
+            self.noise / signal if signal > 0.0 else float("inf"),
+            (self.noise / self.energy) ** 0.5 if self.energy > 0.0 else float("inf"),
+            self.cosine / samples,
+            samples,
+        )

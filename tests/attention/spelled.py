@@ -323,6 +323,12 @@ def repeated_before_the_transpose(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return probabilities(q.transpose(1, 2) @ k.transpose(-2, -1), v)
 
 
+def repeated_and_turned_in_three_axes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As exporters of ONNX write scaled_dot_product_attention, with reshapes in a row made one."""
+    turned = k[:, :, None].expand(B, 2, 2, S, D).reshape(B * H, S, D).transpose(1, 2).reshape(B, H, D, S)
+    return probabilities(q @ turned, repeated(v, 2))
+
+
 def five_axes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     found = torch.softmax(q.view(B, 2, 2, L, D) @ k.unsqueeze(2).transpose(-2, -1), -1)
     return (found @ v.unsqueeze(2)).reshape(B, H, L, D)
@@ -337,6 +343,7 @@ GROUPS = [
           (Expected(groups=2),)),
     Entry("repeated before the transpose", repeated_before_the_transpose,
           heads((B, L, H, D), (B, S, 2, D), (B, S, 2, D)), (Expected(groups=2),)),
+    Entry("repeated and turned in three axes", repeated_and_turned_in_three_axes, heads(*SHARED), (Expected(groups=2),)),
     Entry("one head for all", lambda q, k, v: probabilities(q @ k.transpose(-2, -1), v), heads((B, H, L, D), (B, 1, S, D), (B, 1, S, D)),
           (Expected(groups=4),)),
     Entry("groups on an axis of their own", five_axes, heads(*SHARED), (Expected(groups=2),)),

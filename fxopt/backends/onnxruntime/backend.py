@@ -14,9 +14,10 @@ from torch import fx
 from fxopt.backends.base import Backend, Executable
 from fxopt.backends.onnxruntime.providers import CPU, PROVIDERS, find_provider, others
 from fxopt.backends.onnxruntime.session import OnnxExecutable
+from fxopt.backends.onnxruntime.sparse_forms import opening_bytes
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph
-from fxopt.ir.memory import is_large
+from fxopt.ir.memory import is_large, limit
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.ops.linear_u8s8 import linear_u8s8
 from fxopt.ir.ops.sparse_linear_u8s8 import sparse_linear_u8s8
@@ -109,17 +110,21 @@ class OnnxRuntime(Backend):
         return OnnxExecutable(path, threads, provider=self.provider)
 
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
-        """Write the graph to a temporary file and open it; what exceeds half of the memory is never loaded whole."""
+        """Write the graph to a temporary file and open it; what exceeds half of the memory is never loaded whole.
+
+        Nor is what would not fit while it is opened.
+        """
         from fxopt.backends.onnxruntime.forms import FORMS
         from fxopt.ir.onnx.export import save
 
         if graph.origin != "onnx":
             raise Unsupported("the onnxruntime backend takes graphs of ONNX origin; export the PyTorch model first")
         self.require()
-        if is_large(graph):
+        opening = opening_bytes(graph)
+        if is_large(graph) or opening + graph.size_bytes() > limit() // 2:
             from fxopt.backends.onnxruntime.streamed import Streamed
 
-            return Streamed(graph.copy())
+            return Streamed(graph.copy(), opening)
         scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
         path = Path(scratch.name) / "model.onnx"
         save(graph, path, FORMS, external=graph.size_bytes() > _BESIDE_BYTES)
@@ -127,7 +132,9 @@ class OnnxRuntime(Backend):
             from fxopt.backends.onnxruntime.library import SUFFIX, build_library
 
             build_library(onnx.load(path, load_external_data=False), path.with_suffix(SUFFIX))
-        return OnnxExecutable(path, threads, scratch, self.provider)
+        made = OnnxExecutable(path, threads, scratch, self.provider)
+        made.opening = opening
+        return made
 
 
 def _fusion(op: str, dtype: str) -> str:

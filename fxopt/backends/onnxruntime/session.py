@@ -14,6 +14,7 @@ import torch
 from fxopt.backends.base import Executable
 from fxopt.backends.onnxruntime.library import library_of
 from fxopt.backends.onnxruntime.providers import CPU, Provider
+from fxopt.backends.onnxruntime.sparse_forms import opening_notes
 from fxopt.errors import InvalidInput, InvalidModel, OutputError
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 
@@ -59,6 +60,8 @@ def make_session(
 
 class OnnxExecutable(Executable):
     """A model file in an ONNX Runtime session; the artifact is the file."""
+
+    opening = 0  # bytes that opening it took beside the weights
 
     def __init__(
         self,
@@ -110,6 +113,10 @@ class OnnxExecutable(Executable):
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+
+    def notes(self) -> Sequence[str]:
+        """What opening the file takes."""
+        return opening_notes(self.opening)
 
     def close(self) -> None:
         """Drop the session and the temporary file."""

@@ -8,22 +8,28 @@ from typing import Any
 
 from fxopt.backends.base import Executable
 from fxopt.backends.onnxruntime.evaluator import OnnxEvaluator
+from fxopt.backends.onnxruntime.sparse_forms import opening_notes
 from fxopt.ir.graph import Graph
 
 
 class Streamed(Executable):
     """Stands in for a session of ONNX Runtime: gives its results, not its time."""
 
-    executed_on = "torch, node by node (the weights exceed half of the memory)"
+    executed_on = "torch, node by node (a session would need more than half of the memory)"
     is_timed = False
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, opening: int = 0) -> None:
         self.graph = graph
         self.evaluator = OnnxEvaluator()
+        self.opening = opening  # bytes
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs on flat inputs."""
         return self.graph.run(inputs, evaluator=self.evaluator)
+
+    def notes(self) -> Sequence[str]:
+        """What opening the file will take."""
+        return opening_notes(self.opening)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model and its weights, tensor by tensor."""

@@ -102,13 +102,22 @@ def layer_of(graph: Graph, name: str) -> Layer:
 
 
 def sharers(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
-    """What uses the data of each constant, also under another name."""
-    holders: dict[int, list[fx.Node]] = {}
-    for node in graph.fx.find_nodes(op="get_attr"):
+    """What uses the data of each constant, also under another name or as a part of it."""
+    spans = []
+    for index, node in enumerate(graph.fx.find_nodes(op="get_attr")):
         value = graph.constant(node)
-        if value is not None and value.numel():
-            holders.setdefault(value.untyped_storage().data_ptr(), []).append(node)
-    return {node: [user for each in nodes for user in each.users] for nodes in holders.values() for node in nodes}
+        if value is not None and value.numel():  # weights of one memory-mapped file share its storage, but no data
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            begin = value.data_ptr()
+            spans.append((begin, begin + (last + 1) * value.element_size(), index, node))
+    groups: list[list[fx.Node]] = []
+    most = -1
+    for begin, end, _, node in sorted(spans):
+        if begin >= most:
+            groups.append([])
+        groups[-1].append(node)
+        most = max(most, end)
+    return {node: [user for each in nodes for user in each.users] for nodes in groups for node in nodes}
 
 
 def is_head(graph: Graph, layer: Layer) -> bool:

@@ -19,7 +19,7 @@ from fxopt.catalog import find_pass, pass_from_text, pass_names
 from fxopt.cost_model.roofline import predict
 from fxopt.cost_model.targets import get_target
 from fxopt.errors import InvalidOption, UnknownName
-from fxopt.ir.graph import Graph
+from fxopt.ir.graph import Graph, set_attribute
 from fxopt.ir.masks import marks
 from fxopt.ir.onnx.export import to_model
 from fxopt.ir.sparsity import Mark, Pattern
@@ -295,6 +295,22 @@ def test_tied_weights_are_left_dense(how: str) -> None:
     other = "one" if how == "twice" else "embed"
     assert reasons(graph, Sparsify("2:4"))["two"] == f"its weight is tied: {other} uses it too and would lose weights"
     assert not offered(Sparsify("2:4"), graph)
+
+
+def test_weights_of_one_storage_are_not_tied() -> None:
+    """As those of a memory-mapped file; parts that overlap are."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    graph, asked = torch_graph(model, rows()[0][0]), size_context(capabilities=Eager())
+    storage = torch.cat([parameter.detach().reshape(-1) for parameter in (model[0].weight, model[2].weight)])
+    first, second = [str(node.target) for node in graph.fx.find_nodes(op="get_attr") if node.meta["val"].ndim == 2][:2]
+
+    def offers_at(begin: int) -> int:
+        set_attribute(graph.root, first, storage[:1024].view(32, 32))
+        set_attribute(graph.root, second, storage[begin : begin + 1024].view(32, 32))
+        return len(offered(Sparsify("2:4"), graph, asked))
+
+    assert offers_at(1024) == 2
+    assert offers_at(992) == 0
 
 
 def test_tied_parameters_of_torch_modules() -> None:

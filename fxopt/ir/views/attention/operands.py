@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,22 +39,34 @@ def untransposed(graph: Graph, operand: Operand) -> Operand:
 
 def _flat_swap(graph: Graph, operand: Operand) -> Operand | None:
     """x when the operand is reshape(transpose(reshape(x))) that only swaps its last two axes."""
-    back = read(graph, operand.node, "reshape")
+    found = _flat(graph, operand.node)
+    given = None if found is None else shape_of(found[0])
+    if found is None or given is None or str(given) != str(found[1]):
+        return None
+    return swapped(replace(operand, node=found[0]))
+
+
+def _flat(graph: Graph, node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
+    """x and a shape when the node is x in that shape with its last two axes swapped, with three axes in between."""
+    back = read(graph, node, "reshape")
     turn = None if back is None else read(graph, back[0], "transpose")
     flat = None if turn is None else read(graph, turn[0], "reshape")
     if turn is None or flat is None or tuple(turn[1]) != (*range(len(turn[1]) - 2), len(turn[1]) - 1, len(turn[1]) - 2):
         return None
-    given, middle, result = (shape_of(value) for value in (flat[0], turn[0], operand.node))
-    if given is None or middle is None or result is None or len(given) < 2 or len(middle) < 2:
+    middle, result = shape_of(turn[0]), shape_of(node)
+    if middle is None or result is None or len(result) < 2 or not isinstance(flat[0], fx.Node):
         return None
-    same = str(middle[-2:]) == str(given[-2:]) and str(result) == str((*given[:-2], given[-1], given[-2]))
-    if not same or not isinstance(flat[0], fx.Node):
-        return None
-    rank = len(given)
+    before = (*result[:-2], result[-1], result[-2])
+    return (flat[0], before) if str(middle[-2:]) == str(before[-2:]) else None
+
+
+def swapped(operand: Operand) -> Operand:
+    """The operand with the last two axes of its node swapped before its own permutation."""
+    rank = len(operand.shape or ()) if operand.perm is None else len(operand.perm)
     order = tuple(range(rank)) if operand.perm is None else operand.perm
     swap = (*range(rank - 2), rank - 1, rank - 2)
     perm = tuple(swap[axis] for axis in order)
-    return Operand(flat[0], None if perm == tuple(range(rank)) else perm)
+    return replace(operand, perm=None if perm == tuple(range(rank)) else perm)
 
 
 def unscaled(graph: Graph, operand: Operand) -> tuple[Operand, float]:
@@ -96,22 +109,26 @@ def unrepeated(graph: Graph, operand: Operand) -> Shared:
     if rank < 4 or operand.replay:
         return Shared(operand, 1)
     axis = rank + _HEADS if operand.perm is None else operand.perm[rank + _HEADS]
-    found = _expanded(graph, operand.node, axis) or _interleaved(operand.node, axis)
+    joined, flat = read(graph, operand.node, "reshape"), _flat(graph, operand.node)
+    found = None if joined is None else _expanded(graph, joined[0], shape_of(operand.node), axis)
+    found = found or _interleaved(operand.node, axis)
+    if found is None and flat is not None:
+        found = _expanded(graph, *flat, axis)
+        operand = operand if found is None else swapped(operand)
     if found is None:
         return Shared(operand, 1)
     node, times = found
     return Shared(untransposed(graph, replace(operand, node=node)), times)
 
 
-def _expanded(graph: Graph, node: fx.Node, axis: int) -> tuple[fx.Node, int] | None:
-    """x when the node is reshape(expand(unsqueeze(x, axis + 1))), or the same with a tile instead of expand."""
-    joined = read(graph, node, "reshape")
-    wide = None if joined is None else _copied(graph, joined[0])
-    spread = None if wide is None else _spread(graph, wide)
-    if wide is None or spread is None:
+def _expanded(graph: Graph, wide: Any, result: Sequence[Any] | None, axis: int) -> tuple[fx.Node, int] | None:
+    """x when `wide`, reshaped to `result`, is expand(unsqueeze(x, axis + 1)), or with a tile instead of expand."""
+    wide = _copied(graph, wide)
+    spread = _spread(graph, wide) if isinstance(wide, fx.Node) else None
+    if spread is None:
         return None
     inserted = _unsqueezed(graph, spread, axis + 1)
-    before, after, result = shape_of(spread), shape_of(wide), shape_of(node)
+    before, after = shape_of(spread), shape_of(wide)
     if inserted is None or before is None or after is None or result is None or len(after) != len(before):
         return None
     times = after[axis + 1]
