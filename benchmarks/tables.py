@@ -321,7 +321,8 @@ def onnx_suite(result: dict[str, Any]) -> list[str]:
     lines = [
         "## The conformance suite of ONNX",
         "",
-        f"`python -m benchmarks.onnx_suite` on {where(result)}. Native: no node left torch and fxopt's host lane.",
+        f"`python -m benchmarks.onnx_suite` on {where(result)}. Native: passed while neither ONNX's",
+        "reference evaluator nor ONNX Runtime could be imported, in torch and fxopt's host lane alone.",
         "",
         "| kind | cases | passed | native |",
         "|---|---|---|---|",
@@ -341,6 +342,7 @@ def onnx_large(result: dict[str, Any]) -> list[str]:
         f"{result['bytes'] / 1e9:.2f} GB of external weights, {result['pass']}, {result['memory']}B of memory allowed:",
         f"peak {result['peak'] / 1e9:.2f} GB without file-backed pages (2 GiB and the largest tensor:"
         f" {result['bound'] / 1e9:.2f} GB); {result['written'] / 1e9:.2f} GB written.",
+        f"The ledger says \"{result['ledger']}\".",
     ]
 
 
