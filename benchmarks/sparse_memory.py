@@ -1,37 +1,40 @@
-"""Peak memory of SparseGPT at 2:4 on a Llama of 1.1 billion parameters: below the size of the model plus 3 GB.
+"""`fxopt optimize` with SparseGPT at 2:4 on a Llama of 1.1 billion parameters: peak memory, to stay below the size of
+the model plus 3 GB.
 
     python -m benchmarks.sparse_memory [--layers 22] [--samples 16] [--length 128]
 
-Random weights in the shape of TinyLlama; nothing is downloaded. All linears but the head, each calibrated on what the
-sparse ones before it give; one layer's second moments are alive at a time. The peak is that of the whole process, with
-its libraries, from its start: VmHWM of /proc/self/status. Needs Linux and 9 GB of free memory.
+Random weights in the shape of TinyLlama, exported to ONNX by another process; nothing is downloaded. All linears but
+the head, each calibrated on what the sparse ones before it give, then stored without their zeros. The command is told
+to stay below the bound (FXOPT_MEMORY), so weights are mapped, and what it makes of them goes to files. Two peaks are
+given: that of the memory that no file backs, which the bound is about, and that of all resident pages, of which the
+kernel takes back those of mapped files when it needs them. Needs Linux and 20 GB of free disk (TMPDIR).
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import time
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-import fxopt
 from benchmarks.common import write
-from benchmarks.sparse_lm import pruned_linears
-from fxopt.ir.graph import Graph, set_attribute
-from fxopt.ir.sparsity import Pattern
-from fxopt.passes.sequential import SequentialRun
-from fxopt.passes.sparsify.methods import sparsegpt
+from benchmarks.onnx_large import watched
+from fxopt.frontends.onnx import load
+from fxopt.ir.masks import marks, stale
 
 VOCABULARY = 32000
 ALLOWED = 3_000_000_000  # bytes beside the model
-PATTERN = Pattern.parse("2:4")
+STEP = "sparsify{pattern=2:4,method=sparsegpt}"
 
 
-def llama(layers: int, dtype: torch.dtype, length: int) -> Graph:
-    """The captured model: tokens [1, length] -> logits."""
+def export(path: Path, layers: int, length: int) -> None:
+    """Write the model: tokens [1, length] -> logits, with its weights beside it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     class Logits(torch.nn.Module):
@@ -45,65 +48,66 @@ def llama(layers: int, dtype: torch.dtype, length: int) -> Graph:
 
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=2048, dtype=dtype,
+        num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=2048, dtype=torch.float32,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Logits(LlamaForCausalLM._from_config(config)).eval()
-    return fxopt.capture(model, (torch.zeros(1, length, dtype=torch.int64),))
+    program = torch.onnx.export(
+        model, (torch.zeros(1, length, dtype=torch.int64),), dynamo=True, opset_version=20, verbose=False,
+        input_names=["tokens"], output_names=["logits"], external_data=True,
+    )  # fmt: skip
+    assert program is not None
+    program.save(path, external_data=True)
 
 
-def peak() -> int:
-    """The most bytes of memory that this process has had so far."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
-def sparsify(graph: Graph, samples: list[list[torch.Tensor]]) -> dict[str, float]:
-    """Every linear but the head, in place; seconds of CPU by part."""
-    walk = SequentialRun(graph, samples)
-    seconds = {"statistics": 0.0, "sparsegpt": 0.0}
-    views = list(pruned_linears(graph))
-    for index, view in enumerate(views):
-        begin = time.process_time()
-        moments = walk.moments(view.x)
-        between = time.process_time()
-        made = sparsegpt(view.weight(graph), moments, PATTERN, 0).weight
-        set_attribute(graph.root, str(view.weight_node.target), made.t().contiguous() if view.transposed else made)
-        seconds["statistics"] += between - begin
-        seconds["sparsegpt"] += time.process_time() - between
-        if (index + 1) % 7 == 0:
-            print(f"{index + 1} of {len(views)}: {peak() / 1e9:.2f} GB, {sum(seconds.values()):.0f} s", flush=True)
-    return seconds
+def optimize(folder: Path, source: Path, samples: int, length: int) -> dict[str, Any]:
+    """Run the command on twice the samples, half of which calibrate; what it took and what came out."""
+    size = sum(path.stat().st_size for path in folder.glob(f"{source.name}*"))
+    bound, data, target = size + ALLOWED, folder / "tokens.npz", folder / "sparse.onnx"
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2 * samples, length))
+    np.savez(data, tokens=tokens)
+    command = [sys.executable, "-m", "fxopt", "optimize", str(source), "-o", str(target), "-p", STEP, "-t", "host"]
+    command += ["--calibration", str(data), "--objective", "size", "--budget", "1000"]
+    ran = watched(command, {**os.environ, "FXOPT_MEMORY": str(bound), "TMPDIR": str(folder)})
+    print(ran.output[-3000:])
+    result: dict[str, Any] = {
+        "bytes": size, "bound": bound, "code": ran.code, "peak": ran.peak, "resident": ran.resident,
+        "seconds": ran.seconds,
+    }  # fmt: skip
+    if ran.code == 0:
+        graph = load(target)
+        result["written"] = sum(path.stat().st_size for path in folder.glob(f"{target.name}*"))
+        result["linears"], result["broken"] = len(marks(graph)), stale(graph)
+    return result
 
 
 def main() -> None:
-    """Build, sparsify, check, and write benchmarks/results/sparse_memory.json."""
+    """Export, sparsify, check, and write benchmarks/results/sparse_memory.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=16, help="that calibrate")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--export", type=Path, help="write the model to this file, and nothing else")
     parser.add_argument("--no-result", action="store_true", help="print only")
     options = parser.parse_args()
-    graph = llama(options.layers, getattr(torch, options.dtype), options.length)
-    gc.collect()  # the exporter leaves cycles that hold the module, and with it every weight that is replaced
-    size, built = graph.size_bytes(), peak()
-    print(f"{size / 1e9:.2f} GB of constants; peak {built / 1e9:.2f} GB once the model is captured", flush=True)
-    generator = torch.Generator().manual_seed(1)
-    samples = [[torch.randint(VOCABULARY, (1, options.length), generator=generator)] for _ in range(options.samples)]
-    seconds, most = sparsify(graph, samples), peak()
-    broken = [text for view in pruned_linears(graph) if (text := PATTERN.violation(view.weight(graph)))]
-    count = sum(1 for _ in pruned_linears(graph))
-    bound = size + ALLOWED
-    print(f"{count} linears, {len(broken)} of them without the pattern; {sum(seconds.values()):.0f} s: {seconds}")
-    print(f"peak {most / 1e9:.2f} GB, {(most - size) / 1e9:+.2f} GB beside the model (bound {bound / 1e9:.2f} GB)")
-    if not options.no_result:
-        result: dict[str, Any] = {
-            "bytes": size, "peak": most, "peak_when_captured": built, "bound": bound, "seconds": seconds,
-            "linears": count, "broken": len(broken), "threads": torch.get_num_threads(), **vars(options),
-        }  # fmt: skip
-        print(f"written: {write('sparse_memory', result)}")
-    raise SystemExit(0 if most < bound and not broken else 1)
+    if options.export is not None:
+        export(options.export, options.layers, options.length)
+        return
+    with tempfile.TemporaryDirectory(prefix="fxopt-sparse-") as folder:
+        source = Path(folder) / "llama.onnx"
+        sizes = ["--layers", str(options.layers), "--length", str(options.length)]
+        subprocess.run([sys.executable, "-m", "benchmarks.sparse_memory", *sizes, "--export", str(source)], check=True)
+        print(f"{source.with_name('llama.onnx.data').stat().st_size / 1e9:.2f} GB of weights", flush=True)
+        result = optimize(Path(folder), source, options.samples, options.length)
+    beside = result["peak"] - result["bytes"]
+    print(f"{result.get('linears', 0)} linears with the pattern; broken: {result.get('broken', 'nothing was written')}")
+    print(f"peak {result['peak'] / 1e9:.2f} GB that no file backs, {beside / 1e9:+.2f} GB beside the model")
+    print(f"resident, with the pages of mapped files: {result['resident'] / 1e9:.2f} GB; {result['seconds']:.0f} s")
+    passed = result["code"] == 0 and result["peak"] < result["bound"] and not result["broken"]
+    if not options.no_result and result["code"] == 0:
+        sizes_of = {"layers": options.layers, "samples": options.samples, "length": options.length}
+        print(f"written: {write('sparse_memory', {**result, **sizes_of})}")
+    raise SystemExit(0 if passed else 1)
 
 
 if __name__ == "__main__":

@@ -300,19 +300,21 @@ def _times(found: dict[str, float]) -> str:
 
 
 def sparse_memory(result: dict[str, Any]) -> list[str]:
-    """What SparseGPT holds in memory."""
-    size, peak, allowed = (result[name] / 1e9 for name in ("bytes", "peak", "bound"))
-    seconds = " | ".join(f"{result['seconds'][name]:.0f} s" for name in ("statistics", "sparsegpt"))
+    """What sparsifying a large model holds in memory."""
+    names = ("bytes", "peak", "bound", "resident", "written")
+    size, peak, allowed, resident, written = (result[name] / 1e9 for name in names)
     return [
         "## Memory of SparseGPT",
         "",
-        f"`python -m benchmarks.sparse_memory` on {where(result)}. A Llama of {result['layers']} layers with random",
-        f"weights in {result['dtype']}, 2:4 in {result['linears']} linears, {result['samples']} samples of",
-        f"{result['length']} tokens, {result['threads']} thread. Peak of the process from its start; seconds of CPU.",
+        f"`python -m benchmarks.sparse_memory` on {where(result)}. `fxopt optimize` on a Llama of",
+        f"{result['layers']} layers with random float32 weights: 2:4 by SparseGPT in {result['linears']} linears,",
+        f"calibrated on {result['samples']} samples of {result['length']} tokens, then stored without their zeros. The",
+        "peak is that of memory that no file backs; resident pages count those of mapped files too, which the kernel",
+        "takes back when it needs them.",
         "",
-        "| model | peak | beside the model | bound | statistics | SparseGPT |",
-        "|---|---|---|---|---|---|",
-        f"| {size:.2f} GB | {peak:.2f} GB | {peak - size:.2f} GB | {allowed:.2f} GB | {seconds} |",
+        "| model | peak | bound: model + 3 GB | resident | written |",
+        "|---|---|---|---|---|",
+        f"| {size:.2f} GB | {peak:.2f} GB | {allowed:.2f} GB | {resident:.2f} GB | {written:.2f} GB |",
     ]
 
 

@@ -12,28 +12,33 @@ _TITLES = {
 
 
 def wasm(result: dict[str, Any], where: str) -> list[str]:
-    """Node: speed over each peer."""
-    node = {row["node"] for group in result["groups"].values() for row in group["cases"]}
+    """Speed over each peer, in each engine."""
     peers = ", ".join(f"{name} {version}" for name, version in sorted(result["peer_versions"].items()))
     lines = [
         "## WebAssembly",
         "",
-        f"`python -m benchmarks.wasm` on {where}, Node {', '.join(sorted(node))}, one thread; {peers}.",
+        f"`python -m benchmarks.wasm` on {where}, one thread; {peers}.",
         "",
         "How many times as fast, median of alternating bursts (10th to 90th percentile). `simd128` unless the name",
         "says relaxed. Error: largest difference to torch in float64, of the largest value.",
     ]
-    for name, group in result["groups"].items():
-        lines += ["", f"### {_TITLES.get(name, name)}", "", "| case | fxopt | error | over | times |"]
-        lines += ["|---|---|---|---|---|"]
-        for row in group["cases"]:
-            for ours, found in row["rows"].items():
-                for peer, ratio in found.get("speed_over", {}).items():
-                    times = f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
-                    cells = f"{row['title']} | {ours} | {found['relative_error']:.1e}"
-                    lines.append(f"| {cells} | {peer} | {times} |")
-        means = "; ".join(f"{pair} {mean:.2f}x" for pair, mean in group["geometric_means"].items())
-        lines += ["", f"Geometric means: {means}."]
+    for groups in result["engines"].values():
+        for name, group in groups.items():
+            engines = ", ".join(sorted({row["engine"] for row in group["cases"]}))
+            lines += ["", f"### {_TITLES.get(name, name)}, {engines}", "", "| case | fxopt | error | over | times |"]
+            lines += ["|---|---|---|---|---|", *_rows(group)]
+            means = "; ".join(f"{pair} {mean:.2f}x" for pair, mean in group["geometric_means"].items())
+            lines += ["", f"Geometric means: {means}."]
+    return lines
+
+
+def _rows(group: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in group["cases"]:
+        for ours, found in row["rows"].items():
+            for peer, ratio in found.get("speed_over", {}).items():
+                times = f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+                lines.append(f"| {row['title']} | {ours} | {found['relative_error']:.1e} | {peer} | {times} |")
     return lines
 
 

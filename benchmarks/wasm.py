@@ -1,6 +1,7 @@
-"""WebAssembly, one thread, in Node: fxopt against onnxruntime-web and tfjs-backend-wasm.
+"""WebAssembly, one thread, in Node and Chromium: fxopt against onnxruntime-web and tfjs-backend-wasm.
 
-    python -m benchmarks.wasm [--cases products,int8] [--rounds 15] [--node PATH] [--before 'taskset -c 0']
+    python -m benchmarks.wasm [--cases products,int8] [--engines node,chromium] [--rounds 15] [--node PATH]
+        [--before 'taskset -c 0']
 
 The competitors of a case are called in alternating bursts of one process; a ratio is the median over the rounds, with
 its 10th and 90th percentiles. Every competitor's first output is compared with torch in float64 before. The peers and
@@ -21,23 +22,47 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import wasm_cases
+from benchmarks.browser import Browser, Server
 from benchmarks.common import RESULTS, write
 from benchmarks.node_packages import PINNED, folder, node
 
+_SECONDS = 900.0  # for one case
 _RACE = Path(__file__).with_suffix("").with_name("wasm_race.mjs")
 
 
-def measured(case: Any, place: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Race the competitors of a case in Node."""
+def in_node(title: str, place: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Race the competitors of the case in this folder."""
+    command = [*shlex.split(options.before), str(options.node or node(folder())), str(_RACE), str(place / "case.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{title}: Node failed: {done.stderr.strip()[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def in_chromium(title: str, place: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The same in a page of a headless browser."""
+    server = Server(_RACE.parent, case=place, modules=folder() / "node_modules")
+    with server, Browser(_SECONDS, shlex.split(options.before)) as browser:
+        browser.open(f"{server.url}wasm_race.html")
+        try:
+            results = browser.evaluate("start()")
+        except RuntimeError as error:
+            raise RuntimeError(f"{title}: Chromium failed: {error}") from error
+        version = browser.send("Browser.getVersion")
+    return {"engine": f"{version['product']}, V8 {version['jsVersion']}", "results": results}
+
+
+ENGINES = {"node": in_node, "chromium": in_chromium}
+
+
+def measured(case: Any, place: Path, engine: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Race the competitors of a case."""
     plan = {
         **case, "modules": str(folder() / "node_modules"), "rounds": options.rounds, "burst_ms": 25, "warm_up_ms": 700,
     }  # fmt: skip
     (place / "case.json").write_text(json.dumps(plan), encoding="utf-8")
-    command = [*shlex.split(options.before), str(options.node or node(folder())), str(_RACE), str(place / "case.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{case['title']}: Node failed: {done.stderr.strip()[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = ENGINES[engine](case["title"], place, options)
     rows = {}
     for name, result in found["results"].items():
         rows[name] = {
@@ -48,7 +73,7 @@ def measured(case: Any, place: Path, options: argparse.Namespace) -> dict[str, A
             rows[name]["speed_over"] = {
                 peer: speed(found["results"][peer]["bursts"], result["bursts"]) for peer in peers(case, name)
             }
-    return {"title": case["title"], "node": found["node"], "v8": found["v8"], **case.get("facts", {}), "rows": rows}
+    return {"title": case["title"], "engine": found["engine"], **case.get("facts", {}), "rows": rows}
 
 
 def peers(case: dict[str, Any], name: str) -> list[str]:
@@ -69,7 +94,7 @@ def speed(theirs: list[float], ours: list[float]) -> dict[str, float]:
 
 def show(row: dict[str, Any]) -> None:
     """One case."""
-    print(row["title"], {key: value for key, value in row.items() if key not in ("title", "rows", "v8")})
+    print(row["title"], {key: value for key, value in row.items() if key not in ("title", "rows")})
     for name, found in row["rows"].items():
         over = "".join(
             f"   {ratio['median']:6.2f} ({ratio['low']:.2f} ... {ratio['high']:.2f}) times as fast as {peer}"
@@ -93,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = list(wasm_cases.GROUPS)
     parser.add_argument("--cases", type=lambda text: text.split(","), default=known, help=f"of {','.join(known)}")
+    parser.add_argument("--engines", type=lambda text: text.split(","), default=list(ENGINES), help="where")
     parser.add_argument("--rounds", type=int, default=15, help="bursts of each competitor")
     parser.add_argument("--node", type=Path, help="another Node than the pinned one")
     parser.add_argument("--before", default="", help="words before Node's command, such as 'taskset -c 0'")
@@ -100,18 +126,25 @@ def main() -> None:
     unknown = sorted(set(options.cases) - set(known))
     if unknown:
         parser.error(f"unknown cases {', '.join(unknown)}; known: {', '.join(known)}")
+    unknown = sorted(set(options.engines) - set(ENGINES))
+    if unknown:
+        parser.error(f"unknown engines {', '.join(unknown)}; known: {', '.join(ENGINES)}")
     path = RESULTS / "wasm.json"
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     result.pop("machine", None)
     for group in options.cases:
-        rows = []
+        rows: dict[str, list[dict[str, Any]]] = {engine: [] for engine in options.engines}
         for make in wasm_cases.GROUPS[group]:
             with tempfile.TemporaryDirectory() as scratch:
-                rows.append(measured(make(Path(scratch)), Path(scratch), options))
-            show(rows[-1])
-        means = geometric_means(rows)
-        print(f"{group}: geometric means {means}\n", flush=True)
-        result.setdefault("groups", {})[group] = {"geometric_means": means, "cases": rows}
+                case = make(Path(scratch))
+                for engine in options.engines:
+                    rows[engine].append(measured(case, Path(scratch), engine, options))
+                    show(rows[engine][-1])
+        for engine, found in rows.items():
+            means = geometric_means(found)
+            print(f"{group} in {engine}: geometric means {means}\n", flush=True)
+            engines = result.setdefault("engines", {}).setdefault(engine, {})
+            engines[group] = {"geometric_means": means, "cases": found}
         write("wasm", {**result, "rounds": options.rounds, "threads": 1, "peer_versions": dict(PINNED)})
     print(f"written: {path}")
 

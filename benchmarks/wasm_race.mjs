@@ -1,145 +1,43 @@
-// Times the competitors of one case in alternating bursts: node wasm_race.mjs CASE.json, the result as JSON on stdout.
-// A call takes its inputs from JavaScript arrays and gives its output as one; of tfjs, and of fxopt with `inside`, both
-// stay in WebAssembly's memory.
+// Times the competitors of one case in Node: node wasm_race.mjs CASE.json, the result as JSON on stdout.
 
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 
+import { race } from "./wasm_race_core.mjs";
+
 const path = resolve(process.argv[2]);
 const plan = JSON.parse(readFileSync(path, "utf8"));
 const at = (name) => join(dirname(path), name);
 const require = createRequire(join(plan.modules, "package.json"));
-const ARRAYS = { float32: Float32Array, int64: BigInt64Array, int32: Int32Array, uint8: Uint8Array, bool: Uint8Array };
-const floats = (name) => {
-  const bytes = readFileSync(at(name));
-  return new Float32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
-};
-const inputs = plan.inputs.map(({ name, dtype, shape, file }) => {
-  const bytes = readFileSync(at(file));
-  const copy = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
-  return { name, dtype, shape, data: new ARRAYS[dtype](copy) };
-});
+let tensorflow;
 
-// Each kind gives an asynchronous function of nothing that computes the first output as a flat array.
-const KINDS = {
-  async fxopt({ folder, inside }) {
-    const { load } = await import(pathToFileURL(at(join(folder, "index.js"))));
-    const { target } = JSON.parse(readFileSync(at(join(folder, "manifest.json")), "utf8"));
-    const model = await load(undefined, { build: target.name === "wasm-relaxed" ? "relaxed" : "simd128" });
-    const given = Object.fromEntries(inputs.map(({ name, data, shape }) => [name, { data, shape }]));
-    if (inside) {
-      const [views] = Object.values(model.functions).map((one) => one.views());
-      for (const { name, data } of inputs) views.inputs[name].set(data);
-      return async (read) => {
-        views.run();
-        return read ? Object.values(views.outputs)[0].slice() : null;
-      };
-    }
-    return async () => Object.values(model.run(given))[0];
+const host = {
+  async bytes(name) {
+    const bytes = readFileSync(at(name));
+    return bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
   },
-
-  async onnxruntime({ file }) {
+  module: (name) => import(pathToFileURL(at(name))),
+  async onnxruntime() {
     const ort = require("onnxruntime-web/wasm");
     ort.env.wasm.numThreads = 1;
     ort.env.logLevel = "error";
-    const session = await ort.InferenceSession.create(readFileSync(at(file)), { executionProviders: ["wasm"], graphOptimizationLevel: "all" });
-    return async () => {
-      const feeds = {};
-      inputs.forEach(({ dtype, data, shape }, i) => (feeds[session.inputNames[i]] = new ort.Tensor(dtype, data, shape)));
-      return (await session.run(feeds))[session.outputNames[0]].data;
-    };
+    return ort;
   },
-
-  async tfjs_linear({ weight, bias }) {
-    const tf = await tfjs();
-    const [rows, inner] = inputs[0].shape;
-    const outputs = floats(bias).length;
-    const x = tf.tensor2d(inputs[0].data, [rows, inner]);
-    const w = tf.tensor2d(floats(weight), [inner, outputs]);
-    const b = tf.tensor1d(floats(bias));
-    return tensor(tf, () => tf.fused.matMul({ a: x, b: w, bias: b }));
-  },
-
-  async tfjs_conv({ weight, bias, image }) {
-    const tf = await tfjs();
-    const [height, width, channels] = image;
-    const outputs = floats(bias).length;
-    const x = tf.tensor4d(floats(plan.tfjs_image), [1, height, width, channels]);
-    const w = tf.tensor4d(floats(weight), [1, 1, channels, outputs]);
-    const b = tf.tensor1d(floats(bias));
-    return tensor(tf, () => tf.fused.conv2d({ x, filter: w, strides: 1, pad: "valid", bias: b }));
+  async tfjs() {
+    if (!tensorflow) {
+      tensorflow = require("@tensorflow/tfjs-core");
+      const backend = require("@tensorflow/tfjs-backend-wasm");
+      backend.setThreadsCount(1);
+      backend.setWasmPaths(dirname(require.resolve("@tensorflow/tfjs-backend-wasm")) + "/");
+      await tensorflow.setBackend("wasm");
+      await tensorflow.ready();
+    }
+    return tensorflow;
   },
 };
 
-let loaded;
-async function tfjs() {
-  if (!loaded) {
-    loaded = require("@tensorflow/tfjs-core");
-    const backend = require("@tensorflow/tfjs-backend-wasm");
-    backend.setThreadsCount(1);
-    backend.setWasmPaths(dirname(require.resolve("@tensorflow/tfjs-backend-wasm")) + "/");
-    await loaded.setBackend("wasm");
-    await loaded.ready();
-  }
-  return loaded;
-}
-
-function tensor(tf, make) {
-  return async (read) => {
-    const y = make();
-    const found = read ? y.dataSync().slice() : null;
-    y.dispose();
-    return found;
-  };
-}
-
-const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
-
-async function burst(call, dropped, timed) {
-  for (let i = 0; i < dropped; i++) await call();
-  const begin = performance.now();
-  for (let i = 0; i < timed; i++) await call();
-  return (performance.now() - begin) / timed;
-}
-
-const results = {};
-const calls = {};
-for (const [name, competitor] of Object.entries(plan.competitors)) {
-  calls[name] = await KINDS[competitor.kind](competitor);
-  const values = await calls[name](true);
-  const expected = floats(competitor.expected ?? plan.expected);
-  if (values.length !== expected.length) throw new Error(`${name} gives ${values.length} values, not ${expected.length}`);
-  let difference = 0;
-  let largest = 0;
-  for (let i = 0; i < expected.length; i++) {
-    difference = Math.max(difference, Math.abs(values[i] - expected[i]));
-    largest = Math.max(largest, Math.abs(expected[i]));
-  }
-  results[name] = { relative_error: difference / largest, bursts: [] };
-}
-
-// The engine's optimising compiler runs in the background: call until it has had its time.
-const count = {};
-for (const [name, call] of Object.entries(calls)) {
-  const begin = performance.now();
-  let times = 0;
-  while (performance.now() - begin < plan.warm_up_ms || times < 3) {
-    await call();
-    times++;
-    if (times % 8 === 0) await pause(0);
-  }
-  await pause(50);
-  const once = await burst(call, 1, 3);
-  count[name] = Math.max(3, Math.min(200, Math.round(plan.burst_ms / once)));
-}
-const names = Object.keys(calls);
-for (let round = 0; round < plan.rounds; round++) {
-  for (const name of round % 2 ? [...names].reverse() : names) {
-    results[name].bursts.push(await burst(calls[name], Math.min(3, count[name]), count[name]));
-    await pause(2);
-  }
-}
-process.stdout.write(JSON.stringify({ node: process.version, v8: process.versions.v8, results }) + "\n");
+const results = await race(plan, host);
+process.stdout.write(JSON.stringify({ engine: `Node ${process.version}, V8 ${process.versions.v8}`, results }) + "\n");
 process.exit(0);

@@ -12,7 +12,7 @@ import pytest
 
 from fxopt.backends.tvm import Tvm
 from fxopt.errors import MissingDependency
-from tests.browser import Browser, Server
+from tests.browser import Browser, Server, browser
 
 pytestmark = pytest.mark.slow
 Points = list[tuple[float, float]]
@@ -45,42 +45,42 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     from examples.browser.build import main
 
     folder = tmp_path_factory.mktemp("page")
-    with Browser(seconds=120) as browser:
+    with browser(seconds=120) as shown:
         main(["--out", str(folder)])
         with Server(folder) as server:
-            browser.open(server.url)
-            wait(browser, "time")
-            yield browser
+            shown.open(server.url)
+            wait(shown, "time")
+            yield shown
 
 
-def wait(browser: Browser, state: str) -> None:
-    while browser.evaluate("document.body.dataset.ready") != state:
+def wait(shown: Browser, state: str) -> None:
+    while shown.evaluate("document.body.dataset.ready") != state:
         time.sleep(0.05)
 
 
-def text(browser: Browser, name: str) -> str:
-    found: str = browser.evaluate(f"document.getElementById({json.dumps(name)}).textContent")
+def text(shown: Browser, name: str) -> str:
+    found: str = shown.evaluate(f"document.getElementById({json.dumps(name)}).textContent")
     return found
 
 
-def canvas(browser: Browser) -> tuple[float, float]:
-    box = json.loads(browser.evaluate("JSON.stringify(document.getElementById('canvas').getBoundingClientRect())"))
+def canvas(shown: Browser) -> tuple[float, float]:
+    box = json.loads(shown.evaluate("JSON.stringify(document.getElementById('canvas').getBoundingClientRect())"))
     return box["x"], box["y"]
 
 
-def with_mouse(browser: Browser, points: Points) -> None:
-    left, top = canvas(browser)
+def with_mouse(shown: Browser, points: Points) -> None:
+    left, top = canvas(shown)
     kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
     for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
         where: dict[str, Any] = {"x": left + x, "y": top + y, "button": "left", "clickCount": 1}
-        browser.send("Input.dispatchMouseEvent", type=kind, buttons=int(kind != "mouseReleased"), **where)
+        shown.send("Input.dispatchMouseEvent", type=kind, buttons=int(kind != "mouseReleased"), **where)
 
 
-def with_finger(browser: Browser, points: Points) -> None:
-    left, top = canvas(browser)
+def with_finger(shown: Browser, points: Points) -> None:
+    left, top = canvas(shown)
     for kind, (x, y) in zip(["touchStart", *["touchMove"] * (len(points) - 1)], points, strict=True):
-        browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": left + x, "y": top + y}])
-    browser.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        shown.send("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": left + x, "y": top + y}])
+    shown.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
 
 @pytest.mark.parametrize("digit", DIGITS)

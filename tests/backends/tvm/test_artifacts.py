@@ -20,7 +20,7 @@ import fxopt
 from fxopt.errors import InvalidInput, InvalidModel, InvalidOption, OutputError, UnknownName, Unsupported
 from fxopt.ir.folders import digest
 from tests.backends.tvm import harness
-from tests.browser import Browser, Server
+from tests.browser import Browser, Server, browser
 
 __all__ = ["harness"]
 pytestmark = pytest.mark.slow
@@ -177,32 +177,32 @@ def test_node_says_what_is_missing(web: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def page(web: Path) -> Iterator[tuple[Server, Browser]]:
-    with Server(web) as server, Browser() as browser:
-        browser.open(f"{server.url}index.html")
-        yield server, browser
+    with Server(web) as server, browser() as shown:
+        shown.open(f"{server.url}index.html")
+        yield server, shown
 
 
 @pytest.mark.parametrize("kind", ["embedded", "external"])
 @pytest.mark.parametrize("build", ["simd128", "relaxed"])
 def test_browser(page: tuple[Server, Browser], build: str, kind: str) -> None:
-    server, browser = page
-    usable = browser.evaluate(f'import("{server.url}{kind}/index.js").then((module) => module.builds())')
+    server, shown = page
+    usable = shown.evaluate(f'import("{server.url}{kind}/index.js").then((module) => module.builds())')
     if build not in usable:
         pytest.skip(f"this browser runs {', '.join(usable)} only")
     text = script(options=json.dumps({"build": build}))
-    found = browser.evaluate(f'import("{server.url}{kind}/index.js").then({text})')
+    found = shown.evaluate(f'import("{server.url}{kind}/index.js").then({text})')
     assert found["build"] == build
     check(found)
 
 
 def test_the_folder_may_lie_elsewhere(page: tuple[Server, Browser]) -> None:
-    server, browser = page
+    server, shown = page
     text = script(url='"assets"')  # relative to the page
-    check(browser.evaluate(f'import("{server.url}embedded/index.js").then({text})'))
+    check(shown.evaluate(f'import("{server.url}embedded/index.js").then({text})'))
     with pytest.raises(RuntimeError, match="has no function digits_cnn_weights: it is of another build"):
-        browser.evaluate(f'import("{server.url}embedded/index.js").then(({{ load }}) => load("external/"))')
+        shown.evaluate(f'import("{server.url}embedded/index.js").then(({{ load }}) => load("external/"))')
     with pytest.raises(RuntimeError, match=r"none/digits_cnn\.\w+\.wasm cannot be loaded: HTTP 404"):
-        browser.evaluate(f'import("{server.url}embedded/index.js").then(({{ load }}) => load("none/"))')
+        shown.evaluate(f'import("{server.url}embedded/index.js").then(({{ load }}) => load("none/"))')
 
 
 # ---- C and Python
