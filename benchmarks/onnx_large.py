@@ -121,8 +121,8 @@ def main() -> None:
         from benchmarks.common import write
 
         result: dict[str, Any] = {
-            "ledger": sampled[1], "bytes": size, "largest_tensor": 4 * WIDTH * WIDTH, "peak": peak, "bound": bound,
-            "seconds": seconds, "written": written, "pass": options.step, "memory": options.memory,
+            "bytes": size, "largest_tensor": 4 * WIDTH * WIDTH, "peak": peak, "bound": bound, "seconds": seconds,
+            "written": written, "pass": options.step, "memory": options.memory, "ledger": sampled[1],
         }  # fmt: skip
         write("onnx_large", result)
     raise SystemExit(0 if code == 0 and peak < bound and sampled else 1)

@@ -33,10 +33,11 @@ class BackendRep(OnnxBackendRep):
     def __init__(self, graph: Graph, device: str = "CPU") -> None:
         self.graph = graph
         self.fallback_nodes: list[str] = []
+        self._outputs = namedtupledict("Outputs", [spec.name for spec in graph.outputs])
         self._device = torch.device("cuda" if device.upper().startswith("CUDA") else "cpu")
 
     def run(self, inputs: Any, **options: Any) -> tuple[Any, ...]:
-        """The outputs as numpy arrays, sequences as lists, an empty optional as None.
+        """The outputs, in order or by name: numpy arrays, lists for sequences, None for an empty optional.
 
         Args:
             inputs: one value per input of the model, in order, or a mapping of input names to values; arrays of types
@@ -46,14 +47,12 @@ class BackendRep(OnnxBackendRep):
             InvalidInput: the number or the names of the inputs are wrong.
             MissingReference: neither torch nor ONNX's evaluators can run an operator.
         """
-        if options:
-            raise InvalidInput(f"unknown options {sorted(options)}; run takes only the inputs")
+        _no_options(options, "run takes only the inputs")
         evaluator = Fallback()
         given = [self._placed(from_array(value)) for value in self._ordered(inputs)]
         results = self.graph.run(given, evaluator=evaluator)
         self.fallback_nodes = list(evaluator.nodes)
-        names = [spec.name for spec in self.graph.outputs]
-        return tuple(namedtupledict("Outputs", names)(*map(to_array, results)))
+        return self._outputs(*map(to_array, results))
 
     def _ordered(self, inputs: Any) -> list[Any]:
         expected = [spec.name for spec in self.graph.inputs]
@@ -95,6 +94,7 @@ class FxoptBackend(Backend):
     @classmethod
     def is_compatible(cls, model: ModelProto, device: str = "CPU", **options: Any) -> bool:
         """True when the model can be imported; what runs outside torch is seen when it runs."""
+        _no_options(options, "is_compatible takes the model and the device")
         if not cls.supports_device(device):
             return False
         try:
@@ -109,8 +109,9 @@ class FxoptBackend(Backend):
 
         Raises:
             InvalidModel: it is not a valid ONNX model.
-            InvalidInput: the device is not there.
+            InvalidInput: an option is unknown, or the device is not there.
         """
+        _no_options(options, "prepare takes the model and the device")
         _supported(cls, device)
         if not isinstance(model, (ModelProto, str, os.PathLike)):
             raise InvalidInput(f"{type(model).__name__} given; expected an onnx.ModelProto or the path of a model")
@@ -119,7 +120,7 @@ class FxoptBackend(Backend):
     @classmethod
     def run_model(cls, model: Any, inputs: Any, device: str = "CPU", **options: Any) -> tuple[Any, ...]:
         """Import a model and run it once; see `prepare` and `BackendRep.run`."""
-        return cls.prepare(model, device).run(inputs)
+        return cls.prepare(model, device, **options).run(inputs)
 
     @classmethod
     def run_node(
@@ -130,25 +131,21 @@ class FxoptBackend(Backend):
         outputs_info: Sequence[tuple[Any, tuple[int, ...]]] | None = None,
         **options: Any,
     ) -> tuple[Any, ...]:
-        """Run one node; `inputs` are those it names, in order. `opset_version` is the newest unless given.
+        """Run one node; `inputs` are those it names, in order. `opset_version`, of its domain, the newest unless given.
 
         Raises:
             InvalidInput: the number of inputs is wrong, an option is unknown or the device is not there.
         """
         _supported(cls, device)
-        opset = options.pop("opset_version", onnx.defs.onnx_opset_version())
-        if options:
-            raise InvalidInput(f"unknown options {sorted(options)}; run_node knows 'opset_version'")
+        given = options.pop("opset_version", None)
+        _no_options(options, "run_node knows 'opset_version'")
         names = list(dict.fromkeys(name for name in node.input if name))
         if len(inputs) != len(names):
             raise InvalidInput(f"{len(inputs)} inputs given, node {node.op_type} takes {len(names)}: {names}")
         values = [helper.make_value_info(name, _type(value)) for name, value in zip(names, inputs, strict=True)]
         outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
         domain = "" if node.domain == "ai.onnx" else node.domain
-        imports = {"": onnx.defs.onnx_opset_version() if domain else opset, domain: 1 if domain else opset}
-        if domain and domain != "com.microsoft" and "opset_version" not in options:
-            versions = [schema.since_version for schema in onnx.defs.get_all_schemas() if schema.domain == domain]
-            imports[domain] = max(versions, default=1)
+        imports = {"": onnx.defs.onnx_opset_version(), domain: given or _newest(domain)}
         body = helper.make_graph([node], "node", values, outputs)
         model = helper.make_model(body, opset_imports=[helper.make_opsetid(*item) for item in imports.items()])
         return BackendRep(load(model, check=False), device).run(list(inputs))
@@ -160,9 +157,19 @@ class FxoptBackend(Backend):
         return kind == "CPU" or (kind == "CUDA" and torch.cuda.is_available())
 
 
+def _no_options(options: dict[str, Any], known: str) -> None:
+    if options:
+        raise InvalidInput(f"unknown options {sorted(options)}; {known}")
+
+
 def _supported(backend: type[FxoptBackend], device: str) -> None:
     if not backend.supports_device(device):
         raise InvalidInput(f"device {device!r} is not there; expected 'CPU', or 'CUDA' where torch sees a GPU")
+
+
+def _newest(domain: str) -> int:
+    versions = (schema.since_version for schema in onnx.defs.get_all_schemas() if schema.domain == domain)
+    return max(versions, default=1) if domain else onnx.defs.onnx_opset_version()
 
 
 def _type(value: Any) -> onnx.TypeProto:

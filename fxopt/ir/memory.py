@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,8 +39,20 @@ def is_large(graph: Graph) -> bool:
     return graph.size_bytes() > limit() // 2
 
 
+def give_back_freed() -> None:
+    """Give freed memory back to the system: the C library of GNU keeps blocks of up to 32 MiB, others have no such call.
+
+    A small object behind such a block pins it, so passes over many large weights would leave a gigabyte that nothing
+    uses.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def spilled(value: torch.Tensor) -> torch.Tensor:
     """The tensor, memory-mapped from a temporary file when it is large; the file goes with the last use of the tensor.
+
+    What the computation of the tensor left is given back too.
 
     Raises:
         OSError: the disk is full.
@@ -53,4 +67,5 @@ def spilled(value: torch.Tensor) -> torch.Tensor:
         storage = torch.UntypedStorage.from_file(name, False, value.nbytes)
     finally:
         Path(name).unlink()
+    give_back_freed()
     return torch.empty(0, dtype=value.dtype).set_(storage, 0, tuple(value.shape))  # type: ignore[call-overload, no-any-return]
