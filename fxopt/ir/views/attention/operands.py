@@ -43,7 +43,7 @@ def _flat_swap(graph: Graph, operand: Operand) -> Operand | None:
     given = None if found is None else shape_of(found[0])
     if found is None or given is None or str(given) != str(found[1]):
         return None
-    return swapped(replace(operand, node=found[0]))
+    return _swapped(replace(operand, node=found[0]))
 
 
 def _flat(graph: Graph, node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
@@ -60,7 +60,7 @@ def _flat(graph: Graph, node: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None
     return (flat[0], before) if str(middle[-2:]) == str(before[-2:]) else None
 
 
-def swapped(operand: Operand) -> Operand:
+def _swapped(operand: Operand) -> Operand:
     """The operand with the last two axes of its node swapped before its own permutation."""
     rank = len(operand.shape or ()) if operand.perm is None else len(operand.perm)
     order = tuple(range(rank)) if operand.perm is None else operand.perm
@@ -114,7 +114,7 @@ def unrepeated(graph: Graph, operand: Operand) -> Shared:
     found = found or _interleaved(operand.node, axis)
     if found is None and flat is not None:
         found = _expanded(graph, *flat, axis)
-        operand = operand if found is None else swapped(operand)
+        operand = operand if found is None else _swapped(operand)
     if found is None:
         return Shared(operand, 1)
     node, times = found
