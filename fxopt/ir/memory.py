@@ -40,7 +40,7 @@ def is_large(graph: Graph) -> bool:
 
 
 def give_back_freed() -> None:
-    """Give freed memory back to the system: GNU's C library keeps blocks of up to 32 MiB; others have no such call.
+    """Give freed memory back to the system: GNU's C library keeps blocks of up to 32 MiB; others need no such call.
 
     A small object behind such a block pins it, so passes over many large weights would leave a gigabyte that nothing
     uses.

@@ -247,6 +247,20 @@ def test_command(tmp_path: Path, cli: Callable[..., Any]) -> None:
     assert run(written, np.ones((7, 1, 4), F32)).shape == (7, 4)
 
 
+def test_input_shapes_are_repeated(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    source.write_bytes(onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[n, k] x, float[m, 4] y) => (float[n, p] z) '
+        "{ a = Transpose (y) b = MatMul (x, y) z = MatMul (b, a) }"
+    ).SerializeToString())  # fmt: skip
+    ran = cli("convert", source, "-o", target, "--input-shape", "x:2,?", "--input-shape", "y:rows,4")
+    assert ran.code == 0, ran.text
+    assert "inputs: x: float32[2, k]; y: float32[rows, 4]" in ran.text
+    found = [[dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
+             for value in onnx.load(target).graph.input]  # fmt: skip
+    assert found == [[2, "k"], ["rows", 4]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,16 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.backend.test.loader import load_model_tests
 
+import fxopt
 from fxopt.errors import InvalidModel
 from fxopt.frontends.onnx import load
 from fxopt.ir.graph import label
 from fxopt.ir.onnx.export import save, to_model
+from tests import zoo
 
 KINDS = {"node": 1884, "simple": 23, "pytorch-converted": 82, "pytorch-operator": 35, "real": 9}
 ROOT = Path(onnx.__file__).parent.parent
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "models").glob("*.onnx"))
 
 
 def cases(kind: str) -> Iterator[tuple[str, ModelProto]]:
@@ -52,6 +56,44 @@ def test_suite(kind: str) -> None:
         checked += 1
     assert not different
     assert checked >= KINDS[kind]  # of onnx 1.23; newer ones have more
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_models(path: Path, tmp_path: Path) -> None:
+    model = onnx.load(path)
+    assert to_model(load(path)) == model
+    fxopt.optimize(path, "host", passes=[]).save(tmp_path / "out.onnx")
+    assert onnx.load(tmp_path / "out.onnx") == model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("origin", ["opset 20", "opset 23"])
+@pytest.mark.parametrize("name", zoo.BUILDERS)
+def test_exported_architectures(name: str, origin: str) -> None:
+    if name not in ("mlp", "cnn", "encoder"):
+        pytest.importorskip("transformers")
+    model = to_model(zoo.graph(name, origin))
+    assert to_model(load(model)) == model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_passes_change_nothing(kind: str, tmp_path: Path) -> None:
+    """Through the public call; what ONNX Runtime cannot load is an error that says so."""
+    equal, reasons = 0, []
+    for _, model in list(cases(kind))[:: 5 if kind == "node" else 1]:
+        source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+        source.write_bytes(model.SerializeToString())
+        try:
+            fxopt.optimize(source, "host", passes=[]).save(target)
+        except InvalidModel as error:
+            reasons.append(str(error))
+            continue
+        assert onnx.load(target) == model
+        target.unlink()
+        equal += 1
+    assert all(re.match(r"ONNX Runtime \S+ cannot load in.onnx", reason) for reason in reasons), reasons
+    assert equal > 2 * len(reasons)
 
 
 def value(name: str, kind: int, shape: list[Any] | None) -> onnx.ValueInfoProto:

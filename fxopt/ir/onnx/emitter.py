@@ -307,9 +307,13 @@ class Emitter:
                 self.node("Identity", [self.value(argument)], [str(name)])
 
     def _sign(self, proto: NodeProto) -> None:
-        if not self.keeps_metadata or self._current is None:
+        """Say where a new node comes from: in its metadata, or in its doc string where the IR version has none."""
+        if self._current is None:
             return
         source, *passes = provenance(self._current)
+        if not self.keeps_metadata:
+            proto.doc_string = f"fxopt.from: {source}" + (f", fxopt.pass: {passes[-1]}" if passes else "")
+            return
         proto.metadata_props.add(key="fxopt.from", value=source)
         if passes:
             proto.metadata_props.add(key="fxopt.pass", value=passes[-1])

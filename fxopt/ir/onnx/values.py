@@ -6,6 +6,7 @@ dict (a map) or None (an empty optional).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def opaque_value(opaque: Opaque, folder: Path | None = None) -> Any:
 
 def _value_of(proto: Any, folder: str) -> Any:
     if isinstance(proto, onnx.TensorProto):
+        if proto.data_type == proto.STRING:
+            return _strings(proto.string_data).reshape(tuple(proto.dims))
         return from_array(numpy_helper.to_array(proto, folder))
     if isinstance(proto, onnx.SparseTensorProto):
         return _dense(proto)
@@ -69,10 +72,15 @@ def _value_of(proto: Any, folder: str) -> Any:
 
 def _attribute_value(attribute: onnx.AttributeProto) -> Any:
     if attribute.type == attribute.STRING:
-        return np.array(attribute.s.decode("utf-8", "surrogateescape"), dtype=object)
+        return _strings([attribute.s]).reshape(())
     if attribute.type == attribute.STRINGS:
-        return np.array([item.decode("utf-8", "surrogateescape") for item in attribute.strings], dtype=object)
+        return _strings(attribute.strings)
     return _dense(attribute.sparse_tensor) if attribute.type == attribute.SPARSE_TENSOR else None
+
+
+def _strings(items: Iterable[bytes]) -> np.ndarray[Any, Any]:
+    """Texts; bytes that are no UTF-8 travel as surrogates."""
+    return np.array([item.decode("utf-8", "surrogateescape") for item in items], dtype=object)
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> Any:

@@ -102,10 +102,11 @@ def pass_through(graph: Graph, old: fx.Node, kept: fx.Node, value: Callable[[obj
     """Why the users of `old` may not get the existing value `kept` instead; `value` gives fake tensors.
 
     In torch graphs a result must not share memory with an input, a constant or another result when it did not before,
-    and operators that follow may need the strides.
+    and operators that follow may need the strides. In ONNX graphs an Identity stays where it gives an input, a constant
+    or another result the name of a result: the file would need another one in its place.
     """
     if graph.origin == "onnx":
-        return None
+        return _needs_a_name(old, kept)
     before, after = value(old), value(kept)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return Refusal("the strides of {} are unknown", label(kept))
@@ -120,6 +121,17 @@ def pass_through(graph: Graph, old: fx.Node, kept: fx.Node, value: Callable[[obj
         return Refusal("the result would share the memory of {}", label(source))
     if is_returned(source):
         return Refusal("two results would share the memory of {}", label(source))
+    return None
+
+
+def _needs_a_name(old: fx.Node, kept: fx.Node) -> Refusal | None:
+    is_identity = isinstance(old.target, OnnxOp) and old.target.op_type == "Identity"
+    if not is_identity or any(user.op != "output" for user in old.users):
+        return None
+    if kept.op in ("placeholder", "get_attr"):
+        return Refusal("a result that is {} needs an operator that gives it its name", label(kept))
+    if any(user.op == "output" for user in kept.users):
+        return Refusal("{} is a result already, and each has a name of its own", label(kept))
     return None
 
 
