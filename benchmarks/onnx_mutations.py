@@ -189,12 +189,37 @@ def mutated(content: bytes, chance: random.Random) -> tuple[bytes, str]:
         mutation = chance.choice(STRUCTURAL)
         names.append(mutation.__name__)
         mutation(model, chance)
-    data = bytearray(model.SerializeToString() if chance.random() < 0.8 else content)
-    if bytes(data) == content and data:
-        kind = chance.randrange(3)
-        names = ["truncate" if kind == 0 else "flip"]
-        if kind == 0:
-            del data[chance.randrange(len(data)) :]
-        for _ in range(0 if kind == 0 else chance.choice([1, 1, 4, 16])):
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    return bytes(data), "+".join(names)
+    data = model.SerializeToString() if chance.random() < 0.8 else content
+    if data == content and data:
+        mutation = chance.choice(BYTEWISE)
+        return mutation(bytearray(data), chance), mutation.__name__
+    return data, "+".join(names)
+
+
+def truncate(data: bytearray, chance: random.Random) -> bytes:
+    """The end is missing."""
+    return bytes(data[: chance.randrange(len(data))])
+
+
+def flip(data: bytearray, chance: random.Random) -> bytes:
+    """Some bits are others."""
+    for _ in range(chance.choice([1, 1, 4, 16])):
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(data)
+
+
+def break_text(data: bytearray, chance: random.Random) -> bytes:
+    """A name or text of the model is no UTF-8 any more, wherever it occurs."""
+    texts = [
+        value.encode()
+        for message in messages(ModelProto.FromString(bytes(data)))
+        for descriptor, value in message.ListFields()
+        if descriptor.cpp_type == descriptor.CPPTYPE_STRING and isinstance(value, str) and len(value) > 1
+    ]
+    if not texts:
+        return bytes(data)
+    text = chance.choice(texts)
+    return bytes(data).replace(text, b"\xff" + text[1:])
+
+
+BYTEWISE: tuple[Callable[[bytearray, random.Random], bytes], ...] = (truncate, flip, flip, break_text)

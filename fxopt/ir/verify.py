@@ -20,7 +20,8 @@ from fxopt.errors import VerificationError
 from fxopt.ir.fake_values import UNKNOWN, same_type
 from fxopt.ir.graph import Graph, ValueSpec, label
 from fxopt.ir.interpreter import Evaluator
-from fxopt.ir.onnx.lane import to_tensor
+from fxopt.ir.onnx.dtypes import from_numpy
+from fxopt.ir.onnx.lane import is_host, to_tensor
 from fxopt.ir.shapes import update
 from fxopt.ir.subgraphs import CAPTURED, CAPTURED_NAMES, Subgraph
 
@@ -83,7 +84,7 @@ def verify_structure(
     results = set(graph.result_nodes)
     failed = None if before is None else {node for node in before if "failure" in node.meta}
     for node, old, new in update(graph, changed):
-        if node in results and new is not UNKNOWN and not same_type(old, new):
+        if node in results and new is not UNKNOWN and not _same_output(old, new):
             raise VerificationError(f"output {label(node)!r} was {_shown(old)} and became {_shown(new)}")
     _check_dimensions(graph)
     if failed is not None:
@@ -133,8 +134,19 @@ def output_types(graph: Graph) -> list[Any]:
 def check_output_types(graph: Graph, before: Sequence[Any]) -> None:
     """Raise when an output whose type was and is known has another one."""
     for spec, old, new in zip(graph.outputs, before, output_types(graph), strict=True):
-        if old is not None and new is not None and not same_type(old, new):
+        if old is not None and new is not None and not _same_output(old, new):
             raise VerificationError(f"output {spec.name!r} was {_shown(old)} and became {_shown(new)}")
+
+
+def _same_output(old: Any, new: Any) -> bool:
+    """Whether the type is the same; a small int64 constant in the place of a tensor is in the host lane."""
+    if isinstance(old, torch.Tensor) == isinstance(new, torch.Tensor):
+        return same_type(old, new)
+    tensor, host = (old, new) if isinstance(old, torch.Tensor) else (new, old)
+    if not is_host(host):
+        return False
+    dtype = torch.int64 if host.dtype == object else from_numpy(np.zeros((), host.dtype)).dtype
+    return same_type(tensor, torch.empty(host.shape, dtype=dtype, device="meta"))
 
 
 def _check_node(graph: Graph, node: fx.Node) -> None:

@@ -275,6 +275,40 @@ def test_a_file_that_is_nested_too_deeply(folder: Path, levels: int) -> None:
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("first", "the graph 'g': the name"),
+        ("Relu", "the graph 'g': the name"),
+        ("acme", "the model: the name"),
+        ("hidden", "the graph 'g': the name"),
+        ("size", "node 'second': the name"),
+        ("rows", "the type of 'x': the name"),
+        ("weight", "has the initializer: the name"),
+        ("typed", "the graph 'g': the name"),
+        ("Twice", "a function: the name"),
+        ("value", "has the input: the name"),
+    ],
+)
+def test_names_that_are_not_utf8(folder: Path, name: str, message: str) -> None:
+    """Protobuf reads them as bytes."""
+    made = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20, "acme" : 1]>
+        g (float[rows, 2] x) => (float[rows, 2] y) <float[2] weight = {1, 2}, float[rows, 2] typed> {
+            [first] hidden = Relu (x)
+            [second] typed = acme.Twice <size = 2> (hidden)
+            y = Mul (typed, weight)
+        }
+        <domain: "acme", opset_import: ["" : 20]> Twice <size> (value) => (sum) { sum = Add (value, value) }
+    """)
+    content = made.SerializeToString()
+    assert name.encode() in content
+    path = folder / "model.onnx"
+    path.write_bytes(content.replace(name.encode(), b"\xff" + name[1:].encode()))
+    with pytest.raises(InvalidModel, match=message + r" b'\\xff\w+' is not UTF-8"):
+        load(path)
+
+
 def test_an_unknown_domain_is_kept() -> None:
     made = model()
     made.opset_import.append(helper.make_opsetid("acme", 3))

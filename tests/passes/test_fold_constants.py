@@ -84,6 +84,16 @@ def test_outputs_may_be_constants() -> None:
     assert constants(after) == ["z"]
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float32])
+def test_an_output_of_few_integers(dtype: Any) -> None:
+    """As a constant it is in the host lane, where the operator before it was not."""
+    kind = {np.int64: "int64", np.int32: "int32", np.float32: "float"}[dtype]
+    graph = onnx_graph(f"g () => ({kind}[2, 3] y) {{ y = Abs(c) }}", c=np.arange(-3, 3).astype(dtype).reshape(2, 3))
+    after = check(graph, [], 1)
+    (y,) = after.run([])
+    assert np.array_equal(np.asarray(y), np.abs(np.arange(-3, 3)).reshape(2, 3))
+
+
 def test_several_outputs() -> None:
     text = "g (float[2, 1] x) => (float[2, 1] y) { a, b = Split<axis = 1, num_outputs = 2>(w) c = Add(x, a) y = Mul(c, b) }"
     after = check(onnx_graph(text, w=WEIGHT[:, :2]), ["Add", "Mul"], 2)

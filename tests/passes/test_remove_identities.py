@@ -300,6 +300,21 @@ def test_captured_values_keep_their_names() -> None:
     assert count == 2 and operators(after) == ["Relu", "If"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        'a = Identity("") y = Relu(x)',
+        "s = Constant<value_ints = [0]>() e = Constant<value_ints = [9, 9]>() y = Slice(x, s, e)",
+        "s = Constant<value_ints = [0, 0]>() e = Constant<value_ints = [9, 9]>() d = Constant<value_ints = [0]>() "
+        "y = Slice(x, s, e, d)",
+    ],
+)
+def test_operators_that_nobody_may_write_are_left_alone(body: str) -> None:
+    graph = onnx_graph(f"g (float[2, 3] x) => (float[2, 3] y) {{ {body} }}", check=False)
+    before = operators(graph)
+    assert PASS.run(graph, context()) == 0 and operators(graph) == before
+
+
 def test_a_dropout_mask_in_use_keeps_the_dropout() -> None:
     graph = onnx_graph("g (float[2] x) => (float[2] y, bool[2] m) { a, m = Dropout(x) y = Relu(a) }")
     after, count = applied(PASS, graph, samples_of(graph))

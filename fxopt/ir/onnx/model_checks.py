@@ -31,8 +31,8 @@ def check_message(model: ModelProto, folder: Path | None, elsewhere: Collection[
 
     Raises:
         InvalidModel: an operator set is missing or given twice, sub-graphs are nested too deeply, functions call
-            themselves, a name is given twice, a value is used that nothing computes before, or a tensor's bytes do not
-            match its shape.
+            themselves, a name is given twice or is not UTF-8, a value is used that nothing computes before, or a
+            tensor's bytes do not match its shape.
     """
     if not model.HasField("graph"):
         raise InvalidModel("the model holds no graph; expected a ModelProto with one")
@@ -72,6 +72,7 @@ def _opsets(entries: Iterable[onnx.OperatorSetIdProto], where: str) -> dict[str,
     found: dict[str, int] = {}
     newest = onnx.defs.onnx_opset_version()
     for entry in entries:
+        _check_text(where, entry.domain)
         domain = _domain(entry.domain)
         if domain in found and found[domain] != entry.version:
             raise InvalidModel(
@@ -90,6 +91,7 @@ def _check_functions(functions: Sequence[FunctionProto]) -> None:
     """Names once, and no calls in a circle; without recursion."""
     calls: dict[_Key, list[_Key]] = {}
     for function in functions:
+        _check_text("a function", function.domain, function.name, function.overload)
         key = (_domain(function.domain), function.name, function.overload)
         if key in calls:
             raise InvalidModel(f"the function {_shown(key)} is defined twice")
@@ -133,6 +135,7 @@ class _Walk:
     def graph(self, graph: GraphProto, outer: frozenset[str], opsets: dict[str, int]) -> None:
         """One graph; `outer` are the values that it may take from the graphs around it."""
         where = f"the graph {graph.name!r}"
+        _check_text(where, graph.name, *(value.name for value in graph.value_info))
         values = _named((value.name for value in graph.input), f"{where} has the input")
         constants = _named((tensor.name for tensor in graph.initializer), f"{where} has the initializer")
         sparse = (tensor.values.name for tensor in graph.sparse_initializer)
@@ -143,7 +146,7 @@ class _Walk:
         for item in graph.sparse_initializer:
             self.tensor(item.values)
             self.tensor(item.indices)
-        for value in (*graph.input, *graph.output):
+        for value in (*graph.input, *graph.output, *graph.value_info):
             _check_shape(value)
         values = self.nodes(graph.node, values | constants, outer, opsets, where)
         for result in graph.output:
@@ -153,6 +156,7 @@ class _Walk:
     def function(self, function: FunctionProto, opsets: dict[str, int]) -> None:
         """One function: only its inputs are known in it."""
         where = f"the function {function.name!r}"
+        _check_text(where, *function.output, *function.attribute)
         values = self.nodes(function.node, _named(function.input, f"{where} has the input"), frozenset(), opsets, where)
         for name in function.output:
             if name not in values:
@@ -168,6 +172,7 @@ class _Walk:
     ) -> set[str]:
         """Check nodes in order; returns all values of the graph."""
         for index, node in enumerate(nodes):
+            _check_text(where, node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
             if not node.op_type:
                 raise InvalidModel(f"node {_label(node)!r} of {where} has no operator")
             if _domain(node.domain) not in opsets:
@@ -199,6 +204,7 @@ class _Walk:
     def attributes(self, node: NodeProto, values: set[str], outer: frozenset[str], opsets: dict[str, int]) -> None:
         seen: set[str] = set()
         for attribute in node.attribute:
+            _check_text(f"node {_label(node)!r}", attribute.name, attribute.ref_attr_name)
             if not attribute.name or attribute.name in seen:
                 raise InvalidModel(f"node {_label(node)!r} has the attribute {attribute.name!r} twice or without name")
             seen.add(attribute.name)
@@ -209,9 +215,18 @@ class _Walk:
             self.graph(graph, outer | values, opsets)
 
 
+def _check_text(where: str, *names: object) -> None:
+    """Names are UTF-8: protobuf gives bytes for what is not."""
+    for name in names:
+        if not isinstance(name, str):
+            raise InvalidModel(f"{where}: the name {name!r} is not UTF-8")
+
+
 def _check_shape(value: ValueInfoProto) -> None:
     """Declared sizes are numbers that a tensor can have; -1 counts as unknown."""
-    sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.HasField("dim_value")]
+    dims = value.type.tensor_type.shape.dim
+    _check_text(f"the type of {value.name!r}", *(dim.dim_param for dim in dims))
+    sizes = [dim.dim_value for dim in dims if dim.HasField("dim_value")]
     if any(size < -1 for size in sizes) or math.prod(max(size, 1) for size in sizes) >= _MOST_ELEMENTS:
         raise InvalidModel(
             f"the value {value.name!r} is declared with the sizes {sizes}; expected sizes of 0 or more and fewer than "
@@ -263,6 +278,7 @@ def _tensors(attribute: AttributeProto) -> Iterator[TensorProto]:
 def _named(names: Iterable[str], what: str, known: Collection[str] = ()) -> set[str]:
     found: set[str] = set()
     for name in names:
+        _check_text(what, name)
         if not name:
             raise InvalidModel(f"{what} without a name")
         if name in found or name in known:

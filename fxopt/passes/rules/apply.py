@@ -91,10 +91,13 @@ class _Run:
             return excluded
         builder = Builder(self.graph, root, self.made_by or rule.name, rule=rule.name if self.made_by else "")
         try:
-            made = rule.replace(builder, **match.bound)
+            made: fx.Node | None = rule.replace(builder, **match.bound)
         except Unsupported as error:
             builder.discard()
             return Refusal("{}", error)
+        if made is None:  # the value that would take its place is an omitted input
+            builder.discard()
+            return Mismatch("its input is left out")
         if made not in builder.made:
             refusal = pass_through(self.graph, root, made, match.value)
             if refusal is not None:

@@ -40,6 +40,8 @@ def _takes_all(shape: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> boo
         return False
     if isinstance(ends, fx.Node):
         return is_exact_shape(ends) and set(starts) <= {0} and set(steps) <= {1}
+    if not len(starts) == len(ends) == len(axes) == len(steps):
+        return False
     return all(
         not isinstance(shape[axis], DynamicSize) or (start == 0 and step == 1 and end >= _NO_END)
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True)
