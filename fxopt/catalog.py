@@ -50,7 +50,7 @@ _NO_PASSES = frozenset(
 _PLACES: dict[Kind, _Place] = {
     "pass": _Place("fxopt.passes", "fxopt.passes", _NO_PASSES),
     "target": _Place("fxopt.cost_model.targets", "fxopt.targets"),
-    "backend": _Place("fxopt.backends", "fxopt.backends", frozenset({"base", "eager_cuda", "partition"})),
+    "backend": _Place("fxopt.backends", "fxopt.backends", frozenset({"base", "eager_cpu", "eager_cuda", "partition"})),
     "frontend": _Place("fxopt.frontends", "fxopt.frontends", frozenset({"capture", "to_onnx"})),
 }
 

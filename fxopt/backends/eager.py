@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.backends import eager_cuda
+from fxopt.backends import eager_cpu, eager_cuda
 from fxopt.backends.base import Backend, Executable
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph
@@ -24,6 +24,7 @@ class EagerExecutable(Executable):
     executed_on = "eager (reference)"
 
     def __init__(self, graph: Graph, evaluator: Evaluator | None = None) -> None:
+        eager_cpu.register()
         if torch.cuda.is_available():
             eager_cuda.register()
         self.graph = graph

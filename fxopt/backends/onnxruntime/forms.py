@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.backends.onnxruntime.attention_forms import ATTENTION_FORMS
 from fxopt.backends.onnxruntime.conv_forms import CONV_FORMS
 from fxopt.backends.onnxruntime.embedding_forms import EMBEDDING_FORMS
 from fxopt.backends.onnxruntime.fused_forms import FUSED_FORMS
@@ -296,6 +297,7 @@ FORMS: Forms = {
     concat_a8.target: _concat,
     global_average_pool_a8.target: _global_average_pool,
     average_pool_a8.target: _average_pool,
+    **ATTENTION_FORMS,
     **CONV_FORMS,
     **EMBEDDING_FORMS,
     **SPARSE_FORMS,

@@ -1,5 +1,7 @@
 """Attention in which every head sees keys by a pattern: everything, a diagonal, many diagonals, stripes, nothing.
 
+A list of blocks per head may narrow that down further.
+
 Source: the patterns of Chen et al., "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video
 Diffusion Transformers" (2025), in one formula.
 """
@@ -18,7 +20,7 @@ from fxopt.ir.target import Cost
 
 NUMBERS = 5  # of a pattern
 EVER = 1 << 28  # a period or width that no length reaches
-_BLOCK = 64  # in which the work is counted
+BLOCK = 64  # in which the work is counted, and of which `blocks` has lists
 Pattern = tuple[int, int, int, int, int]  # slope, offset, period, width, sink
 
 
@@ -89,28 +91,48 @@ def blocks_seen(pattern: Pattern, queries: Tensor, keys: Tensor) -> tuple[Tensor
     return some, whole & some
 
 
+def seen(patterns: Sequence[int], length: int, blocks: Tensor | None = None) -> Tensor:
+    """Which keys each query of every head sees, bool [heads, length, length].
+
+    Raises:
+        InvalidInput: the patterns are not legal, or `blocks` has another shape than they ask for.
+    """
+    every = patterns_of(patterns)
+    places = torch.arange(length, device=None if blocks is None else blocks.device)
+    found = torch.stack([seen_by(pattern, places, places) for pattern in every])
+    if blocks is None:
+        return found
+    count = -(-length // BLOCK)
+    if blocks.shape != (len(every), count, count):
+        raise InvalidInput(f"blocks have shape {list(blocks.shape)}; expected {[len(every), count, count]}")
+    wide = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+    return found & wide[:, :length, :length]
+
+
 @op
-def attention_pattern(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float) -> Tensor:
+def attention_pattern(
+    q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float, blocks: Tensor | None = None
+) -> Tensor:
     """softmax(q @ k.T * scale, over the keys that are seen) @ v, in the type of q; rows that see nothing give zeros.
 
     Args:
         q, k, v: float [batch, heads, length, width].
         patterns: slope, offset, period, width and sink of every head: query i sees key j where
             (j - slope * i - offset) mod period < width, or j < sink.
+        blocks: bool [heads, n, n], n = length / 64 rounded up: and only where its block of 64 x 64 is true.
     """
     every = patterns_of(patterns)
     if len(every) != q.shape[1]:
         raise InvalidInput(f"{len(every)} patterns for {q.shape[1]} heads")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    places = torch.arange(q.shape[2], device=q.device)
-    seen = torch.stack([seen_by(pattern, places, places) for pattern in every])
+    visible = seen(patterns, q.shape[2], blocks).to(q.device)
     scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
-    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
-    weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+    weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return torch.matmul(weights, v.to(wide)).to(q.dtype)
 
 
-def density(patterns: Sequence[int], length: int, block: int = _BLOCK) -> float:
+def density(patterns: Sequence[int], length: int, block: int = BLOCK) -> float:
     """The share of pairs of blocks that are not skipped, over all heads."""
     starts = torch.arange(0, length, block)
     blocks = torch.stack([starts, (starts + block - 1).clamp(max=length - 1)], 1)
@@ -121,7 +143,9 @@ def density(patterns: Sequence[int], length: int, block: int = _BLOCK) -> float:
 
 
 @attention_pattern.cost
-def _(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float) -> Cost:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float, blocks: Tensor | None = None
+) -> Cost:
     from fxopt.ir.graph import hint
 
     batch, heads, length, width = (hint(dim) for dim in q.shape)
@@ -137,3 +161,5 @@ def _() -> Iterator[tuple[Any, ...]]:
     for batch, length, width in ((2, 48, 8), (1, 37, 16), (0, 16, 8), (1, 1, 8)):
         q, k, v = (torch.randn(batch, len(every), length, width, generator=generator) for _ in range(3))
         yield q, k, v, [number for pattern in every for number in pattern], width**-0.5
+    q, k, v = (torch.randn(1, 2, 130, 8, generator=generator) for _ in range(3))
+    yield q, k, v, [*dense(), *diagonal(70)], 0.3, torch.rand(2, 3, 3, generator=generator) < 0.6

@@ -79,7 +79,10 @@ def ungrouped(node: Any) -> Any:
 
 def patterned(job: Job, node: fx.Node) -> None:
     """`attention_pattern`."""
-    q, k, v, patterns, scale = node.args
+    q, k, v, patterns, scale, *blocks = node.args
+    if any(given is not None for given in blocks):
+        job.refused(node, "its heads have lists of blocks, which the kernel does not take", "the reference")
+        return
     value = tensor_value(q)
     if value is None:
         job.refused(node, "the type of its queries is not known", "the reference")
