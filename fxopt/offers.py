@@ -46,9 +46,10 @@ def offers(job: Optimizer, graph: Graph, passes: Sequence[LossyPass]) -> Offers 
     with job.stage("calibration"):
         nodes = {node for step, candidate in legal for node in step.observed(graph, candidate)}
         counted = {node for step, candidate in legal for node in step.clipped(graph, candidate)}
+        whole = {node for step, candidate in legal for node in step.whole(graph, candidate)}
         stats = collect(
             graph, job.calibration, nodes, evaluator=job.evaluator, progress=job.request.progress,
-            histograms=counted, state=job.state,
+            histograms=counted, whole=whole, state=job.state,
         )  # fmt: skip
         job.state = None
     with job.stage("estimates"):
@@ -85,7 +86,7 @@ def _priced(
                 with naming(step, candidate):
                     estimate = step.estimate(graph, candidate, stats)
                 before, after = job.predicted(estimate.before), job.predicted(estimate.after)
-                prices[candidate] = Price(before, after, estimate.error, estimate.saved_bytes)
+                prices[candidate] = Price(before, after, estimate.error, estimate.saved_bytes, estimate.detail)
                 refusal = estimate.refusal
             candidate = candidate if refusal is None else replace(candidate, refusal=refusal)
         candidates.append(candidate)

@@ -160,7 +160,7 @@ class Candidate:
 class Estimate:
     """What a candidate would do: output noise to signal of the view, the work before and after, bytes saved.
 
-    `refusal` says why the statistics rule the candidate out, where they do.
+    `refusal` says why the statistics rule the candidate out, where they do; `detail` what was found, for the ledger.
     """
 
     error: float
@@ -168,6 +168,7 @@ class Estimate:
     after: Cost
     saved_bytes: int = 0
     refusal: Refusal | None = None
+    detail: str = ""
 
 
 class Declined(Exception):
@@ -253,6 +254,10 @@ class LossyPass(Pass):
 
     def observed(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The nodes whose values `estimate` and `apply` want statistics of."""
+        return ()
+
+    def whole(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, ...]:
+        """The observed nodes of which `estimate` and `apply` want whole items, `stats[node].items`."""
         return ()
 
     def fixed_levels(self, graph: Graph, candidate: Candidate) -> tuple[fx.Node, fx.Node | None] | None:

@@ -1,7 +1,7 @@
 """Calibration statistics: one run of the graph over the samples serves every pass.
 
 Memory is bounded: of each observed value ranges and a sample of at most `ROWS` rows (or `ITEMS` whole items of an
-image-like value) are kept, never the value itself.
+image-like value, `SEQUENCES` where a pass wants whole ones of others) are kept, never the value itself.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fxopt.passes.histogram import Histogram
 _STATE_SECONDS = 5.0  # between two writings of the state
 ROWS = 256
 ITEMS = 8
+SEQUENCES = 2
 Progress = Callable[[str, int, int], None]
 
 
@@ -66,6 +67,8 @@ class ValueStats(Extremes):
     histogram: Histogram | None = None  # where a pass asked for it
     _rows: int = field(default=0, repr=False)
     _share: int = field(default=ROWS, repr=False)
+    is_whole: bool = False  # a pass asked for whole items
+    items: torch.Tensor | None = None  # these: [items, ...]
 
     def add(self, value: torch.Tensor) -> None:
         """Take one more observation into account."""
@@ -97,7 +100,17 @@ class ValueStats(Extremes):
         self._rows += len(rows)
         return rows.amin(0), rows.amax(0)
 
+    def _more_items(self, items: torch.Tensor) -> torch.Tensor:
+        """What is kept, with as many more as there is room for."""
+        assert self.items is not None
+        if len(self.items) >= SEQUENCES or self.items.shape[1:] != items.shape[1:]:
+            return self.items
+        return torch.cat([self.items, items[: SEQUENCES - len(self.items)]])
+
     def _keep(self, value: torch.Tensor) -> None:
+        if self.is_whole:
+            items = value[:SEQUENCES]
+            self.items = items.clone() if self.items is None else self._more_items(items)
         if value.dim() >= 4:
             limit, taken = ITEMS, value[:ITEMS]
         else:
@@ -150,12 +163,14 @@ def collect(
     evaluator: Evaluator | None = None,
     progress: Progress | None = None,
     histograms: Iterable[fx.Node] = (),
+    whole: Iterable[fx.Node] = (),
     state: Path | None = None,
 ) -> Stats:
     """Run the graph on every sample (flat inputs) and keep statistics of `nodes`.
 
     Args:
         histograms: those of the nodes that get a histogram too.
+        whole: those of the nodes of which whole items are kept.
         state: a file from which an earlier run that was cut off goes on, and that is written as this one proceeds.
 
     Raises:
@@ -164,7 +179,7 @@ def collect(
     """
     wanted = {node.name for node in nodes}
     share = max(1, ROWS // max(1, len(samples)))
-    counted = {node.name for node in histograms}
+    counted, kept_whole = ({node.name for node in nodes} for nodes in (histograms, whole))
     stats = Stats(
         {name: ValueStats(histogram=Histogram() if name in counted else None, _share=share) for name in wanted}
     )
@@ -181,6 +196,8 @@ def collect(
     earlier = None if state is None else stats_file.load(state, key)
     if earlier is not None:
         stats.samples, stats.values = earlier
+    for name in kept_whole & wanted:
+        stats.values[name].is_whole = True
     written = time.monotonic()
     for index, sample in enumerate(samples):
         if index < stats.samples:

@@ -20,7 +20,7 @@ from fxopt.passes.histogram import Histogram
 from fxopt.passes.stats import Extremes, ValueStats
 
 _SCALARS = ("minimum", "maximum", "mean_minimum", "mean_maximum", "calls", "_rows", "_share")
-_TENSORS = ("sample", "sample_half", "channel_minimum", "channel_maximum", "channel_mean")
+_TENSORS = ("sample", "sample_half", "channel_minimum", "channel_maximum", "channel_mean", "items")
 
 
 def fingerprint(graph: Graph, samples: Sequence[Sequence[Any]], names: Sequence[str], counted: Sequence[str]) -> str:

@@ -24,12 +24,16 @@ _CLEARLY = 0.1  # predicted times of two forms of one operator that are nearer a
 
 @dataclass(frozen=True)
 class Price:
-    """What a candidate costs and gives: predicted seconds before and after, output noise to signal, bytes saved."""
+    """What a candidate costs and gives: predicted seconds before and after, output noise to signal, bytes saved.
+
+    `detail` says what was found, for the ledger.
+    """
 
     before: Prediction
     after: Prediction
     error: float
     saved_bytes: int = 0
+    detail: str = ""
 
     @property
     def gain(self) -> float:
