@@ -22,6 +22,8 @@ from fxopt.ir.masks import settle
 from fxopt.ir.onnx.model_checks import DEPTH_LIMIT, check_message
 from fxopt.ir.onnx.records import ModelRecord
 
+_MOST_BYTES = (1 << 31) - 1  # of a protobuf message
+
 
 def load(
     source: str | os.PathLike[str] | ModelProto,
@@ -96,7 +98,15 @@ def _read(path: Path) -> bytes:
         raise InvalidModel(f"{path}: no such file; expected an ONNX model")
     if path.is_dir():
         raise InvalidModel(f"{path} is a folder; expected an ONNX model file")
+    if path.is_char_device() or path.is_block_device():
+        raise InvalidModel(f"{path} is a device; expected an ONNX model file")
     try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise InvalidModel(
+                f"{path} holds {size} bytes, and a protobuf message at most {_MOST_BYTES}; larger models keep their "
+                "weights in external data"
+            )
         return path.read_bytes()
     except OSError as error:
         raise InvalidModel(f"{path} cannot be read: {error.strerror or error}") from error

@@ -254,6 +254,16 @@ def test_messages(damage: Damage, message: str, check: bool) -> None:
         load(made, check=check)
 
 
+def test_what_is_no_model_is_not_read_whole(folder: Path) -> None:
+    with pytest.raises(InvalidModel, match="/dev/zero is a device; expected an ONNX model file"):
+        load("/dev/zero")
+    path = folder / "huge.onnx"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InvalidModel, match="huge.onnx holds 1099511627776 bytes, and a protobuf message at most"):
+        load(path)
+
+
 @pytest.mark.parametrize("levels", [40, 1000])
 def test_a_file_that_is_nested_too_deeply(folder: Path, levels: int) -> None:
     """Protobuf does not read such a file; writing it by hand shows it."""
