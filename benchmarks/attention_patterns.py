@@ -148,7 +148,8 @@ def by_density(length: int) -> list[dict[str, Any]]:
     q, k, v = operands(length)
     rows = []
     cases = [("diagonal", window(length, part)) for part in DENSITIES[length]]
-    cases += [("stripe", list(stripes(64, int(length * part))) * HEADS) for part in (0.25, 0.7)[: len(DENSITIES[length]) // 2]]
+    parts = (0.25, 0.7)[: len(DENSITIES[length]) // 2]
+    cases += [("stripe", list(stripes(64, int(length * part))) * HEADS) for part in parts]
     dense_session, runs = session(None, length), RUNS if length < 4096 else 1
     for name, patterns in cases:
         torch_speed = race(
