@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables_small
+from benchmarks import tables_onnx, tables_small
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -347,36 +347,6 @@ def sparse_memory(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def onnx_suite(result: dict[str, Any]) -> list[str]:
-    """The conformance suite of ONNX."""
-    lines = [
-        "## The conformance suite of ONNX",
-        "",
-        f"`python -m benchmarks.onnx_suite` on {where(result)}. Native: passed while neither ONNX's",
-        "reference evaluator nor ONNX Runtime could be imported, in torch and fxopt's host lane alone.",
-        "",
-        "| kind | cases | passed | native |",
-        "|---|---|---|---|",
-    ]
-    for kind, row in sorted(result["kinds"].items()):
-        lines.append(f"| {kind} | {row['cases']} | {row['passed']} | {row['native']} |")
-    return lines
-
-
-def onnx_large(result: dict[str, Any]) -> list[str]:
-    """A model with external data that is never loaded whole."""
-    return [
-        "## A model of several gigabytes",
-        "",
-        f"`python -m benchmarks.onnx_large` on {where(result)}.",
-        "",
-        f"{result['bytes'] / 1e9:.2f} GB of external weights, {result['pass']}, {result['memory']}B of memory allowed:",
-        f"peak {result['peak'] / 1e9:.2f} GB without file-backed pages (2 GiB and the largest tensor:"
-        f" {result['bound'] / 1e9:.2f} GB); {result['written'] / 1e9:.2f} GB written.",
-        f"The ledger says \"{result['ledger']}\".",
-    ]
-
-
 SECTIONS = (
     ("cpu_int8", cpu_int8),
     ("byte_lm_bits", byte_lm_bits),
@@ -391,8 +361,10 @@ SECTIONS = (
     ("embeddings", embeddings),
     ("wasm", lambda result: tables_small.wasm(result, where(result))),
     ("arm_instructions", lambda result: tables_small.arm_instructions(result, where(result))),
-    ("onnx_suite", onnx_suite),
-    ("onnx_large", onnx_large),
+    ("onnx_suite", lambda result: tables_onnx.onnx_suite(result, where(result))),
+    ("onnx_large", lambda result: tables_onnx.onnx_large(result, where(result))),
+    ("onnx_speed", lambda result: tables_onnx.onnx_speed(result, where(result))),
+    ("onnx_fuzz", lambda result: tables_onnx.onnx_fuzz(result, where(result))),
 )
 
 

@@ -26,6 +26,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.onnx.records import NodeRecord
+from fxopt.ir.onnx.walk import graphs_of
 
 _SMALL = 1024  # bytes; constants up to here are shown to the converter, which may turn them into attributes or back
 _SAME_MEANING = {"If", "Loop"}  # their versions differ in element types only
@@ -217,11 +218,8 @@ def _convert_graph(graph: GraphProto, scope: _Scope) -> None:
 def _convert_nodes(nodes: Iterable[NodeProto], scope: _Scope) -> list[NodeProto]:
     result = []
     for node in nodes:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                _convert_graph(attribute.g, scope)
-            for body in attribute.graphs:
-                _convert_graph(body, scope)
+        for body in graphs_of(node):
+            _convert_graph(body, scope)
         result.extend(_convert_node(node, scope))
     return result
 
@@ -236,7 +234,7 @@ def _convert_node(node: NodeProto, scope: _Scope) -> list[NodeProto]:
     if node.op_type == "GroupNormalization" and before.since_version < 21 <= scope.target:
         return _group_normalization(node, scope)
     label = node.name or node.output[0]
-    if any(attribute.HasField("ref_attr_name") for attribute in node.attribute) or _has_body(node):
+    if any(attribute.HasField("ref_attr_name") for attribute in node.attribute) or any(graphs_of(node)):
         return [_as_it_is(node, before, after, scope, "it refers to its function, or has a body")]
     try:
         made = onnx.version_converter.convert_version(_alone(node, scope), scope.target).graph
@@ -291,10 +289,6 @@ def _schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
         return onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:
         return None
-
-
-def _has_body(node: NodeProto) -> bool:
-    return any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute)
 
 
 def _as_it_is(
@@ -354,17 +348,13 @@ def _same(made: GraphProto, node: NodeProto) -> bool:
     if len(made.node) != 1 or made.node[0].op_type != node.op_type:
         return False
     (other,) = made.node
-    known = {attribute.name: attribute for attribute in node.attribute}
+    known, value_of = {attribute.name: attribute for attribute in node.attribute}, helper.get_attribute_value
     unchanged = len(other.attribute) == len(known) and all(
-        attribute.name in known and helper.get_attribute_value(attribute) == _value(known[attribute.name])
+        attribute.name in known and value_of(attribute) == value_of(known[attribute.name])
         for attribute in other.attribute
         if attribute.type != AttributeProto.TENSOR
     )
     return unchanged and list(other.input) == list(node.input)
-
-
-def _value(attribute: AttributeProto) -> object:
-    return helper.get_attribute_value(attribute)
 
 
 def _names(made: GraphProto) -> str:

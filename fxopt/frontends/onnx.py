@@ -17,11 +17,12 @@ from fxopt.frontends.input_shapes import Shapes, override
 from fxopt.frontends.onnx_import.functions import key_of
 from fxopt.frontends.onnx_import.importer import Importer, Model
 from fxopt.frontends.onnx_import.messages import without_graph_body
-from fxopt.frontends.onnx_import.tensors import is_external
 from fxopt.ir.graph import Graph
 from fxopt.ir.masks import settle
 from fxopt.ir.onnx.model_checks import DEPTH_LIMIT, check_message
 from fxopt.ir.onnx.records import ModelRecord
+
+_MOST_BYTES = (1 << 31) - 1  # of a protobuf message
 
 
 def load(
@@ -57,14 +58,14 @@ def _load(source: str | os.PathLike[str] | ModelProto, check: bool, weights: Map
         proto = source
         files = check_message(proto, None, weights)
         if check:
-            _check(proto, None, proto)
+            _check(None, proto)
     else:
         folder = Path(source).resolve().parent
         content = _read(Path(source))
         proto = _parse(content, Path(source))
         files = _checked(proto, Path(source), folder, weights)
         if check:
-            _check(proto, Path(source), content)
+            _check(Path(source), Path(source) if files else content)
         del content
     record = ModelRecord(without_graph_body(proto), folder, dangling=_dangling(proto.graph))
     functions = {key_of(item.domain, item.name, item.overload): item for item in proto.functions}
@@ -97,7 +98,15 @@ def _read(path: Path) -> bytes:
         raise InvalidModel(f"{path}: no such file; expected an ONNX model")
     if path.is_dir():
         raise InvalidModel(f"{path} is a folder; expected an ONNX model file")
+    if path.is_char_device() or path.is_block_device():
+        raise InvalidModel(f"{path} is a device; expected an ONNX model file")
     try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise InvalidModel(
+                f"{path} holds {size} bytes, and a protobuf message at most {_MOST_BYTES}; larger models keep their "
+                "weights in external data"
+            )
         return path.read_bytes()
     except OSError as error:
         raise InvalidModel(f"{path} cannot be read: {error.strerror or error}") from error
@@ -120,10 +129,10 @@ def _parse(content: bytes, path: Path) -> ModelProto:
     return proto
 
 
-def _check(proto: ModelProto, path: Path | None, content: ModelProto | bytes) -> None:
-    external = path is not None and any(is_external(tensor) for tensor in proto.graph.initializer)
+def _check(path: Path | None, content: ModelProto | bytes | Path) -> None:
+    """Let the ONNX checker see the model; it finds external data from a path alone."""
     try:
-        onnx.checker.check_model(str(path) if external else content)
+        onnx.checker.check_model(content)
     except (onnx.checker.ValidationError, EncodeError, ValueError, RuntimeError) as error:
         where = "the model" if path is None else str(path)
         reason = " ".join(str(error).split())

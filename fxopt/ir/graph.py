@@ -296,6 +296,10 @@ class Graph:
 def _bytes(value: Any) -> int:
     if isinstance(value, Graph):
         return value.size_bytes()
+    if isinstance(value, Opaque):
+        from fxopt.ir.onnx.tensor_bytes import byte_count
+
+        return byte_count(value.proto) if type(value.proto).__name__ == "TensorProto" else 0
     return value.nbytes if isinstance(value, torch.Tensor) else 0
 
 

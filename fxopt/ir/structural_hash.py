@@ -151,7 +151,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     if not is_plain(tensor):
         raise Unsupported(f"a {type(tensor).__name__} ({tensor.layout}, {tensor.device}) has no plain bytes")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    content: memoryview = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
+    if not plain.numel():
+        return memoryview(b"")
+    flat = plain.reshape(-1) if plain.numel() > 1 else plain.reshape(()).unsqueeze(0)  # whose stride may be anything
+    content: memoryview = flat.view(torch.uint8).numpy().data
     return content
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxopt.ir.graph import Graph, Opaque
-from fxopt.ir.structural_hash import constant_digest
+from fxopt.ir.structural_hash import constant_digest, is_plain, tensor_bytes
 from fxopt.passes.base import Context, ExactPass
 from fxopt.passes.rules.apply import drop_unused
 from fxopt.passes.rules.safety import base, is_pure, is_returned, is_view
@@ -133,7 +133,7 @@ def _contents(graph: Graph) -> dict[fx.Node, int]:
     groups: dict[Hashable, list[tuple[fx.Node, Any]]] = {}
     for node in graph.fx.find_nodes(op="get_attr"):
         value = graph.attribute(str(node.target))
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+        if isinstance(value, torch.Tensor) and is_plain(value):
             groups.setdefault(_sample(value), []).append((node, value))
         elif isinstance(value, Opaque) and type(value.proto).__name__ == "TensorProto":
             groups.setdefault(id(value), []).append((node, value))
@@ -152,5 +152,4 @@ def _sample(value: torch.Tensor) -> Hashable:
     """Type, shape and some bytes: all of them when they are few."""
     flat = value.detach().reshape(-1)
     some = flat[:: max(1, value.nbytes // _SAMPLE_BYTES)] if value.nbytes > _SAMPLE_BYTES else flat
-    content = some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return value.dtype, tuple(value.shape), str(value.device), content
+    return value.dtype, tuple(value.shape), str(value.device), tensor_bytes(some).tobytes()

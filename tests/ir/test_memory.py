@@ -9,20 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.onnx_large import anonymous
+from benchmarks.onnx_large import memory_of
 from fxopt.errors import InvalidOption
 from fxopt.ir.memory import limit, spilled
 
 MIB = 1 << 20
 
 
+def anonymous() -> int:
+    """Bytes of this process that no file backs."""
+    return memory_of(os.getpid())[0]
+
+
 def test_a_large_constant_is_a_map_of_a_file_without_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     value = torch.arange(MIB, dtype=torch.int32).reshape(512, 2048).t()
-    before = anonymous(os.getpid())
+    before = anonymous()
     kept = [spilled(value) for _ in range(16)]  # 64 MiB
     assert all(torch.equal(one, value) and one.is_contiguous() for one in kept)
-    assert anonymous(os.getpid()) - before < 32 * MIB
+    assert anonymous() - before < 32 * MIB
     assert list(tmp_path.iterdir()) == []
     small = torch.ones(4)
     assert spilled(small) is small
@@ -31,15 +36,15 @@ def test_a_large_constant_is_a_map_of_a_file_without_name(tmp_path: Path, monkey
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no call for it")
 def test_freed_blocks_between_small_ones_are_given_back() -> None:
     torch.empty(30 * MIB, dtype=torch.uint8).fill_(1)  # freed: from now on blocks up to this size stay in the heap
-    before = anonymous(os.getpid())
+    before = anonymous()
     large, pins = [], []
     for _ in range(16):
         large.append(torch.ones(10 * MIB, dtype=torch.uint8))
         pins.append(torch.ones(MIB, dtype=torch.uint8))
-    assert anonymous(os.getpid()) - before > 100 * MIB
+    assert anonymous() - before > 100 * MIB
     large.clear()
     spilled(torch.ones(2 * MIB, dtype=torch.uint8))
-    assert anonymous(os.getpid()) - before < 50 * MIB
+    assert anonymous() - before < 50 * MIB
     assert len(pins) == 16
 
 

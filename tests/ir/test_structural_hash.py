@@ -161,6 +161,7 @@ def test_every_dtype_and_layout_of_a_constant() -> None:
     base = torch.arange(6).reshape(2, 3)
     assert constant_digest(base.t().contiguous()) == constant_digest(base.t())
     assert constant_digest(base) != constant_digest(base.reshape(3, 2))
+    assert constant_digest(torch.tensor([7])) == constant_digest(torch.tensor([7]).as_strided((1,), (0,)))
     dtypes = (torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128,
               torch.int8, torch.uint16, torch.float64)  # fmt: skip
     assert len({constant_digest(torch.zeros(2, 2).to(dtype)) for dtype in dtypes}) == len(dtypes)

@@ -20,6 +20,7 @@ from fxopt.errors import InvalidModel
 from fxopt.frontends.onnx import load
 from fxopt.ir.graph import label
 from fxopt.ir.onnx.export import save, to_model
+from fxopt.ir.onnx.values import from_array, to_array
 from tests import zoo
 
 KINDS = {"node": 1884, "simple": 23, "pytorch-converted": 82, "pytorch-operator": 35, "real": 9}
@@ -173,6 +174,26 @@ def corner_cases() -> ModelProto:
     model.domain = "test"
     model.model_version = 5
     return model
+
+
+@pytest.mark.parametrize("name", [name for name, code in TensorProto.DataType.items() if code])
+def test_every_element_type(name: str, tmp_path: Path) -> None:
+    """In an initializer, a Constant and the signature, whether torch has the type or not; and a run moves it."""
+    kind = TensorProto.DataType.Value(name)
+    weight = helper.make_tensor("w", kind, [4], [b"a", b"b", b"c", b"d"] if name == "STRING" else [1, 0, 1, 1])
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=weight),
+        helper.make_node("Concat", ["w", "c", "x"], ["y"], axis=0),
+    ]
+    body = helper.make_graph(nodes, "g", [value("x", kind, ["n"])], [value("y", kind, ["m"])], [weight])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 25)], ir_version=13)
+    graph = load(model, check=False)
+    assert to_model(graph) == model
+    save(graph, tmp_path / "out.onnx")
+    assert onnx.load(tmp_path / "out.onnx") == model
+    array = numpy_helper.to_array(weight)
+    found = to_array(graph.run([from_array(array)])[0])
+    assert found.dtype == array.dtype and found.tolist() == [*array.tolist()] * 3
 
 
 def test_corner_cases() -> None:

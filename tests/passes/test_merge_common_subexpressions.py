@@ -57,6 +57,17 @@ def test_constants_of_equal_content() -> None:
     check(onnx_graph(text, u=np.float32([0.0]), v=np.float32([-0.0])), ["Mul", "Mul", "Add"], 0)
 
 
+def test_constants_of_any_strides() -> None:
+    """One element may have any stride: what folding expands to one element has 0."""
+    graph = onnx_graph(
+        "g (int64[3] x) => (int64[3] y) { a = Add(x, c) b = Add(x, d) y = Mul(a, b) }", c=np.int64([2]), d=np.int64([2])
+    )
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            setattr(graph.root, str(node.target), torch.tensor([2]).as_strided((1,), (0,)))
+    assert PASS.run(graph, context()) == 1 and operators(graph) == ["Add", "Mul"]
+
+
 def test_large_constants_that_differ_in_one_element() -> None:
     first = np.zeros(5000, np.float32)
     second = first.copy()

@@ -304,13 +304,14 @@ def test_captured_values_keep_their_names() -> None:
     "body",
     [
         'a = Identity("") y = Relu(x)',
+        "p = Constant<value_ints = [0]>() a = Pad(x, p) y = Relu(a)",
         "s = Constant<value_ints = [0]>() e = Constant<value_ints = [9, 9]>() y = Slice(x, s, e)",
         "s = Constant<value_ints = [0, 0]>() e = Constant<value_ints = [9, 9]>() d = Constant<value_ints = [0]>() "
         "y = Slice(x, s, e, d)",
     ],
 )
 def test_operators_that_nobody_may_write_are_left_alone(body: str) -> None:
-    graph = onnx_graph(f"g (float[2, 3] x) => (float[2, 3] y) {{ {body} }}", check=False)
+    graph = onnx_graph(f"g (float[2, 3] x) => (float[2, 3] y) <float[4, 5] a> {{ {body} }}", check=False)
     before = operators(graph)
     assert PASS.run(graph, context()) == 0 and operators(graph) == before
 

@@ -17,7 +17,7 @@ from torch import fx
 from fxopt.errors import InvalidModel
 from fxopt.frontends.onnx_import import gradient, tensors
 from fxopt.frontends.onnx_import.functions import PLAIN, Function, Key, called, plain_value
-from fxopt.frontends.onnx_import.messages import captured_names, graph_header, graphs_of, without_subgraphs
+from fxopt.frontends.onnx_import.messages import captured_names, graph_header, without_subgraphs
 from fxopt.ir.graph import Graph, Opaque, ValueSpec
 from fxopt.ir.onnx import marks
 from fxopt.ir.onnx.bodies import DEFAULTS, AttributeReference
@@ -25,6 +25,7 @@ from fxopt.ir.onnx.dtypes import TO_TORCH
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.onnx.records import ConstantRecord, InputRecord, ModelRecord, NodeRecord
 from fxopt.ir.onnx.signature import value_spec
+from fxopt.ir.onnx.walk import graphs_of
 from fxopt.ir.subgraphs import CAPTURED, CAPTURED_NAMES, FUNCTION
 
 DEPTH_LIMIT = 60  # sub-graphs and functions inside each other

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 from fxopt.frontends.onnx_import.tensors import copy_field
+from fxopt.ir.onnx.walk import graphs_of
 
 _BODY_FIELDS = ("node", "initializer", "sparse_initializer")
-
-
-def graphs_of(node: NodeProto) -> Iterator[GraphProto]:
-    """The sub-graphs of a node's attributes."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == AttributeProto.GRAPHS:
-            yield from attribute.graphs
 
 
 def without_graph_body(proto: ModelProto) -> ModelProto:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 from fxopt.errors import InvalidModel
 from fxopt.ir.graph import Opaque
 from fxopt.ir.onnx.dtypes import TO_TORCH, from_numpy
-from fxopt.ir.onnx.tensor_bytes import byte_count, locate
+from fxopt.ir.onnx.tensor_bytes import byte_count, external_bytes
 
 STRIP_BYTES = 1024  # tensors of more bytes are held once, as torch tensors, and taken out of the kept message
 _DATA_FIELDS = frozenset(
@@ -34,7 +33,7 @@ def imported(proto: TensorProto, folder: Path | None) -> tuple[torch.Tensor | Op
     """
     if proto.data_type not in TO_TORCH:
         kept = TensorProto.FromString(proto.SerializeToString())
-        return Opaque(kept), kept, False
+        return Opaque(kept), kept, is_external(kept)
     if is_external(proto):
         kept = TensorProto.FromString(proto.SerializeToString())
         return _external(proto, folder), kept, True
@@ -66,28 +65,10 @@ def copy_field(message: Any, descriptor: Any, value: Any) -> None:
 
 def _external(proto: TensorProto, folder: Path | None) -> torch.Tensor:
     """External data as a private, copy-on-write memory map."""
-    place = locate(proto, folder)
     dtype = TO_TORCH[proto.data_type]
-    if place.offset % dtype.itemsize or place.length == 0:
-        with place.file.open("rb") as stream:
-            stream.seek(place.offset)
-            return _tensor_over(stream.read(place.length), proto)
-    status = place.file.stat()
-    storage = _mapped(str(place.file), (status.st_ino, status.st_mtime_ns, status.st_size))
-    return torch.empty(0, dtype=dtype).set_(storage, place.offset // dtype.itemsize, tuple(proto.dims))  # type: ignore[call-overload, no-any-return]
-
-
-_MAPS: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
-
-
-def _mapped(file: str, version: tuple[int, int, int]) -> Any:
-    """The whole file as a private map, one for all tensors that lie in it."""
-    known = _MAPS.get((file, version))
-    if known is not None:
-        return known
-    storage = torch.UntypedStorage.from_file(file, False, version[2])
-    _MAPS[file, version] = storage
-    return storage
+    content = external_bytes(proto, folder)
+    aligned = content if content.storage_offset() % dtype.itemsize == 0 else content.clone()
+    return aligned.view(dtype).reshape(tuple(proto.dims))
 
 
 def _tensor_over(content: bytes, proto: TensorProto) -> torch.Tensor:

@@ -18,6 +18,7 @@ from fxopt.ir.onnx.dtypes import FROM_TORCH, to_numpy
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.onnx.records import ConstantRecord, NodeRecord
 from fxopt.ir.onnx.signature import value_info
+from fxopt.ir.onnx.tensor_bytes import external_bytes
 
 Form = Callable[["Emitter", fx.Node], "str | tuple[str, ...]"]
 Forms = Mapping[Any, Form]
@@ -153,7 +154,10 @@ class Emitter:
         elif record.kind == "node":
             self.nodes.append(proto)
         else:
-            self.initializers.append((proto, record.tensor if record.stripped else None))
+            value = record.tensor if record.stripped else None
+            if isinstance(value, Opaque):  # of a type that torch lacks, in another file
+                value = external_bytes(proto, None if self.graph.model is None else self.graph.model.folder)
+            self.initializers.append((proto, value))
 
     def _call(self, node: fx.Node) -> None:
         target: Any = node.target

@@ -16,6 +16,8 @@ from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.emitter import Emitter, Form, Forms, drop_stale_types
 from fxopt.ir.onnx.external_writer import write_external
 from fxopt.ir.onnx.marks import IR_VERSION, has_marks
+from fxopt.ir.onnx.tensor_bytes import external_bytes
+from fxopt.ir.onnx.walk import inner_tensors
 
 INLINE_LIMIT = 1_900_000_000  # bytes of weights up to which one file is written (protobuf's limit is 2^31 - 1)
 _SMALL = 1024  # bytes; smaller tensors always lie in the file: shape inference must read shapes
@@ -90,6 +92,7 @@ def save(
     if not path.parent.is_dir():
         raise OutputError(f"{path}: the folder {path.parent} does not exist")
     proto, pending = _emit(graph, forms or {}, inline=True)
+    _bring_in(proto, graph)
     total = sum(value.nbytes for _, value in pending)
     if external is None:
         external = total > INLINE_LIMIT or (graph.model is not None and graph.model.external)
@@ -103,15 +106,28 @@ def save(
                 write_external(large, Path(scratch), data.name)
             for tensor, value in pending:
                 if not external or value.nbytes < _SMALL:
-                    tensor.ClearField("external_data")
-                    tensor.ClearField("data_location")
-                    tensor.raw_data = to_numpy(value).tobytes()
+                    _fill(tensor, to_numpy(value).tobytes())
             written.write_bytes(proto.SerializeToString(deterministic=True))
             if data.exists():
                 os.replace(data, path.parent / data.name)
             os.replace(written, path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _bring_in(proto: ModelProto, graph: Graph) -> None:
+    """Take the bytes of external tensors that are no initializers of the main graph into the message."""
+    if graph.model is None or not graph.model.files:
+        return
+    for tensor in inner_tensors(proto):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _fill(tensor, external_bytes(tensor, graph.model.folder).numpy().tobytes())
+
+
+def _fill(tensor: TensorProto, content: bytes) -> None:
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    tensor.raw_data = content
 
 
 def _refuse_sources(graph: Graph, path: Path, files: Iterable[Path]) -> None:

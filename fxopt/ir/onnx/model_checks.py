@@ -7,7 +7,7 @@ first, so the checker sees only what it can stand.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from fxopt.errors import InvalidModel
 from fxopt.ir.onnx.tensor_bytes import check_tensor
+from fxopt.ir.onnx.walk import all_nodes, graphs_of, tensors_of
 
 DEPTH_LIMIT = 30  # nested sub-graphs; protobuf reads 100 nested messages, three for each sub-graph
 _MOST_ELEMENTS = 1 << 59  # of at most 16 bytes
@@ -44,14 +45,6 @@ def check_message(model: ModelProto, folder: Path | None, elsewhere: Collection[
     for function in model.functions:
         walk.function(function, _opsets(function.opset_import, f"the function {function.name!r}"))
     return walk.files
-
-
-def graphs_of(node: NodeProto) -> Iterator[GraphProto]:
-    """The sub-graphs of a node's attributes, whatever type the attribute claims."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
 
 
 def _check_depth(model: ModelProto) -> None:
@@ -95,7 +88,7 @@ def _check_functions(functions: Sequence[FunctionProto]) -> None:
         key = (_domain(function.domain), function.name, function.overload)
         if key in calls:
             raise InvalidModel(f"the function {_shown(key)} is defined twice")
-        calls[key] = [(_domain(node.domain), node.op_type, node.overload) for node in _all_nodes(function.node)]
+        calls[key] = [(_domain(node.domain), node.op_type, node.overload) for node in all_nodes(function.node)]
     state: dict[_Key, int] = {}  # 1: on the path, 2: done
     for start in calls:
         path = [(start, iter(calls[start]))] if start not in state else []
@@ -115,15 +108,6 @@ def _check_functions(functions: Sequence[FunctionProto]) -> None:
             else:
                 state[called] = 1
                 path.append((called, iter(calls[called])))
-
-
-def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        for graph in graphs_of(node):
-            waiting += graph.node
 
 
 @dataclass
@@ -209,7 +193,7 @@ class _Walk:
                 raise InvalidModel(f"node {_label(node)!r} has the attribute {attribute.name!r} twice or without name")
             seen.add(attribute.name)
             _check_type(node, attribute)
-            for tensor in _tensors(attribute):
+            for tensor in tensors_of(attribute):
                 self.tensor(tensor)
         for graph in graphs_of(node):
             self.graph(graph, outer | values, opsets)
@@ -261,18 +245,6 @@ def _holds(attribute: AttributeProto, name: str) -> bool:
     if name.endswith("s") and len(name) > 1:
         return len(getattr(attribute, name)) > 0
     return attribute.HasField(name)
-
-
-def _tensors(attribute: AttributeProto) -> Iterator[TensorProto]:
-    if attribute.HasField("t"):
-        yield attribute.t
-    yield from attribute.tensors
-    for sparse in (
-        *([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else ()),
-        *attribute.sparse_tensors,
-    ):
-        yield sparse.values
-        yield sparse.indices
 
 
 def _named(names: Iterable[str], what: str, known: Collection[str] = ()) -> set[str]:

@@ -1,4 +1,4 @@
-"""How many bytes a `TensorProto` declares, and whether they are there; nothing is allocated by declared dimensions.
+"""How many bytes a `TensorProto` declares, and whether and where they are; nothing is allocated by declared dimensions.
 
 Source: `TensorProto` of the ONNX specification (IR version 14), which also says that external data stay below the
 model's folder.
@@ -7,9 +7,12 @@ model's folder.
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from onnx import TensorProto
 
 from fxopt.errors import InvalidModel
@@ -114,6 +117,26 @@ def locate(tensor: TensorProto, folder: Path | None) -> Place:
             f"{named} are {length} bytes at {offset}, but {entries['location']} is too short: it holds {size} bytes"
         )
     return Place(file, offset, length)
+
+
+_MAPS: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
+
+
+def external_bytes(tensor: TensorProto, folder: Path | None) -> torch.Tensor:
+    """The external bytes of a tensor, uint8, as a private, copy-on-write memory map.
+
+    Raises:
+        InvalidModel: see `locate`.
+    """
+    place = locate(tensor, folder)
+    if not place.length:
+        return torch.empty(0, dtype=torch.uint8)
+    status = place.file.stat()
+    key = str(place.file), status.st_ino, status.st_mtime_ns, status.st_size
+    storage = _MAPS.get(key)
+    if storage is None:  # the whole file, one map for all tensors that lie in it
+        storage = _MAPS[key] = torch.UntypedStorage.from_file(key[0], False, status.st_size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, place.offset, (place.length,))  # type: ignore[call-overload, no-any-return]
 
 
 def _file(location: str, folder: Path, named: str) -> Path:

@@ -62,20 +62,20 @@ def _value_of(proto: Any, folder: str) -> Any:
             return _strings(proto.string_data).reshape(tuple(proto.dims))
         return from_array(numpy_helper.to_array(proto, folder))
     if isinstance(proto, onnx.SparseTensorProto):
-        return _dense(proto)
+        return _dense(proto, folder)
     if isinstance(proto, onnx.AttributeProto):
         return _value_of(proto.t, folder) if proto.type == proto.TENSOR else None
     if isinstance(proto, onnx.NodeProto):  # a Constant
-        return _attribute_value(proto.attribute[0])
+        return _attribute_value(proto.attribute[0], folder)
     return None
 
 
-def _attribute_value(attribute: onnx.AttributeProto) -> Any:
+def _attribute_value(attribute: onnx.AttributeProto, folder: str) -> Any:
     if attribute.type == attribute.STRING:
         return _strings([attribute.s]).reshape(())
     if attribute.type == attribute.STRINGS:
         return _strings(attribute.strings)
-    return _dense(attribute.sparse_tensor) if attribute.type == attribute.SPARSE_TENSOR else None
+    return _dense(attribute.sparse_tensor, folder) if attribute.type == attribute.SPARSE_TENSOR else None
 
 
 def _strings(items: Iterable[bytes]) -> np.ndarray[Any, Any]:
@@ -83,9 +83,9 @@ def _strings(items: Iterable[bytes]) -> np.ndarray[Any, Any]:
     return np.array([item.decode("utf-8", "surrogateescape") for item in items], dtype=object)
 
 
-def _dense(sparse: onnx.SparseTensorProto) -> Any:
+def _dense(sparse: onnx.SparseTensorProto, folder: str) -> Any:
     """A sparse tensor with its zeros; indices are [count] into the flat tensor, or [count, rank]."""
-    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    values, indices = (numpy_helper.to_array(item, folder) for item in (sparse.values, sparse.indices))
     dense = np.zeros(tuple(sparse.dims), dtype=values.dtype)
     if indices.ndim == 1:
         dense.reshape(-1)[indices] = values

@@ -36,9 +36,8 @@ def stored_bytes(pattern: Pattern, out: int, columns: int, zeros: float, itemsiz
 def dense(values: Tensor, mask: Tensor, columns: int) -> Tensor:
     """The weight [out, in]."""
     groups, outputs = mask.shape[0], values.shape[1]
-    kept = unpack(mask, 1, columns).flatten().to(torch.int64)
-    table = torch.cat([values.new_zeros(1, outputs), values])  # the first row is that of the blocks which are not there
-    blocks = table[kept.cumsum(0) * kept]
+    kept = unpack(mask, 1, columns).reshape(-1, 1).to(torch.bool)
+    blocks = values.new_zeros(groups * columns, outputs).masked_scatter(kept.expand(-1, outputs), values)
     return blocks.reshape(groups, columns, outputs).transpose(1, 2).reshape(groups * outputs, columns)
 
 

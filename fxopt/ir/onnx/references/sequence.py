@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxopt.ir.onnx.lane import to_ints, to_scalar, to_tensor
 from fxopt.ir.onnx.references.common import require
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
+_MOST_PIECES = 1 << 20  # of a split
+_MOST_FAKE_PIECES = 1 << 12  # of a declared size, which may be absurd
 
 
 @operators.reference("SequenceConstruct")
@@ -64,10 +67,14 @@ def split_to_sequence(call: Call, x: Any, split: Any = None, axis: int = 0, keep
     """x cut along an axis: in pieces of one size, of given sizes, or (default) of 1, whose axis `keepdims` keeps."""
     tensor: Tensor = to_tensor(x)
     require(isinstance(tensor, Tensor), "sequences of strings have no torch reference")
-    if split is None:
-        return list(torch.split(tensor, 1, axis)) if keepdims else list(tensor.unbind(axis))
-    sizes = to_ints(split) or []
-    return list(torch.split(tensor, sizes if split.ndim else sizes[0], axis))
+    sizes = [1] if split is None else to_ints(split) or []
+    if split is None or not split.ndim:
+        pieces = tensor.shape[axis] // max(sizes[0], 1)
+        most = _MOST_FAKE_PIECES if isinstance(tensor, FakeTensor) else _MOST_PIECES
+        require(not isinstance(pieces, int) or pieces <= most, f"a sequence of {pieces} pieces is too long")
+    if split is None and not keepdims:
+        return list(tensor.unbind(axis))
+    return list(torch.split(tensor, sizes if split is not None and split.ndim else sizes[0], axis))
 
 
 @operators.reference("Optional", "OptionalGetElement", raw=True)
