@@ -6,8 +6,8 @@ A layer in the shape of a diffusion transformer (hidden size 384, 6 heads, 2,048
 ways to compute attention at a block density of 0.25, against dense `scaled_dot_product_attention` of torch and against
 what ONNX Runtime runs: dense attention over slices (what fxopt does), over gathered blocks in one call, FlexAttention
 (compiled, where there is a C++ compiler) and the same slices in ONNX Runtime. Then speeds by density, from which
-`fxopt/passes/attention_patterns/measured.py` has its figures. Then a whole block through `fxopt.optimize`, against what
-Amdahl's law gives with the measured speed-up of its attention. One thread, alternating bursts.
+`fxopt/passes/attention_patterns/measured.py` has its figures. Then a whole block in torch, against what Amdahl's law
+gives with the measured share and speed-up of its attention. One thread, alternating bursts.
 Writes results/attention_patterns.json.
 """
 
@@ -139,8 +139,11 @@ def ways(length: int) -> dict[str, Any]:
             speed["ONNX Runtime, dense"]["milliseconds"] / speed[name]["milliseconds"]
         )
     return {
-        "length": length, "block_density": density(patterns, length), "work": share(patterns, length), "speed": speed,
-    }  # fmt: skip
+        "length": length,
+        "block_density": density(patterns, length),
+        "work": share(patterns, length),
+        "speed": speed,
+    }
 
 
 def by_density(length: int) -> list[dict[str, Any]]:
@@ -148,8 +151,8 @@ def by_density(length: int) -> list[dict[str, Any]]:
     q, k, v = operands(length)
     rows = []
     cases = [("diagonal", window(length, part)) for part in DENSITIES[length]]
-    parts = (0.25, 0.7)[: len(DENSITIES[length]) // 2]
-    cases += [("stripe", list(stripes(64, int(length * part))) * HEADS) for part in parts]
+    cases += [("stripe", list(stripes(64, int(length * part))) * HEADS)
+              for part in (0.25, 0.7)[: len(DENSITIES[length]) // 2]]  # fmt: skip
     dense_session, runs = session(None, length), RUNS if length < 4096 else 1
     for name, patterns in cases:
         torch_speed = race(

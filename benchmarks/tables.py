@@ -148,6 +148,35 @@ def attention_fusion(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def attention_patterns(result: dict[str, Any]) -> list[str]:
+    """Attention with patterns: ways to run it, break-even, a whole block."""
+    lines = [
+        "## Attention with a pattern per head",
+        "",
+        f"`python -m benchmarks.attention_patterns` on {where(result)}, one thread, float32,",
+        f"{result['heads']} heads of {result['width']}. Speed over torch's dense attention at a block density of 0.25:",
+        "",
+    ]
+    names = list(dict.fromkeys(name for row in result["ways"] for name in row["speed"]))
+    names.remove("torch, dense")
+    lines += [f"| tokens | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for row in result["ways"]:
+        lines.append(f"| {row['length']} | {' | '.join(_speed(row['speed'].get(name)) for name in names)} |")
+    lines += ["", "Time over dense attention of the same runtime, by the part of the work that is left:", ""]
+    lines += ["| tokens | pattern | block density | work | torch | ONNX Runtime |", "|---|---|---|---|---|---|"]
+    for row in result["densities"]:
+        shown = " | ".join(f"{row[name]:.2f}" for name in ("block_density", "work", "eager", "onnxruntime"))
+        lines.append(f"| {row['length']} | {row['pattern']} | {shown} |")
+    ends = ", ".join(f"{name} {found['break_even']:.2f}" for name, found in sorted(result["fits"].items()))
+    lines += ["", f"Work at which both take equally long: {ends}; what is above is refused.", ""]
+    lines += ["| tokens | attention's share of the block | its speed-up | block: Amdahl | measured | of Amdahl |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in result["blocks"]:
+        names = ["attention_share", "attention_gain", "amdahl", "measured", "of_amdahl"]
+        lines.append(f"| {row['length']} | {' | '.join(f'{row[name]:.2f}' for name in names)} |")
+    return lines
+
+
 def embeddings(result: dict[str, Any]) -> list[str]:
     """Forms of an 8-bit table against the float table."""
     rows = result["embeddings"]
@@ -328,6 +357,7 @@ SECTIONS = (
     ("ort_fusions", ort_fusions),
     ("attention_forms", attention_forms),
     ("attention_fusion", attention_fusion),
+    ("attention_patterns", attention_patterns),
     ("embeddings", embeddings),
     ("wasm", lambda result: tables_small.wasm(result, where(result))),
     ("arm_instructions", lambda result: tables_small.arm_instructions(result, where(result))),

@@ -77,9 +77,9 @@ def sliced_attention(
         result = out[:, heads] if group.order is None else torch.zeros_like(queries)
         for piece in group.pieces:
             rows = slice(piece.start, piece.stop)
-            some = [_ranges(x, piece.ranges) for x in (keys, values)]
+            some_keys, some_values = (_ranges(x, piece.ranges) for x in (keys, values))
             mask = None if piece.mask is None else _scores(piece.mask, q.dtype)
-            made = F.scaled_dot_product_attention(queries[:, :, rows], *some, attn_mask=mask, scale=scale)
+            made = F.scaled_dot_product_attention(queries[:, :, rows], some_keys, some_values, mask, scale=scale)
             if piece.mask is not None:
                 empty = ~piece.mask.any(-1, keepdim=True)
                 made = made.masked_fill(empty, 0.0) if bool(empty.any()) else made

@@ -62,7 +62,7 @@ class AttentionPatterns(LossyPass):
                 continue
             site = ctx.excluded(label(view.node)) or site_of(graph, view)
             if isinstance(site, Site):
-                unsupported = ctx.supports("attention_pattern", "float32")
+                unsupported = ctx.supports("attention_pattern", str(site.dtype).removeprefix("torch."))
                 site = Refusal(unsupported) if unsupported else self._mismatch(site) or site
             refusal = site if isinstance(site, Refusal) else None
             size = "" if isinstance(site, Refusal) else f"{site.heads}x{site.length}x{site.width}"
@@ -119,7 +119,7 @@ class AttentionPatterns(LossyPass):
             return Refusal(text, of.setting["tolerance"], hint)
         least = break_even(backend)
         if work >= least:
-            text = "{:.0f} % of the work is left ({}), the measured break-even is {:.0f} %{}"
+            text = "{:.0f} % of the work is left ({}), the break-even is {:.0f} %{}"
             return Refusal(text, 100 * work, described(chosen), 100 * least, hint)
         return None
 
@@ -162,7 +162,7 @@ def _work(site: Site, chosen: list[Choice]) -> float:
 
 def _dense(site: Site) -> Cost:
     """The work of the attention as it is, for one sequence."""
-    x = torch.empty(1, site.heads, site.length, site.width, device="meta")
+    x = torch.empty(1, site.heads, site.length, site.width, dtype=site.dtype, device="meta")
     return attention.cost_of(x, x, x, None, None, float(site.view.factor or 0.0), 0.0, -1, -1)
 
 

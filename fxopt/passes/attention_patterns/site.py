@@ -19,6 +19,7 @@ from fxopt.ir.views.linear import Linear, linear
 from fxopt.passes.fuse_attention_heads.plan import HEADS_FIRST, is_flat, materialised
 
 LEAST_BLOCKS = 4
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class Site:
         return self.inputs is not None and self.output is not None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of its operands."""
+        value = tensor_value(self.view.q.node)
+        assert value is not None, "site_of() has looked"
+        return value.dtype
+
+    @property
     def observed(self) -> tuple[fx.Node, fx.Node, fx.Node]:
         """What statistics are wanted of."""
         q, k, v = (operand.replay[-1] if operand.replay else operand.node for operand in self.operands)
@@ -88,8 +96,9 @@ def site_of(graph: Graph, view: Attention) -> Site | Refusal:
     if length < LEAST_BLOCKS * BLOCK:
         return Refusal("its {} tokens are fewer than {} blocks of {}", length, LEAST_BLOCKS, BLOCK)
     value = tensor_value(view.q.node)
-    if value is None or value.dtype != torch.float32:
-        return Refusal("its type is {}; expected float32", "unknown" if value is None else value.dtype)
+    if value is None or value.dtype not in FLOATS:
+        dtype = "unknown" if value is None else value.dtype
+        return Refusal("its type is {}; expected floats of at most 32 bits", dtype)
     inputs = _inputs(graph, view, heads * width)
     joined = _joined(graph, view, (length, heads * width))
     return Site(view, heads, length, width, inputs, joined, None if joined is None else _taker(graph, joined))
