@@ -11,12 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parents[1]
+
+hypothesis.settings.register_profile("fxopt", deadline=None)  # machines are shared: a slow example says nothing
+hypothesis.settings.load_profile("fxopt")
 
 
 @dataclass(frozen=True)
