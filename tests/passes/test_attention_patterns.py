@@ -239,6 +239,7 @@ def heads(length: int = 256, count: int = 2) -> torch.Tensor:
         (sdpa(), (heads(),) * 3 + (torch.ones(1, 1, 256, 256, dtype=torch.bool),), "mask .* depends on the data"),
         (sdpa(is_causal=True), (heads(),) * 3, "causal or has a window already"),
         (sdpa(), (heads(128),) * 3, "its 128 tokens are fewer than 4 blocks of 64"),
+        (sdpa(), (heads(8256, 1),) * 3, "its 8256 tokens are more than the 8192"),
         (sdpa(), (heads(300), heads(), heads()), "300 queries and 256 keys"),
         (sdpa(enable_gqa=True), (heads(count=4), heads(), heads()), "heads share keys and values"),
         (sdpa(), (heads().double(),) * 3, "expected floats of at most 32 bits"),
