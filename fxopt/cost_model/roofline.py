@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from fxopt.cost_model import attention_patterns
 from fxopt.cost_model.work import node_cost
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.onnx.op import OnnxOp
@@ -124,9 +125,12 @@ def rate(cost: Cost, target: Target) -> float:
 
 def efficiency(target: Target, kind: str, dtype: str = "") -> float:
     """The reached share of the peak: of the kind with the element type, of the kind, then the same of its family."""
-    for key in (f"{kind}.{dtype}", kind, f"{family(kind)}.{dtype}", family(kind)):
+    for key in (f"{kind}.{dtype}", kind):
         if key in target.efficiency:
             return target.efficiency[key]
+    for key in (f"{family(kind)}.{dtype}", family(kind)):
+        if key in target.efficiency:
+            return target.efficiency[key] * attention_patterns.of_dense(kind, target)
     return _DEFAULT_EFFICIENCY
 
 

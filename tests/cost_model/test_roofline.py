@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
+from benchmarks.common import RESULTS
 from fxopt.cost_model.host import detect_host
 from fxopt.cost_model.roofline import efficiency, peak, predict, predict_graph, rate
 from fxopt.cost_model.targets import get_target, target_names
@@ -188,3 +190,14 @@ def residual(op: str) -> Graph:
 def test_the_slow_fusion_of_onnx_runtime_is_priced() -> None:
     fused, apart = (predict_graph(residual(op), TARGETS["x86-avx2"]).total.seconds for op in ("Add", "Sum"))
     assert fused > 3 * apart
+
+
+def test_attention_patterns_take_as_long_as_dense_attention_at_the_measured_break_even() -> None:
+    fits = json.loads((RESULTS / "attention_patterns.json").read_text(encoding="utf-8"))["fits"]
+    left = fits["onnxruntime"]["break_even"]
+    target = get_target("x86-avx512-vnni")
+    dense = predict(Cost(1e9, 0.0, "float32", "attention"), target).seconds
+    found = predict(Cost(left * 1e9, 0.0, "float32", "attention.pattern"), target).seconds
+    assert found == pytest.approx(dense, rel=0.02)
+    gpu = get_target("a100")
+    assert efficiency(gpu, "attention.pattern") == efficiency(gpu, "attention"), "measured on CPUs only"
