@@ -280,6 +280,8 @@ class Optimizer:
             verified = executable.verify(self.verification)
         if verified:
             self.ledger.note(verified)
+        if self.state is not None:
+            self.ledger.note(f"nothing was calibrated: {self.state}, the file to resume from, was not used")
         with self.stage("compiling"):
             for verdict in executable.verdicts():
                 self.ledger.add(verdict)
