@@ -108,6 +108,8 @@ def optimize(
     result = Optimized(model, options)
     if is_onnx(model) or is_graph(model) or example_inputs is not None or _is_exported(model):
         result._prepare(example_inputs)
+    elif not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
+        raise InvalidInput(f"expected a path, a ModelProto, a torch.nn.Module or a Graph, got a {type(model).__name__}")
     return result
 
 

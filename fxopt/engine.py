@@ -15,7 +15,7 @@ from fxopt.backends.base import Executable
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.elsewhere import fastest
-from fxopt.errors import FxoptError, unknown
+from fxopt.errors import FxoptError, InvalidOption, unknown
 from fxopt.guard import Timing
 from fxopt.inputs import bind_sizes
 from fxopt.ir.error import OutputError, output_error
@@ -226,9 +226,9 @@ class Optimizer:
         loss = found.noise_to_signal
         if self.request.evaluate is not None:
             if self._metric_before is None:
-                self._metric_before = float(self.request.evaluate(as_function(self.baseline)))
+                self._metric_before = _metric_of(self.request.evaluate(as_function(self.baseline)))
             before = self._metric_before
-            after = float(self.request.evaluate(as_function(executable)))
+            after = _metric_of(self.request.evaluate(as_function(executable)))
             loss = before - after
         report = ErrorReport(
             found.noise_to_signal, found.relative_l2, found.cosine, before, after, len(self.verification)
@@ -336,3 +336,13 @@ def as_function(executable: Executable) -> Callable[..., Any]:
 
     return call
 
+
+def _metric_of(value: Any) -> float:
+    """What `evaluate` gave, as a number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number != number:
+        raise InvalidOption(f"evaluate returned {value!r}; expected a number, higher is better")
+    return number
