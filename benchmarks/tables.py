@@ -168,7 +168,7 @@ def attention_patterns(result: dict[str, Any]) -> list[str]:
         shown = " | ".join(f"{row[name]:.2f}" for name in ("block_density", "work", "eager", "onnxruntime"))
         lines.append(f"| {row['length']} | {row['pattern']} | {shown} |")
     ends = ", ".join(f"{name} {found['break_even']:.2f}" for name, found in sorted(result["fits"].items()))
-    lines += ["", f"Work at which both take equally long: {ends}; what is above is refused.", ""]
+    lines += ["", f"Work at which both take equally long, by a line through all rows: {ends}.", ""]
     lines += ["| tokens | attention's share of the block | its speed-up | block: Amdahl | measured | of Amdahl |"]
     lines.append("|---|---|---|---|---|---|")
     for row in result["blocks"]:

@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.ir.ops.attention_pattern import BLOCK, NUMBERS, Pattern, patterns_of, seen, seen_by
+from fxopt.ir.ops.attention_pattern import (
+    BLOCK,
+    NUMBERS,
+    Pattern,
+    check_blocks,
+    check_heads,
+    patterns_of,
+    seen,
+    seen_by,
+)
 
 ROWS = 128  # queries of a piece: of fewer, calls cost more than they leave out
 _GAP = 32  # keys between two ranges that are taken along
@@ -66,7 +75,10 @@ def share(patterns: Sequence[int], length: int, blocks: Tensor | None = None) ->
 def sliced_attention(
     q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float, blocks: Tensor | None = None
 ) -> Tensor:
-    """`fxopt::attention_pattern` without the work for what is not seen; arguments as there."""
+    """`fxopt::attention_pattern` without the work for what is not seen; arguments and errors as there."""
+    check_heads(patterns, q.shape[1])
+    if blocks is not None:
+        check_blocks(blocks, q.shape[1], q.shape[2])
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for group in slices(patterns, q.shape[2], blocks):
         heads = slice(group.start, group.stop)

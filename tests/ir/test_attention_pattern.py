@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -106,3 +108,12 @@ def test_onnx_form(every: list[Pattern], with_blocks: bool) -> None:
     found = session.run(None, {name: x.numpy() for name, x in zip("qkv", (q, k, v), strict=True)})[0]
     wanted = attention_pattern.function(q, k, v, numbers, 0.4, *([blocks] if with_blocks else []))
     np.testing.assert_allclose(found, wanted.numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("run", [attention_pattern, sliced_attention])
+def test_wrong_patterns(run: Any) -> None:
+    x = torch.zeros(1, 2, 70, 8)
+    with pytest.raises(InvalidInput, match="1 patterns for 2 heads"):
+        run(x, x, x, list(dense()), 1.0)
+    with pytest.raises(InvalidInput, match=r"blocks have shape \[2, 1, 1\]; expected \[2, 2, 2\]"):
+        run(x, x, x, [*dense(), *dense()], 1.0, torch.ones(2, 1, 1, dtype=torch.bool))

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from fxopt.errors import InvalidModel, OutputError
+from fxopt.errors import InvalidModel, MissingReference, OutputError
 from fxopt.frontends.onnx import load
 from fxopt.ir.onnx.export import save, to_model
 from fxopt.ir.shapes import infer
@@ -335,6 +336,21 @@ def test_a_sequence_of_declared_length_is_not_made(axis: int) -> None:
     assert time.perf_counter() - began < 5
     split = next(node for node in graph.calls())
     assert len(split.meta.get("val", ())) == (3 if axis == 0 else 0)
+
+
+@pytest.mark.parametrize(("keys", "values"), [(0, 3), (0, 0), (1, 0)])
+def test_attention_without_heads(keys: int, values: int) -> None:
+    """torch divides by their number, which ends the process; here the operator has no reference then."""
+    graph = load(onnx.parser.parse_model(f"""
+        <ir_version: 11, opset_import: ["" : 24]>
+        g (float[2, 3, 4, 8] q, float[2, {keys}, 6, 8] k, float[2, {values}, 6, 8] v) => (float[2, 3, 4, 8] y) {{
+            y = Attention <is_causal = 1> (q, k, v)
+        }}
+    """), check=False)  # fmt: skip
+    infer(graph, {})
+    inputs = [torch.ones(2, heads, length, 8) for heads, length in ((3, 4), (keys, 6), (values, 6))]
+    with pytest.raises(MissingReference, match="no heads of keys or values"):
+        graph.run(inputs)
 
 
 def test_an_unknown_domain_is_kept() -> None:

@@ -316,6 +316,13 @@ def test_operators_that_nobody_may_write_are_left_alone(body: str) -> None:
     assert PASS.run(graph, context()) == 0 and operators(graph) == before
 
 
+def test_a_transpose_without_axes_is_left_alone() -> None:
+    graph = onnx_graph("g (float[2, 3] x) => (float[3, 2] y) { y = Transpose(x) }", check=False)
+    (node,) = graph.calls()
+    node.update_kwarg("perm", ())
+    assert PASS.run(graph, context()) == 0 and operators(graph) == ["Transpose"]
+
+
 def test_a_dropout_mask_in_use_keeps_the_dropout() -> None:
     graph = onnx_graph("g (float[2] x) => (float[2] y, bool[2] m) { a, m = Dropout(x) y = Relu(a) }")
     after, count = applied(PASS, graph, samples_of(graph))

@@ -28,6 +28,8 @@ def answer(target: Target | None, op: str, dtype: str, pattern: str) -> str:
     if op == "linear_sparse":
         return "" if pattern == "2:4" and dtype in ("float16", "bfloat16") else _no_sparse(dtype, pattern)
     asked = dict(item.split("=", 1) for item in pattern.split(",") if "=" in item)
+    if op == "attention_pattern" and "blocks" in asked:
+        return "the triton backend's kernel takes patterns, not lists of blocks"
     sizes = _sizes(asked)
     if op == "linear_nbits":
         bits = int(dtype.removeprefix("int"))

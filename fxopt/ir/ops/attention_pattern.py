@@ -68,6 +68,28 @@ def patterns_of(numbers: Sequence[int]) -> list[Pattern]:
     return found
 
 
+def check_heads(patterns: Sequence[int], heads: int) -> None:
+    """Every head must have a pattern.
+
+    Raises:
+        InvalidInput: there are more or fewer patterns, or they are none.
+    """
+    count = len(patterns_of(patterns))
+    if count != heads:
+        raise InvalidInput(f"{count} patterns for {heads} heads")
+
+
+def check_blocks(blocks: Tensor, heads: int, length: int) -> None:
+    """Every head must have its list of blocks.
+
+    Raises:
+        InvalidInput: the shape is another one.
+    """
+    count = -(-length // BLOCK)
+    if blocks.shape != (heads, count, count):
+        raise InvalidInput(f"blocks have shape {list(blocks.shape)}; expected {[heads, count, count]}")
+
+
 def seen_by(pattern: Pattern, queries: Tensor, keys: Tensor) -> Tensor:
     """Which of the keys (numbers [m]) each of the queries (numbers [n]) sees, [n, m]."""
     slope, offset, period, width, sink = pattern
@@ -102,9 +124,7 @@ def seen(patterns: Sequence[int], length: int, blocks: Tensor | None = None) -> 
     found = torch.stack([seen_by(pattern, places, places) for pattern in every])
     if blocks is None:
         return found
-    count = -(-length // BLOCK)
-    if blocks.shape != (len(every), count, count):
-        raise InvalidInput(f"blocks have shape {list(blocks.shape)}; expected {[len(every), count, count]}")
+    check_blocks(blocks, len(every), length)
     wide = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
     return found & wide[:, :length, :length]
 
@@ -121,9 +141,7 @@ def attention_pattern(
             (j - slope * i - offset) mod period < width, or j < sink.
         blocks: bool [heads, n, n], n = length / 64 rounded up: and only where its block of 64 x 64 is true.
     """
-    every = patterns_of(patterns)
-    if len(every) != q.shape[1]:
-        raise InvalidInput(f"{len(every)} patterns for {q.shape[1]} heads")
+    check_heads(patterns, q.shape[1])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     visible = seen(patterns, q.shape[2], blocks).to(q.device)
     scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale

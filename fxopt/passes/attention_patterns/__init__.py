@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,10 +14,11 @@ from fxopt.errors import InvalidOption
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.ops.attention import attention
+from fxopt.ir.ops.attention_pattern import BLOCK
 from fxopt.ir.sliced_attention import share
 from fxopt.ir.target import Cost
 from fxopt.ir.views.attention import Attention, attentions
-from fxopt.passes.attention_patterns.measured import break_even, time_share
+from fxopt.passes.attention_patterns.measured import break_even
 from fxopt.passes.attention_patterns.modes import Choice, cheapest, choices
 from fxopt.passes.attention_patterns.rewrite import arranged, rewrite
 from fxopt.passes.attention_patterns.site import Site, find_site, site_of
@@ -26,6 +28,7 @@ from fxopt.passes.stats import Stats
 __all__ = ["AttentionPatterns"]
 
 _TOLERANCES = (1e-5, 1e-4, 1e-3, 1e-2)
+_STEP = 0.02  # of densities that a backend is asked about
 _SEQUENCES = 2  # of calibration, at least
 
 
@@ -61,14 +64,13 @@ class AttentionPatterns(LossyPass):
             if not isinstance(view, Attention) or self.tolerance == 0:
                 continue
             site = ctx.excluded(label(view.node)) or site_of(graph, view)
-            if isinstance(site, Site):
-                unsupported = ctx.supports("attention_pattern", str(site.dtype).removeprefix("torch."))
-                site = Refusal(unsupported) if unsupported else self._mismatch(site) or site
-            refusal = site if isinstance(site, Refusal) else None
-            size = "" if isinstance(site, Refusal) else f"{site.heads}x{site.length}x{site.width}"
-            backend = "" if ctx.capabilities is None else ctx.capabilities.name
+            terms = _terms(ctx, site) if isinstance(site, Site) else site
+            if isinstance(site, Site) and not isinstance(terms, Refusal):
+                terms = self._mismatch(site) or terms
+            refusal = terms if isinstance(terms, Refusal) else None
+            size = f"{site.heads}x{site.length}x{site.width}" if isinstance(site, Site) else ""
             for tolerance in _TOLERANCES if self.tolerance is None else (self.tolerance,):
-                setting = Setting.of(self.name, tolerance=tolerance, backend=backend)
+                setting = Setting.of(self.name, tolerance=tolerance, **({} if isinstance(terms, Refusal) else terms))
                 yield Candidate(
                     self.name, view.node.name, label(view.node), setting, refusal, f"attention_pattern {size}"
                 )
@@ -102,22 +104,21 @@ class AttentionPatterns(LossyPass):
             text = "calibrated on {} sequence of {} tokens; expected at least {}: give more samples"
             return Estimate(0.0, before, before, refusal=Refusal(text, sequences, site.length, _SEQUENCES))
         chosen = self._chosen(graph, site, candidate, stats)
-        backend = str(candidate.setting["backend"])
         work = _work(site, chosen)
-        part = time_share(backend, work)
+        part = work / float(candidate.setting["break_even"])
         error = sum(found.error for found in chosen)
         after = replace(before, flops=before.flops * part, bytes=before.bytes * part)
         folded = "their order folded into the projections" if site.folds else "in their order"
         detail = f"{described(chosen)}, {folded}; {100 * work:.0f} % of the work left"
-        refusal = self._refusal(site, chosen, work, backend, candidate)
+        refusal = self._refusal(chosen, work, candidate)
         return Estimate(error, before, after, refusal=refusal, detail=detail)
 
-    def _refusal(self, site: Site, chosen: list[Choice], work: float, backend: str, of: Candidate) -> Refusal | None:
+    def _refusal(self, chosen: list[Choice], work: float, of: Candidate) -> Refusal | None:
         hint = "" if self.frames else "; many diagonals were not tried: the layout (frames, height, width) is not given"
         if all(found.mode.name == "full" for found in chosen):
             text = "no head has a pattern that changes the output by at most {:.0e}{}"
             return Refusal(text, of.setting["tolerance"], hint)
-        least = break_even(backend)
+        least = float(of.setting["break_even"])
         if work >= least:
             text = "{:.0f} % of the work is left ({}), the break-even is {:.0f} %{}"
             return Refusal(text, 100 * work, described(chosen), 100 * least, hint)
@@ -141,8 +142,26 @@ class AttentionPatterns(LossyPass):
             )
             frame = self.height * self.width or None
             stats.cache[key] = choices(q, k, v, float(site.view.factor or 0.0), site.projection(graph), frame)
-        found: list[Choice] = cheapest(stats.cache[key], float(candidate.setting["tolerance"]))
-        return found
+        every: list[list[Choice]] = stats.cache[key]
+        if not candidate.setting.get("lists", True):
+            every = [[found for found in row if found.mode.blocks is None] for row in every]
+        return cheapest(every, float(candidate.setting["tolerance"]))
+
+
+def _terms(ctx: Context, site: Site) -> dict[str, Any] | Refusal:
+    """The break-even of the backend and whether it takes lists of blocks, or why it has nothing for this attention."""
+    dtype = str(site.dtype).removeprefix("torch.")
+    unsupported = ctx.supports("attention_pattern", dtype)
+    if unsupported:
+        return Refusal(unsupported)
+    most = break_even("" if ctx.capabilities is None else ctx.capabilities.name)
+    sizes = f"heads={site.heads},length={site.length},width={site.width},type={dtype}"
+    while most > 0 and (unsupported := ctx.supports("attention_pattern", dtype, f"{sizes},density={most:.2f}")):
+        most = round(most - _STEP, 2)
+    if most <= 0:
+        return Refusal(unsupported)
+    lists = {"lists": False} if ctx.supports("attention_pattern", dtype, f"blocks={BLOCK}") else {}
+    return {"break_even": most, **lists}
 
 
 def described(chosen: list[Choice]) -> str:

@@ -1,21 +1,16 @@
-"""How long attention with patterns takes, as a share of dense attention: measured, but for GPUs.
+"""How long attention with patterns takes, as a share of dense attention: measured on a CPU.
 
-From `python -m benchmarks.attention_patterns` (results/attention_patterns.json, "fits"): share = slope * work, where
-`work` is the share of pairs of queries and keys that the slices multiply. The kernel of the triton backend was not
-measured; dense attention reaches 1.5 times as much of the peak as one written in Triton (see its `worth.py`).
+From `python -m benchmarks.attention_patterns` (results/attention_patterns.json, "densities"): time is nearly
+proportional to the share of pairs of queries and keys that the slices multiply. The figure of torch is that of the
+length with the lower break-even. A backend may know a smaller one by itself.
 """
 
 from __future__ import annotations
 
-_SLOPES = {"onnxruntime": 1.21, "eager": 1.33, "triton": 1.5}
-_ELSEWHERE = 1.5
-
-
-def time_share(backend: str, work: float) -> float:
-    """Of the time of dense attention."""
-    return _SLOPES.get(backend, _ELSEWHERE) * work
+_BREAK_EVEN = {"onnxruntime": 0.82, "eager": 0.64}
+_ELSEWHERE = 0.67  # not measured
 
 
 def break_even(backend: str) -> float:
-    """The share of work from which on dense attention is as fast."""
-    return 1 / _SLOPES.get(backend, _ELSEWHERE)
+    """The share of the work that is left at which dense attention is as fast."""
+    return _BREAK_EVEN.get(backend, _ELSEWHERE)

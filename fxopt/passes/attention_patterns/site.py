@@ -19,6 +19,7 @@ from fxopt.ir.views.linear import Linear, linear
 from fxopt.passes.fuse_attention_heads.plan import HEADS_FIRST, is_flat, materialised
 
 LEAST_BLOCKS = 4
+MOST = 8192  # tokens: the search holds all pairs of them
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -95,6 +96,8 @@ def site_of(graph: Graph, view: Attention) -> Site | Refusal:
         return refused
     if length < LEAST_BLOCKS * BLOCK:
         return Refusal("its {} tokens are fewer than {} blocks of {}", length, LEAST_BLOCKS, BLOCK)
+    if length > MOST:
+        return Refusal("its {} tokens are more than the {} of which all pairs are looked at", length, MOST)
     value = tensor_value(view.q.node)
     if value is None or value.dtype not in FLOATS:
         dtype = "unknown" if value is None else value.dtype

@@ -60,7 +60,7 @@ class QuantizeLinear(LossyPass):
             tensor), or "auto": on CUDA targets both are offered, elsewhere int8.
     """
 
-    after = ("sparsify",)  # masks are chosen on floats
+    after = ("sparsify", "attention-patterns")  # masks are chosen on floats; heads are put into another order
 
     bits: int | None = 8
     activations: str = "auto"

@@ -16,7 +16,9 @@ class DropIdentityTranspose(Rule):
 
     def check(self, match: Match, /, x: fx.Node, perm: tuple[int, ...]) -> Refusal | None:
         """Nothing moves."""
-        return None if perm == tuple(range(len(perm))) else Mismatch("the axes are put in the order {}", perm)
+        shape = match.shape(x)
+        stays = perm == tuple(range(len(perm))) and (shape is None or len(shape) == len(perm))
+        return None if stays else Mismatch("the axes are put in the order {}", perm)
 
     def replace(self, b: Builder, /, x: fx.Node, perm: tuple[int, ...]) -> fx.Node:
         """x"""

@@ -46,6 +46,8 @@ class Sparsify(LossyPass):
         block, steps: of armor: the size of its blocks, and steps of its optimisation.
     """
 
+    after = ("attention-patterns",)  # it puts heads into another order
+
     pattern: str = AUTO
     sparsity: float | None = None
     method: str = "sparsegpt"

@@ -104,3 +104,13 @@ def test_the_operator_is_masked_attention() -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
     expected = expected * mask.any(-1, keepdim=True)
     torch.testing.assert_close(attention_pattern(q, k, v, numbers, 0.3), expected)
+
+
+@pytest.mark.parametrize(("frames", "height", "width", "window"), [(16, 16, 16, 32), (8, 16, 16, 64), (16, 16, 32, 48)])
+def test_renumbered_diagonals_look_at_few_blocks_more_than_they_see(
+    frames: int, height: int, width: int, window: int
+) -> None:
+    length, frame = frames * height * width, height * width
+    elements = (2 * window + 1) / frame
+    found = block_plan(diagonals(window, frame), length, 64, 64)
+    assert elements <= found.density <= 1.2 * elements

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.ir.onnx.dtypes import TO_TORCH
-from fxopt.ir.onnx.references.common import along, first, pad_with
+from fxopt.ir.onnx.references.common import along, first, pad_with, require
 from fxopt.ir.onnx.registry import Call, Operators
 
 operators = Operators()
@@ -113,11 +113,17 @@ def _explicit(
     return torch.matmul(weights, v), stages[mode]
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    """torch's own attention; where heads share none, it divides by zero and ends the process."""
+    grouped = bool(q.shape[1] != k.shape[1])
+    require(not grouped or bool(k.shape[1] and v.shape[1]), "no heads of keys or values")
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float) -> Tensor:
     """softmax(scale * q @ k' + mask) @ v, the scores bounded by `softcap` when it is not 0."""
     if not softcap:
-        grouped = bool(q.shape[1] != k.shape[1])
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+        return _fused(q, k, v, mask, False, scale)
     return _explicit(q, k, v, mask, scale or 1 / math.sqrt(q.shape[3]), softcap, None, 0)[0]
 
 
@@ -164,8 +170,7 @@ def attention(
         allowed = _allowed(q, k, past, nonpad_kv_seqlen, bool(is_causal), windows)
         causal, both = False, _combine(None if mask is None else _to_length(mask, k.shape[2]), allowed)
     if fused:
-        grouped = bool(q.shape[1] != k.shape[1])
-        y = F.scaled_dot_product_attention(q, k, v, both, is_causal=causal, scale=scale, enable_gqa=grouped)
+        y = _fused(q, k, v, both, causal, scale)
         return first(call, merge_heads(y) if flat else y, k, v)
     y, scores = _explicit(q, k, v, both, scale, softcap, softmax_precision, qk_matmul_output_mode)
     return first(call, merge_heads(y) if flat else y, k, v, scores)
