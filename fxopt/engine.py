@@ -227,6 +227,8 @@ class Optimizer:
         if self.request.evaluate is not None:
             if self._metric_before is None:
                 self._metric_before = _metric_of(self.request.evaluate(as_function(self.baseline)))
+                if math.isnan(self._metric_before):
+                    raise InvalidOption("evaluate returned nan for the model that came in; expected a number")
             before = self._metric_before
             after = _metric_of(self.request.evaluate(as_function(executable)))
             loss = before - after
@@ -340,9 +342,6 @@ def as_function(executable: Executable) -> Callable[..., Any]:
 def _metric_of(value: Any) -> float:
     """What `evaluate` gave, as a number."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number != number:
-        raise InvalidOption(f"evaluate returned {value!r}; expected a number, higher is better")
-    return number
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidOption(f"evaluate returned {value!r}; expected a number, higher is better") from error

@@ -250,7 +250,7 @@ def test_an_unknown_option_of_explain() -> None:
         ({"target": 7}, "target=7 is a int; expected a name or a Target"),
         ({"evaluate": 0.5}, "evaluate=0.5; expected a function"),
         ({"calibration": "random", "evaluate": lambda model: "good", "force": True}, "evaluate returned 'good'; expected a"),
-        ({"calibration": "random", "evaluate": lambda model: float("nan"), "force": True}, "evaluate returned nan"),
+        ({"calibration": "random", "evaluate": lambda model: float("nan"), "force": True}, "evaluate returned nan for the model that came in"),
     ],
 )
 def test_illegal_options(options: dict[str, Any], message: str) -> None:
