@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxopt.catalog import read_by_plugin
 from fxopt.errors import FxoptError, InvalidInput, NotReady, unknown
 from fxopt.inputs import Bound, bound, flat_inputs, misfit, samples_of, shaped, sizes_of, structured
 from fxopt.ir.graph import Graph
@@ -103,9 +104,12 @@ def optimize(
 
         require_own_kernels(runs, found)
     resolve_passes(passes)
+    model = read_by_plugin(model)
     result = Optimized(model, options)
     if is_onnx(model) or is_graph(model) or example_inputs is not None or _is_exported(model):
         result._prepare(example_inputs)
+    elif not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
+        raise InvalidInput(f"expected a path, a ModelProto, a torch.nn.Module or a Graph, got a {type(model).__name__}")
     return result
 
 
@@ -326,7 +330,10 @@ def capture(model: Model, example_inputs: Any = None, dynamic_shapes: Any = None
     Raises:
         InvalidModel, CaptureError: the model cannot be read or captured.
     """
-    if is_onnx(model):
+    model = read_by_plugin(model)
+    if isinstance(model, Graph):
+        graph = model
+    elif is_onnx(model):
         from fxopt.frontends.onnx import load
 
         graph = load(model)
@@ -364,7 +371,7 @@ def explain(model: Model, target: str | Target = "host", *, example_inputs: Any 
     for name in options:
         if name not in known:
             raise unknown("option of explain", name, known)
-    graph, request = _request(model, example_inputs, Options(target, **options))
+    graph, request = _request(read_by_plugin(model), example_inputs, Options(target, **options))
     evaluator = evaluator_of(graph)
     return Optimizer(graph, request, EagerExecutable(graph, evaluator), evaluator).explain()
 

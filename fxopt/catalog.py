@@ -47,11 +47,17 @@ _NO_PASSES = frozenset(
         "stats_file",
     }
 )  # fmt: skip
+_NO_SOURCES = frozenset(
+    {
+        "capture", "comparison", "convert_opset", "fxopt_nodes", "infer_types", "input_shapes", "onnx_import",
+        "to_onnx",
+    }
+)  # fmt: skip
 _PLACES: dict[Kind, _Place] = {
     "pass": _Place("fxopt.passes", "fxopt.passes", _NO_PASSES),
     "target": _Place("fxopt.cost_model.targets", "fxopt.targets"),
     "backend": _Place("fxopt.backends", "fxopt.backends", frozenset({"base", "eager_cpu", "eager_cuda", "partition"})),
-    "frontend": _Place("fxopt.frontends", "fxopt.frontends", frozenset({"capture", "to_onnx"})),
+    "frontend": _Place("fxopt.frontends", "fxopt.frontends", _NO_SOURCES),
 }
 
 
@@ -185,6 +191,34 @@ def find_target(name: str) -> Target:
 def find_backend(name: str) -> Any:
     """The class of a backend."""
     return find("backend", name)
+
+
+def read_by_plugin(model: Any) -> Any:
+    """The `Graph` of a model that a plug-in's frontend accepts; any other model as it is.
+
+    A frontend of a plug-in is a module or an object with `accepts(model) -> bool` and `load(model) -> Graph`; it is
+    asked before ours, with what the user gave, such as a path.
+
+    Raises:
+        InvalidOption: a frontend lacks one of them, or loads something else than a graph.
+    """
+    from fxopt.ir.graph import Graph
+
+    if isinstance(model, Graph):
+        return model
+    for name, entry in entries("frontend").items():
+        if entry.package == "fxopt":
+            continue
+        source = entry.load()
+        for part in ("accepts", "load"):
+            if not callable(getattr(source, part, None)):
+                raise InvalidOption(f"frontend {name!r} of {entry.package} has no function {part}(model)")
+        if source.accepts(model):
+            graph = source.load(model)
+            if not isinstance(graph, Graph):
+                raise InvalidOption(f"frontend {name!r} of {entry.package} loads a {type(graph).__name__}, not a Graph")
+            return graph
+    return model
 
 
 def _checked_pass(value: Any, name: str) -> type[Pass]:

@@ -15,7 +15,7 @@ from fxopt.backends.base import Executable
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.elsewhere import fastest
-from fxopt.errors import FxoptError, unknown
+from fxopt.errors import FxoptError, InvalidOption, unknown
 from fxopt.guard import Timing
 from fxopt.inputs import bind_sizes
 from fxopt.ir.error import OutputError, output_error
@@ -226,9 +226,11 @@ class Optimizer:
         loss = found.noise_to_signal
         if self.request.evaluate is not None:
             if self._metric_before is None:
-                self._metric_before = float(self.request.evaluate(as_function(self.baseline)))
+                self._metric_before = _metric_of(self.request.evaluate(as_function(self.baseline)))
+                if math.isnan(self._metric_before):
+                    raise InvalidOption("evaluate returned nan for the model that came in; expected a number")
             before = self._metric_before
-            after = float(self.request.evaluate(as_function(executable)))
+            after = _metric_of(self.request.evaluate(as_function(executable)))
             loss = before - after
         report = ErrorReport(
             found.noise_to_signal, found.relative_l2, found.cosine, before, after, len(self.verification)
@@ -280,6 +282,8 @@ class Optimizer:
             verified = executable.verify(self.verification)
         if verified:
             self.ledger.note(verified)
+        if self.state is not None:
+            self.ledger.note(f"nothing was calibrated: {self.state}, the file to resume from, was not used")
         with self.stage("compiling"):
             for verdict in executable.verdicts():
                 self.ledger.add(verdict)
@@ -334,3 +338,10 @@ def as_function(executable: Executable) -> Callable[..., Any]:
 
     return call
 
+
+def _metric_of(value: Any) -> float:
+    """What `evaluate` gave, as a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidOption(f"evaluate returned {value!r}; expected a number, higher is better") from error

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fxopt.errors import InvalidOption, MissingDependency, unknown
 
 if TYPE_CHECKING:
@@ -15,6 +17,14 @@ if TYPE_CHECKING:
     from fxopt.ir.target import Target
 
 OBJECTIVES = ("latency", "size")
+_NUMBERS = (int, float, np.floating, np.integer)
+_KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (  # of options that are not None
+    ("budget", _NUMBERS, "a number, or None"),
+    ("guard_seconds", _NUMBERS, "a number"),
+    ("require_speedup", _NUMBERS, "a number, or None"),
+    ("threads", (int, np.integer), "a whole number, or None for all cores"),
+    ("backend", (str,), "a name, as `fxopt backends` lists them, or None"),
+)
 Progress = Callable[[str, int, int], None]
 
 
@@ -54,6 +64,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise unknown("objective", self.objective, OBJECTIVES)
+        for name, kinds, what in _KINDS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise InvalidOption(f"{name}={value!r} is a {type(value).__name__}; expected {what}")
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise InvalidOption(f"evaluate={self.evaluate!r}; expected a function of a model that returns a number")
         if self.budget is not None and not self.budget >= 0:
             raise InvalidOption(f"budget={self.budget}; expected a number of at least 0, or None")
         if self.threads is not None and self.threads < 1:
@@ -68,6 +84,8 @@ def resolve_target(target: str | Target, threads: int | None) -> Target:
 
     if isinstance(target, TargetType):
         return target
+    if not isinstance(target, str):
+        raise InvalidOption(f"target={target!r} is a {type(target).__name__}; expected a name or a Target")
     if target == "host":
         from fxopt.cost_model.host import detect_host
 

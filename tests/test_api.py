@@ -242,11 +242,25 @@ def test_an_unknown_option_of_explain() -> None:
         ({"threads": 0}, "threads=0; expected"),
         ({"guard_seconds": 0}, "guard_seconds=0; expected"),
         ({"guard_seconds": -1}, "guard_seconds=-1; expected"),
+        ({"guard_seconds": "1"}, "guard_seconds='1' is a str; expected a number"),
+        ({"budget": "0.1"}, "budget='0.1' is a str; expected a number, or None"),
+        ({"threads": 1.5}, "threads=1.5 is a float; expected a whole number"),
+        ({"require_speedup": True}, "require_speedup=True is a bool; expected a number"),
+        ({"backend": 3}, "backend=3 is a int; expected a name"),
+        ({"target": 7}, "target=7 is a int; expected a name or a Target"),
+        ({"evaluate": 0.5}, "evaluate=0.5; expected a function"),
+        ({"calibration": "random", "evaluate": lambda model: "good", "force": True}, "evaluate returned 'good'; expected a"),
+        ({"calibration": "random", "evaluate": lambda model: float("nan"), "force": True}, "evaluate returned nan for the model that came in"),
     ],
 )
 def test_illegal_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidOption, match=message):
         fxopt.optimize(mlp(), **options)
+
+
+def test_what_is_no_model_is_refused_at_once() -> None:
+    with pytest.raises(InvalidInput, match="expected a path, a ModelProto, a torch.nn.Module or a Graph, got a int"):
+        fxopt.optimize(3)
 
 
 @pytest.mark.parametrize(

@@ -143,5 +143,25 @@ def test_a_metric_in_a_file(own_file: Path) -> None:
 
 
 def test_frontends_are_sources_of_models() -> None:
-    assert set(catalog.entries("frontend")) >= {"onnx", "torch-export"}
-    assert not {"capture", "to-onnx"} & set(catalog.entries("frontend"))
+    assert set(catalog.entries("frontend")) == {"fx", "onnx", "torch-export"}
+    for name in catalog.entries("frontend"):
+        assert callable(catalog.find("frontend", name).load)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def load(model): ...", "frontend 'mine' .* has no function accepts"),
+        ("def accepts(model): return True\ndef load(model): return 1", "frontend 'mine' .* loads a int, not a Graph"),
+    ],
+)
+def test_frontends_of_plugins_are_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, message: str
+) -> None:
+    name = f"frontend_of_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [EntryPoint("mine", name, "fxopt.frontends")]
+    monkeypatch.setattr(catalog, "entry_points", lambda group: points if group == "fxopt.frontends" else [])
+    with pytest.raises(InvalidOption, match=message):
+        catalog.read_by_plugin("model.onnx")

@@ -285,3 +285,10 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         progress("calibrating", 1, 3)
         time.sleep(0.3)
     assert "calibrating" in capsys.readouterr().err
+
+
+def test_a_state_that_was_not_used_is_said(cli: Cli, model_file: Path, work: Path) -> None:
+    ran = cli(model_file, "--resume", work / "state.bin", "--guard-seconds", "0.2")
+    assert ran.code == 0 and "nothing was calibrated" in ran.out and "state.bin" in ran.out
+    ran = cli(model_file, "--resume", work / "state.bin", "--guard-seconds", "0.2", "--calibration", "random")
+    assert ran.code == 0 and "nothing was calibrated" not in ran.out

@@ -1,7 +1,8 @@
-"""Passes that are not ours: an installed package, and a file."""
+"""Passes, targets and frontends that are not ours: an installed package, and a file."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -68,6 +69,32 @@ def test_an_installed_pass_is_used(spawn: Cli, installed: Path, work: Path) -> N
     assert activations(work / "out.onnx") == 1
     report = json.loads((work / "out.json").read_text())["report"]
     assert (NAME, 1) in [(run["name"], run["changes"]) for run in report["pass_runs"]]
+
+
+def test_an_installed_target_is_used(spawn: Cli, installed: Path, model_file: Path, work: Path) -> None:
+    ran = spawn("targets", "--json", "-", path=installed)
+    assert "trim-board" in [row["name"] for row in json.loads(ran.out)]
+    target = ("--target", "trim_board")
+    for arguments in (("inspect", model_file), ("predict", model_file), ("explain", model_file), (model_file,)):
+        out = ("-o", work / "out.onnx", "--calibration", "random") if arguments == (model_file,) else ()
+        ran = spawn(*arguments, *target, *out, path=installed, cwd=work)
+        assert ran.code == 0 and "Traceback" not in ran.err, ran.err
+    assert onnx.load(work / "out.onnx").graph.node
+    assert "on trim-board, +-" in ran.out + ran.err
+
+
+def test_an_installed_frontend_is_used(spawn: Cli, installed: Path, work: Path) -> None:
+    plain = with_two_activations(work / "model.onnx")
+    packed = work / "packed.onnx.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    for command in ("inspect", "explain"):
+        ran = spawn(command, packed, path=installed, cwd=work)
+        assert ran.code == 0, ran.err
+    ran = spawn(packed, "-p", "none", "-o", "out.onnx", path=installed, cwd=work)
+    assert ran.code == 0, ran.err
+    assert onnx.load(work / "out.onnx") == onnx.load(plain)
+    ran = spawn(packed, "-o", "other.onnx", cwd=work)
+    assert ran.code == 2 and "is not an ONNX model" in ran.err
 
 
 def test_without_the_package_the_name_is_unknown(cli: Cli, model_file: Path) -> None:
