@@ -32,12 +32,17 @@ _GAP = 32  # keys between two ranges that are taken along
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Queries `start` to `stop` with the keys of `ranges`; `mask` is bool [queries, keys], None where all are seen."""
+    """Queries `start` to `stop` with the keys of `ranges`.
+
+    `mask` is bool [queries, keys], None where all are seen; `empty` is bool [queries, 1], true where a query sees no
+    key, None where each sees some.
+    """
 
     start: int
     stop: int
     ranges: tuple[tuple[int, int], ...]
     mask: Tensor | None
+    empty: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -80,6 +85,7 @@ def sliced_attention(
     if blocks is not None:
         check_blocks(blocks, q.shape[1], q.shape[2])
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    added: dict[int, Tensor] = {}  # pieces share masks: each is converted once
     for group in slices(patterns, q.shape[2], blocks):
         heads = slice(group.start, group.stop)
         taken = [x[:, heads] for x in (q, k, v)]
@@ -90,12 +96,13 @@ def sliced_attention(
         for piece in group.pieces:
             rows = slice(piece.start, piece.stop)
             some_keys, some_values = (_ranges(x, piece.ranges) for x in (keys, values))
-            mask = None if piece.mask is None else _scores(piece.mask, q.dtype)
-            made = F.scaled_dot_product_attention(queries[:, :, rows], some_keys, some_values, mask, scale=scale)
+            mask = None
             if piece.mask is not None:
-                empty = ~piece.mask.any(-1, keepdim=True)
-                made = made.masked_fill(empty, 0.0) if bool(empty.any()) else made
-            result[:, :, rows] = made
+                if id(piece.mask) not in added:
+                    added[id(piece.mask)] = _scores(piece.mask, q.dtype)
+                mask = added[id(piece.mask)]
+            made = F.scaled_dot_product_attention(queries[:, :, rows], some_keys, some_values, mask, scale=scale)
+            result[:, :, rows] = made if piece.empty is None else made.masked_fill(piece.empty, 0.0)
         if group.order is not None:
             out[:, heads] = result.index_select(2, torch.argsort(group.order))
     return out
@@ -162,11 +169,13 @@ def _pieces(visible: Tensor) -> tuple[Piece, ...]:
         if not ranges:
             continue
         kept = torch.cat([rows[:, low:high] for low, high in ranges], 1)
-        mask = None
+        mask = empty = None
         if not bool(kept.all()):
             key = bytes(kept.shape[1].to_bytes(8, "little")) + kept.contiguous().numpy().tobytes()
             mask = masks.setdefault(key, kept)
-        made.append(Piece(start, stop, ranges, mask))
+            hidden = ~kept.any(-1, keepdim=True)
+            empty = hidden if bool(hidden.any()) else None
+        made.append(Piece(start, stop, ranges, mask, empty))
     return tuple(made)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from fxopt.backends.onnxruntime.forms import FORMS
@@ -15,8 +17,11 @@ from fxopt.errors import InvalidInput
 from fxopt.frontends.onnx import load
 from fxopt.ir.onnx.export import to_model
 from fxopt.ir.ops.attention_pattern import (
+    BLOCK,
+    EVER,
     Pattern,
     attention_pattern,
+    blocks_seen,
     dense,
     density,
     diagonal,
@@ -117,3 +122,57 @@ def test_wrong_patterns(run: Any) -> None:
         run(x, x, x, list(dense()), 1.0)
     with pytest.raises(InvalidInput, match=r"blocks have shape \[2, 1, 1\]; expected \[2, 2, 2\]"):
         run(x, x, x, [*dense(), *dense()], 1.0, torch.ones(2, 1, 1, dtype=torch.bool))
+
+
+SMALL = st.integers(0, 40)
+PATTERNS = st.one_of(
+    st.just(dense()),
+    st.just(nothing()),
+    st.builds(diagonal, SMALL, SMALL),
+    st.builds(diagonals, st.integers(0, 9), st.integers(1, 70), SMALL),
+    st.builds(stripes, SMALL, SMALL, st.one_of(st.just(EVER), st.integers(1, 90)), SMALL),
+    st.tuples(st.sampled_from([0, 1]), st.integers(-200, 200), st.integers(1, 200), SMALL, SMALL),
+)
+LENGTHS = st.one_of(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 192, 257]), st.integers(2, 300))
+
+
+@settings(max_examples=60, deadline=None)
+@given(every=st.lists(PATTERNS, min_size=1, max_size=4), length=LENGTHS, seed=st.none() | st.integers(0, 99))
+def test_slices_of_any_patterns_are_the_masked_dense_attention(
+    every: list[Pattern], length: int, seed: int | None
+) -> None:
+    """In float64, with and without lists of blocks; rows that see nothing are zero."""
+    numbers = [number for pattern in every for number in pattern]
+    q, k, v = operands(length, len(every), torch.float64)
+    count, blocks = -(-length // BLOCK), None
+    if seed is not None:
+        blocks = torch.rand(len(every), count, count, generator=torch.Generator().manual_seed(seed)) < 0.5
+    found = sliced_attention(q, k, v, numbers, 0.4, blocks)
+    visible = seen(numbers, length, blocks)
+    scores = (q @ k.transpose(-1, -2) * 0.4).masked_fill(~visible, float("-inf"))
+    wanted = torch.nan_to_num(torch.softmax(scores, -1), nan=0.0) @ v
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert not found[:, ~visible.any(-1)].any()
+    multiplied = share(numbers, length, blocks) * len(every) * length**2
+    assert round(multiplied) >= int(visible.sum()), "nothing that is seen is left out"
+
+
+@settings(max_examples=60, deadline=None)
+@given(pattern=PATTERNS, length=LENGTHS.filter(bool))
+def test_blocks_are_skipped_only_where_nothing_is_seen(pattern: Pattern, length: int) -> None:
+    starts = torch.arange(0, length, BLOCK)
+    ends = torch.stack([starts, (starts + BLOCK - 1).clamp(max=length - 1)], 1)
+    some, whole = blocks_seen(pattern, ends, ends)
+    visible = seen(pattern, length)[0]
+    for row, queries in enumerate(visible.split(BLOCK)):
+        for column, part in enumerate(queries.split(BLOCK, 1)):
+            assert bool(some[row, column]) or not part.any()
+            assert not whole[row, column] or bool(part.all())
+
+
+def test_heads_that_see_nothing_cost_nothing() -> None:
+    q, k, v = operands(200)
+    numbers = [*nothing(), *nothing(), *nothing()]
+    assert share(numbers, 200) == 0.0
+    assert torch.equal(sliced_attention(q, k, v, numbers, 0.4), torch.zeros_like(q))
+    assert torch.equal(attention_pattern(q, k, v, numbers, 0.4), torch.zeros_like(q))

@@ -109,8 +109,8 @@ class _Writer:
             hidden = torch.zeros(piece.mask.shape, dtype=self.dtype).masked_fill(~piece.mask, _HIDDEN)
             scores = self.step("Add", [scores, self.constant(_key(piece.mask), hidden, "pattern_mask")])
         made = self.step("MatMul", [self.step("Softmax", [scores], axis=-1), v])
-        if piece.mask is not None and not bool(piece.mask.any(-1).all()):
-            seen = piece.mask.any(-1, keepdim=True)
+        if piece.empty is not None:
+            seen = ~piece.empty
             made = self.step("Mul", [made, self.constant(_key(seen), seen.to(self.dtype), "rows_with_keys")])
         return made
 
