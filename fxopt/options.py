@@ -100,7 +100,8 @@ def resolve_backend(
 ) -> Backend:
     """The backend of a name or `name{option=value}`, or the target's own.
 
-    It is `eager`, with a note, where this version lacks the target's own, or what that one needs is not installed.
+    It is `eager`, with a note, where this version lacks the target's own, or what that one needs is not installed (code
+    for a target cannot be had without its compiler: that is an error).
 
     Args:
         given: more options of the backend, from arguments of their own (None: not given).
@@ -131,7 +132,7 @@ def resolve_backend(
     try:
         found.require()
     except MissingDependency as error:
-        if name is not None or target.is_host:
+        if name is not None or target.is_host or found.is_compiler:
             raise
         notes.append(f"{error}: decided for {target.name}, run in eager")
         return resolve_backend("eager", target, notes)
