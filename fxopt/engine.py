@@ -15,7 +15,7 @@ from fxopt.backends.base import Executable
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.elsewhere import fastest
-from fxopt.errors import FxoptError, InvalidOption, unknown
+from fxopt.errors import FxoptError, InvalidInput, InvalidOption, unknown
 from fxopt.guard import Timing
 from fxopt.inputs import bind_sizes
 from fxopt.ir.error import OutputError, output_error
@@ -170,12 +170,24 @@ class Optimizer:
                 raise
         except Exception as error:
             if self.request.samples:
+                self.blame_samples(error)
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.ledger.note(f"exact passes were verified by structure only: a made-up sample does not run ({reason})")
             return None
         self.ledger.note("exact passes were verified by structure only: a made-up sample does not run")
         return None
+
+    def blame_samples(self, error: Exception) -> None:
+        """Raise InvalidInput for `error` when what came in does not run on a sample either."""
+        for index, sample in enumerate(self.request.samples):
+            try:
+                self.baseline.run(sample)
+            except Exception:
+                reason = " ".join(str(error).split())
+                raise InvalidInput(
+                    f"the model does not run on sample {index} of the data given: {type(error).__name__}: {reason}"
+                ) from error
 
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxopt.calibration.checks import Sample, Warn
+from fxopt.calibration.checks import Sample, Warn, doubts
 from fxopt.calibration.files import from_mapping, from_path
+from fxopt.calibration.lookups import check_lookups
 from fxopt.calibration.made_up import RANDOM_SAMPLES, random_samples
 from fxopt.calibration.rows import batches
 from fxopt.errors import InvalidInput, InvalidOption
@@ -61,7 +62,21 @@ def load(
         return []
     if isinstance(source, str) and source == "random":
         return random_samples(graph, samples or RANDOM_SAMPLES, batch_size, seed, input_shapes, warn)
-    say = _once(warn)
+    found = _given(source, graph, batch_size, samples, _once(warn))
+    check_lookups(graph, found, "calibration")
+    for doubt in doubts(found, graph.inputs):
+        warn(doubt)
+    return found
+
+
+def _given(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Iterable[Any],
+    graph: Graph,
+    batch_size: int,
+    samples: int | None,
+    say: Warn,
+) -> list[Sample]:
+    """What was given, as batches of the model."""
     if isinstance(source, (str, os.PathLike)):
         return from_path(Path(source), graph.inputs, batch_size, say)[:samples]
     if isinstance(source, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from fxopt.ir.graph import ValueSpec
 from fxopt.ir.onnx.dtypes import to_numpy
 
 _ARRAYS, _ROWS = (".npz", ".npy"), (".jsonl", ".json")
+_WORDS = ("random", "weights")  # what may be given instead of a path
 _KINDS = "an .npz, .npy, .jsonl or .json file"
 
 
@@ -29,7 +31,10 @@ def from_path(path: Path, inputs: Sequence[ValueSpec], batch_size: int, say: War
     if path.is_dir():
         return _from_folder(path, inputs, batch_size, say)
     if not path.exists():
-        raise InvalidInput(f"calibration {path}: no such file; expected {_KINDS}, a folder, 'random' or 'weights'")
+        near = difflib.get_close_matches(str(path), _WORDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        expected = f"{_KINDS}, a folder, {' or '.join(map(repr, _WORDS))}"
+        raise InvalidInput(f"calibration {path}: no such file; expected {expected}{hint}")
     return _from_file(path, inputs, batch_size, say)
 
 

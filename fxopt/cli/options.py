@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -48,6 +48,13 @@ Budget = Annotated[
     typer.Option(
         help="Largest loss: noise to signal of the outputs, or drop of the metric of --evaluate. `none`: no limit.",
         metavar="NUMBER",
+    ),
+]
+Objective = Annotated[Literal["latency", "size"], typer.Option(help="What must improve.")]
+CustomOps = Annotated[
+    bool,
+    typer.Option(
+        "--custom-ops", help=r"Use own kernels where faster: writes a library beside the file; needs fxopt\[tvm]."
     ),
 ]
 Evaluate = Annotated[

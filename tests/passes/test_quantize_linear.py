@@ -172,6 +172,17 @@ def test_refuses_a_weight_that_is_computed_at_run_time() -> None:
     assert "computed at run time" in str(found[0].refusal)
 
 
+def test_an_input_that_is_one_number_has_no_range() -> None:
+    step = QuantizeLinear(smooth="off")
+    graph, candidates, _ = prepared(mlp(), step)
+    first = [found for found in candidates if found.anchor == "fc1_bias" and found.refusal is None]
+    nodes = {node for found in first for node in step.observed(graph, found)}
+    stats = collect(graph, [[torch.zeros(3, 16)]] * 2, nodes)
+    said = {found.setting["activations"]: str(step.estimate(graph, found, stats).refusal) for found in first}
+    assert said["static"] == "its input is 0 everywhere in every calibration sample: that is no range"
+    assert said["dynamic"] == "None"
+
+
 def test_excluded_nodes_are_refused() -> None:
     import re
 
