@@ -62,7 +62,7 @@ def roll_back(
 
 
 def why_nothing(ledger: Ledger) -> str:
-    """The most frequent reason for which nothing was done: of lossy passes and of what was undone, where there is any."""
+    """The most frequent reason for which nothing was done: of lossy passes, and of what was undone, if there is any."""
     undone = [verdict for verdict in ledger.verdicts if verdict.outcome in ("refused", "rolled-back")]
     lossy = [verdict for verdict in undone if verdict.setting.startswith(verdict.pass_name)]
     reasons: dict[str, int] = {}
