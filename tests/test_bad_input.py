@@ -229,6 +229,7 @@ def test_calibration(cli: Cli, model_file: Path, work: Path, arrays: dict[str, A
 
 def test_calibration_files(cli: Cli, model_file: Path, work: Path) -> None:
     assert_refused(cli(model_file, "--calibration", work / "absent.npz"), r"absent\.npz: no such file")
+    assert_refused(cli(model_file, "--calibration", "randm"), r"a folder or 'random'; did you mean 'random'\?")
     assert_refused(cli(model_file, "--calibration", work), "the folder holds no .npz, .npy, .jsonl or .json files")
     (work / "data.txt").write_text("1 2 3")
     assert_refused(
@@ -497,7 +498,3 @@ def test_random_shapes_must_fit() -> None:
         load("random", IMAGE, input_shapes={"x": (1, 4)}, warn=quiet)
     with pytest.raises(InvalidInput, match="has no shape; give --input-shape x:1"):
         load("random", graph_of(ValueSpec("x", torch.float32, None)), warn=quiet)
-
-
-def test_weights_need_no_batches() -> None:
-    assert load("weights", IMAGE) == []

@@ -18,7 +18,6 @@ from fxopt.ir.graph import ValueSpec
 from fxopt.ir.onnx.dtypes import to_numpy
 
 _ARRAYS, _ROWS = (".npz", ".npy"), (".jsonl", ".json")
-_WORDS = ("random", "weights")  # what may be given instead of a path
 _KINDS = "an .npz, .npy, .jsonl or .json file"
 
 
@@ -31,10 +30,8 @@ def from_path(path: Path, inputs: Sequence[ValueSpec], batch_size: int, say: War
     if path.is_dir():
         return _from_folder(path, inputs, batch_size, say)
     if not path.exists():
-        near = difflib.get_close_matches(str(path), _WORDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        expected = f"{_KINDS}, a folder, {' or '.join(map(repr, _WORDS))}"
-        raise InvalidInput(f"calibration {path}: no such file; expected {expected}{hint}")
+        hint = "; did you mean 'random'?" if difflib.get_close_matches(str(path), ["random"]) else ""
+        raise InvalidInput(f"calibration {path}: no such file; expected {_KINDS}, a folder or 'random'{hint}")
     return _from_file(path, inputs, batch_size, say)
 
 

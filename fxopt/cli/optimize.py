@@ -39,7 +39,9 @@ def optimize(
     backend: options.Backend = None,
     threads: options.Threads = None,
     guard_seconds: Annotated[float, typer.Option(min=0.0, help="Time for measuring what pays.")] = 10.0,
-    force: Annotated[bool, typer.Option("--force", help="Keep the result even when it does not pay.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep the result, whatever is measured or predicted for the whole model.")
+    ] = False,
     require_speedup: Annotated[
         float | None,
         typer.Option(min=0.0, help="Exit with 1 and write nothing when the result is not so many times faster."),

@@ -37,8 +37,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         help="Sample inputs: an .npz (one array per input, samples along axis 0), an .npy, a .jsonl or .json of rows "
-        "(each an object of numbers by input name), a folder of them, "
-        "`random`, or `weights` (judge weights alone).",
+        "(each an object of numbers by input name), a folder of them, or `random`.",
         metavar="DATA",
         show_default=False,
     ),
