@@ -4,8 +4,8 @@
 
 Linears and 1x1 convolutions in floats and in 8 bits (with the rounding of their input), whose weights have blocks of
 zeros, over the same layer without zeros. Of two shapes each, the smaller speed-up counts. Measured as in
-`benchmarks.compiled_rates`. Writes benchmarks/results/sparse_rates.json; its "speedups" are those of
-`fxopt/cost_model/sparse_rates.py`, which a test compares.
+`benchmarks.compiled_rates`. Writes benchmarks/results/sparse_rates.json, and its "targets" to
+fxopt/cost_model/sparse_rates.json for the cost model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 
 from benchmarks import compiled_rates
 from benchmarks.common import RESULTS, write
+from fxopt.cost_model.sparse_rates import PATH
 from fxopt.cost_model.targets import get_target
 from fxopt.frontends.torch_export import load
 
@@ -59,6 +60,7 @@ def main() -> None:
         for form, values in found[name]["speedups"].items():
             print(f"{name:14} {form:28}", "  ".join(f"{share}: {value:5.2f}" for share, value in values.items()))
         print(write("sparse_rates", {"shares": list(SHARES), "targets": found}), flush=True)
+        PATH.write_text(json.dumps({"targets": found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def forms() -> Iterator[Form]:
