@@ -67,8 +67,8 @@ def test_codes_are_skipped_like_floats(target: str) -> None:
 
 
 def test_zeros_that_a_pass_made_are_counted() -> None:
-    """Sparsify's zeros make floats faster, too: on a processor without dot product linears then stay in floats."""
+    """Sparsify's zeros make floats faster, too: on a processor without dot product linears then stay in floats (heads dense)."""
     sparse = ["sparsify{pattern=8x1,sparsity=0.8}", "quantize-linear"]
     result = optimized(perceptron(0.0), "cortex-a53", passes=sparse, budget=None)
     steps = result._ready.executable.steps
-    assert sum("bsr (" in step for step in steps) == 2 and not any("int8" in step for step in steps)
+    assert sum("bsr (" in step for step in steps) == 1 and not any("int8" in step for step in steps)
