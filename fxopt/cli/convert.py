@@ -43,9 +43,7 @@ def convert(
     from fxopt.frontends.input_shapes import override, parse
 
     shapes = parse(input_shape or ())
-    import onnx
-
-    from fxopt.frontends.convert_opset import convert as convert_model
+    from fxopt.frontends.convert_graph import converted
     from fxopt.frontends.convert_opset import opset_of
     from fxopt.frontends.onnx import load
     from fxopt.ir.onnx.export import save
@@ -56,13 +54,9 @@ def convert(
     changed: tuple[str, ...] = ()
     error: float | None = None
     if opset is not None:
-        external = graph.model is not None and graph.model.external
-        result = convert_model(onnx.load(model), opset)
+        graph, result = converted(graph, opset)
         source, target, changed, error = result.source, result.target, result.changed, result.error
         lines.append(str(result))
-        graph = load(result.model)
-        if graph.model is not None:
-            graph.model.external = external
     if shapes:
         override(graph, shapes)
         lines.append(f"inputs: {'; '.join(map(str, graph.inputs))}")

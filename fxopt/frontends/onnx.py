@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import torch
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, TensorProto
 
 from fxopt.errors import InvalidModel
 from fxopt.frontends.infer_types import undeclared_types
@@ -21,6 +21,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.masks import settle
 from fxopt.ir.onnx.model_checks import DEPTH_LIMIT, check_message
 from fxopt.ir.onnx.records import ModelRecord
+from fxopt.ir.onnx.walk import inner_tensors
 
 _MOST_BYTES = (1 << 31) - 1  # of a protobuf message
 
@@ -30,13 +31,16 @@ def load(
     *,
     check: bool = True,
     weights: Mapping[str, torch.Tensor] | None = None,
+    folder: Path | None = None,
     input_shapes: Shapes | None = None,
 ) -> Graph:
     """Import a model from a file or a message; the source is never changed.
 
     Args:
         check: let the ONNX checker see the model first.
-        weights: the values of initializers whose bytes the message does not hold; they are shared, not copied.
+        weights: the values of initializers of the main graph whose bytes the message does not hold; they are shared,
+            not copied.
+        folder: where the external data of a message lie; those of a file lie beside it.
         input_shapes: per input its sizes, names of dimensions, or None where the model's stays (see `input_shapes`).
 
     Raises:
@@ -44,7 +48,7 @@ def load(
         InvalidModel: the file is missing or unreadable, is not an ONNX model, or is rejected by our checks or ONNX's.
     """
     try:
-        graph = _load(source, check, weights or {})
+        graph = _load(source, check, weights or {}, folder)
     except UnicodeError as error:
         raise InvalidModel(f"the model holds a name or text that is not UTF-8: {error}") from error
     if input_shapes:
@@ -52,13 +56,17 @@ def load(
     return graph
 
 
-def _load(source: str | os.PathLike[str] | ModelProto, check: bool, weights: Mapping[str, torch.Tensor]) -> Graph:
-    folder: Path | None = None
+def _load(
+    source: str | os.PathLike[str] | ModelProto,
+    check: bool,
+    weights: Mapping[str, torch.Tensor],
+    folder: Path | None,
+) -> Graph:
     if isinstance(source, ModelProto):
         proto = source
-        files = check_message(proto, None, weights)
+        files = check_message(proto, folder, weights)
         if check:
-            _check(None, proto)
+            _check(None, _without_data(proto, weights) if weights or files else proto)
     else:
         folder = Path(source).resolve().parent
         content = _read(Path(source))
@@ -137,6 +145,19 @@ def _check(path: Path | None, content: ModelProto | bytes | Path) -> None:
         where = "the model" if path is None else str(path)
         reason = " ".join(str(error).split())
         raise InvalidModel(f"{where} is not a valid ONNX model; the ONNX checker says: {reason}") from error
+
+
+def _without_data(proto: ModelProto, elsewhere: Collection[str]) -> ModelProto:
+    """The model with empty tensors in the place of those whose bytes lie elsewhere; the checker wants bytes."""
+    copied = ModelProto()
+    copied.CopyFrom(proto)
+    external = [tensor for tensor in inner_tensors(copied) if tensor.data_location == TensorProto.EXTERNAL]
+    for tensor in copied.graph.initializer:
+        if tensor.name in elsewhere or tensor.data_location == TensorProto.EXTERNAL:
+            external.append(tensor)
+    for tensor in external:
+        tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0], raw_data=b""))
+    return copied
 
 
 def foreign_operators(graph: Graph) -> str:

@@ -66,13 +66,24 @@ def to_model(graph: Graph, forms: Forms | None = None) -> ModelProto:
     return proto
 
 
-def outline(graph: Graph) -> ModelProto:
-    """The graph as a `ModelProto` of which only small tensors have their bytes: for what looks at operators alone."""
+def outline(graph: Graph) -> tuple[ModelProto, dict[str, torch.Tensor]]:
+    """The graph as a `ModelProto` without the bytes of its large initializers, and these, by name.
+
+    External tensors of the source stay references to its files.
+
+    Raises:
+        Unsupported: an operator has no ONNX form.
+    """
     proto, pending = _emit(graph, {})
+    weights = {}
     for tensor, value in pending:
-        if tensor.data_location != TensorProto.EXTERNAL and value.nbytes < _SMALL:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            continue
+        if value.nbytes < _SMALL:
             tensor.raw_data = to_numpy(value).tobytes()
-    return proto
+        else:
+            weights[tensor.name] = value
+    return proto, weights
 
 
 def save(
