@@ -149,8 +149,8 @@ class Optimizer:
             return graph
         sample = self.any_sample()
         if sample is None:
-            why = "the types of its inputs are not fully known, so a conversion could not be verified; --input-shape helps"
-            self.ledger.note(f"the model stays at opset {opset}, not {wanted}: {why}")
+            why = "the types of its inputs are not fully known, so a conversion could not be verified"
+            self.ledger.note(f"the model stays at opset {opset}, not {wanted}: {why}; give --input-shape")
             return graph
         from fxopt.frontends.convert_graph import convert_graph
 
