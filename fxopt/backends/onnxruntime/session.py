@@ -14,7 +14,6 @@ import torch
 from fxopt.backends.base import Executable
 from fxopt.backends.onnxruntime.library import library_of
 from fxopt.backends.onnxruntime.providers import CPU, Provider
-from fxopt.backends.onnxruntime.sparse_forms import opening_notes
 from fxopt.errors import InvalidInput, InvalidModel, OutputError
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 
@@ -61,7 +60,7 @@ def make_session(
 class OnnxExecutable(Executable):
     """A model file in an ONNX Runtime session; the artifact is the file."""
 
-    opening = 0  # bytes that opening it took beside the weights
+    opening: Sequence[str] = ()  # what the report says of the memory that opening it takes
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class OnnxExecutable(Executable):
 
     def notes(self) -> Sequence[str]:
         """What opening the file takes."""
-        return opening_notes(self.opening)
+        return self.opening
 
     def close(self) -> None:
         """Drop the session and the temporary file."""
