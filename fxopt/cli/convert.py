@@ -45,7 +45,7 @@ def convert(
     shapes = parse(input_shape or ())
     from fxopt.frontends.convert_graph import converted
     from fxopt.frontends.convert_opset import opset_of
-    from fxopt.frontends.onnx import load
+    from fxopt.frontends.onnx import foreign_operators, load
     from fxopt.ir.onnx.export import save
 
     graph = load(model)
@@ -72,5 +72,7 @@ def convert(
             "outputs": [str(spec) for spec in graph.outputs],
         }
     )
-    for line in (*lines, *(f"  {entry}" for entry in changed), f"written to {output}"):
+    foreign = foreign_operators(graph)
+    notes = [f"note: {foreign}"] if foreign else []
+    for line in (*lines, *(f"  {entry}" for entry in changed), *notes, f"written to {output}"):
         out.print(line)

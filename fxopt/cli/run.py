@@ -16,6 +16,7 @@ from typer.main import get_command
 from fxopt.cli.app import COMMANDS, app
 from fxopt.config import Config
 from fxopt.errors import FxoptError
+from fxopt.report.printable import printable
 
 _LIBRARIES = r"(torch|onnx|onnxscript|onnx_ir|onnxruntime|copyreg)(\.|$)"
 _VALUE_FREE = ("--debug", "--version", "--help", "-h")
@@ -94,7 +95,7 @@ def _usage(error: typer.TyperException) -> str:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(printable(message, keep="\n\t"), file=sys.stderr)
     return code
 
 
@@ -108,4 +109,5 @@ def _quiet(debug: bool) -> None:
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     if issubclass(category, UserWarning):
-        print(f"warning: {message}", file=sys.stderr)
+        text = printable(str(message), keep="\n")
+        print(f"warning: {text}", file=sys.stderr)

@@ -26,9 +26,7 @@ def convert_graph(graph: Graph, opset: int, ledger: Ledger | None = None) -> Gra
     Raises: as `converted`.
     """
     made, result = converted(graph, opset)
-    if ledger is not None and result.error == 0 and not result.changed:
-        ledger.note(f"converted from opset {result.source} to {opset}: every operator stays what it is")
-    elif ledger is not None:
+    if ledger is not None:
         for line in (str(result), *result.changed):
             ledger.note(line)
     return made
@@ -47,7 +45,7 @@ def converted(graph: Graph, opset: int) -> tuple[Graph, Conversion]:
     if result.model is model or record is None:
         return graph, result
     if not result.changed and not doubtful:
-        result = replace(result, error=0.0)  # the same operators in both versions
+        result = replace(result, error=0.0, unchanged=True)
         if not record.proto.functions and not any(graph.subgraphs()):
             return _relabelled(graph, record, opset), result
         return _like(graph, load(result.model, weights=weights, folder=record.folder)), result

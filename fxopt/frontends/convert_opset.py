@@ -40,10 +40,13 @@ class Conversion:
     changed: tuple[str, ...]  # "node: Operator-11 became Operator-13", for nodes that were rewritten
     error: float | None = None  # largest noise to signal of an output; None: not compared
     remark: str = ""  # why the two could not be compared
+    unchanged: bool = False  # the operators are the same in both versions, so that nothing had to be compared
 
     def __str__(self) -> str:
         if self.source == self.target:
             return f"the model is at opset {self.target} already"
+        if self.unchanged:
+            return f"converted from opset {self.source} to {self.target}: every operator stays what it is"
         nodes = f"{len(self.changed)} nodes rewritten" if len(self.changed) != 1 else "1 node rewritten"
         proof = f"not verified: {self.remark}" if self.error is None else f"verified, noise to signal {self.error:.1e}"
         return f"converted from opset {self.source} to {self.target}: {nodes}; {proof}"
@@ -98,7 +101,7 @@ def convert(
     if result.model is model:
         return result
     if verify and not result.changed and not doubtful:
-        result = replace(result, error=0.0)  # the same operators in both versions
+        result = replace(result, error=0.0, unchanged=True)
     elif verify:
         result = verified(load(model, check=False), load(result.model), result, inputs)
     refuse_doubtful(result, doubtful)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from onnx import GraphProto, ModelProto, TensorProto
 from fxopt.errors import InvalidModel
 from fxopt.frontends.infer_types import undeclared_types
 from fxopt.frontends.input_shapes import Shapes, override
+from fxopt.frontends.onnx_import.file_kinds import other_kind
 from fxopt.frontends.onnx_import.functions import key_of
 from fxopt.frontends.onnx_import.importer import Importer, Model
 from fxopt.frontends.onnx_import.messages import without_graph_body
@@ -129,9 +132,13 @@ def _parse(content: bytes, path: Path) -> ModelProto:
             raise InvalidModel(
                 f"{path}: its sub-graphs are nested too deeply; at most {DEPTH_LIMIT} are supported"
             ) from error
+        if found := other_kind(content):
+            raise InvalidModel(f"{path} is not an ONNX model but {found}") from error
         raise InvalidModel(
             f"{path} is not an ONNX model, or is truncated ({len(content)} bytes): {error}; expected a ModelProto"
         ) from error
+    if not content:
+        raise InvalidModel(f"{path} is not an ONNX model: the file is empty")
     if not proto.ir_version or not proto.HasField("graph"):
         raise InvalidModel(f"{path} is not an ONNX model: it holds no graph ({len(content)} bytes)")
     return proto
@@ -144,7 +151,22 @@ def _check(path: Path | None, content: ModelProto | bytes | Path) -> None:
     except (onnx.checker.ValidationError, EncodeError, ValueError, RuntimeError) as error:
         where = "the model" if path is None else str(path)
         reason = " ".join(str(error).split())
-        raise InvalidModel(f"{where} is not a valid ONNX model; the ONNX checker says: {reason}") from error
+        text = f"{where} is not a valid ONNX model; the ONNX checker says: {reason}{_advice(reason)}"
+        raise InvalidModel(text) from error
+
+
+def _advice(reason: str) -> str:
+    """What to do about what the checker says; "" where that is clear, or not known."""
+    if "ir_version" in reason and "higher" in reason:
+        return f" Install a newer onnx than {onnx.__version__}, or export the model for an older one."
+    found = re.search(r"No Op registered for (\S+)", reason)
+    if found is None:
+        return ""
+    since = [schema.since_version for schema in onnx.defs.get_all_schemas_with_history() if schema.name == found[1]]
+    if since:
+        return f" {found[1]} is an operator since version {min(since)} of its operator set."
+    near = difflib.get_close_matches(found[1], {schema.name for schema in onnx.defs.get_all_schemas()}, cutoff=0.7)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _without_data(proto: ModelProto, elsewhere: Collection[str]) -> ModelProto:
