@@ -71,8 +71,8 @@ def _load(
         if check:
             _check(None, _without_data(proto, weights) if weights or files else proto)
     else:
-        folder = Path(source).resolve().parent
         content = _read(Path(source))
+        folder = Path(source).resolve().parent
         proto = _parse(content, Path(source))
         files = _checked(proto, Path(source), folder, weights)
         if check:
@@ -105,6 +105,8 @@ def _dangling(body: GraphProto) -> frozenset[str]:
 
 
 def _read(path: Path) -> bytes:
+    if "\0" in str(path):
+        raise InvalidModel(f"{str(path)!r} holds a zero byte, which no file name can have")
     if not path.exists():
         raise InvalidModel(f"{path}: no such file; expected an ONNX model")
     if path.is_dir():

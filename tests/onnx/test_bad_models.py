@@ -290,6 +290,11 @@ def test_files_of_other_kinds(folder: Path, content: bytes, message: str) -> Non
         load(path)
 
 
+def test_a_name_that_no_file_has() -> None:
+    with pytest.raises(InvalidModel, match=r"'a\\x00b.onnx' holds a zero byte"):
+        load("a\0b.onnx")
+
+
 @pytest.mark.parametrize(
     ("op_type", "message"),
     [
