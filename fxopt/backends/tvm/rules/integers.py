@@ -148,7 +148,7 @@ def _product(
     act = activation(low, node)
     levels, factors = rounding(low, last(low, node), outputs)
     rows = math.prod(q.shape[:-1])
-    size = Product(rows, inner, outputs, act, found is not None, False, levels, factors is not None)
+    size = Product(rows, inner, outputs, act, found is not None, levels, factors is not None)
     made = program.value((*q.shape[:-1], outputs), "float32" if levels is None else levels.stored.dtype)
     if made.count:
         shift = None if bias is None else bias.numpy()
