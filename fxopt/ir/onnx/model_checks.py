@@ -20,6 +20,7 @@ from fxopt.ir.onnx.walk import all_nodes, graphs_of, tensors_of
 
 DEPTH_LIMIT = 30  # nested sub-graphs; protobuf reads 100 nested messages, three for each sub-graph
 _MOST_ELEMENTS = 1 << 59  # of at most 16 bytes
+_ELEMENT_TYPES = frozenset(TensorProto.DataType.values())
 _Key = tuple[str, str, str]  # domain, name, overload
 
 
@@ -219,7 +220,7 @@ def _check_shape(value: ValueInfoProto) -> None:
     dims = value.type.tensor_type.shape.dim
     _check_text(f"the type of {value.name!r}", *(dim.dim_param for dim in dims))
     kind = value.type.tensor_type.elem_type
-    if kind not in TensorProto.DataType.values():
+    if kind not in _ELEMENT_TYPES:
         raise InvalidModel(f"the value {value.name!r} has the element type {kind}, which ONNX does not define")
     sizes = [dim.dim_value for dim in dims if dim.HasField("dim_value")]
     if any(size < -1 for size in sizes) or math.prod(max(size, 1) for size in sizes) >= _MOST_ELEMENTS:
