@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fxopt.errors import InvalidInput, Unsupported, unknown
+from fxopt.frontends.input_shapes import MOST, elements
 from fxopt.ir.graph import Graph
 from fxopt.ir.shapes import infer
 from fxopt.options import Options
@@ -160,6 +161,8 @@ def _named_shapes(shapes: Any) -> dict[str, tuple[Any, ...]]:
         wrong = [size for size in shape if isinstance(size, int) and size < 1]
         if wrong:
             raise InvalidInput(f"input_shapes: {name!r} has a size of {wrong[0]}; expected 1 or more")
+        if elements(shape) > MOST:
+            raise InvalidInput(f"input_shapes: {name!r} has {elements(shape)} elements; expected at most {MOST}")
     return {name: tuple(shape) for name, shape in (shapes or {}).items()}
 
 

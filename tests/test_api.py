@@ -649,6 +649,7 @@ def test_names_of_dimensions_from_outside() -> None:
         ([(1, 16)], "input_shapes is a list; expected shapes by input"),
         ({"x": "1,16"}, "input_shapes: 'x' has '1,16'; expected a tuple"),
         ({"x": (0, 16)}, "input_shapes: 'x' has a size of 0; expected 1 or more"),
+        ({"x": (1 << 62, 16)}, "input_shapes: 'x' has 73786976294838206464 elements; expected at most"),
     ],
 )
 def test_input_shapes_that_are_none(shapes: Any, message: str) -> None:

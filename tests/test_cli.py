@@ -343,3 +343,17 @@ def test_inspect_says_what_does_not_fit(work: Path, cli: Cli) -> None:
     assert len(json.loads((work / "said.json").read_text())["notes"]) == 2
     ran = cli("convert", path, "-o", work / "newer.onnx", "--opset", "19")
     assert ran.code == 0 and "every operator stays what it is" in ran.text and "acme.Magic" in ran.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "--input-shape", "x:4611686018427387904,16"), "expected at most 35184372088832, more than memory"),
+        (("convert", "-o", "OUT", "--input-shape", "x:99999999999999999999,16"), "elements; expected at most"),
+        (("optimize", "--calibration", "random", "--input-shape", "x:400000000000,16"), "error: out of memory: "),
+    ],
+)
+def test_absurd_sizes(arguments: tuple[str, ...], message: str, model_file: Path, work: Path, cli: Cli) -> None:
+    command, *rest = [str(work / "out.onnx") if word == "OUT" else word for word in arguments]
+    ran = cli(command, model_file, *rest)
+    assert ran.code == 2 and message in ran.err and "internal" not in ran.err, ran.text

@@ -19,6 +19,7 @@ from fxopt.errors import FxoptError
 from fxopt.report.printable import printable
 
 _LIBRARIES = r"(torch|onnx|onnxscript|onnx_ir|onnxruntime|copyreg)(\.|$)"
+_NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "std::bad_alloc")  # of torch and ONNX Runtime
 _VALUE_FREE = ("--debug", "--version", "--help", "-h")
 
 
@@ -57,6 +58,8 @@ def _run(given: list[str], debug: bool) -> int:
         return _fail("error: out of memory", 2, debug)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
+        if any(sign in text for sign in _NO_MEMORY):
+            return _fail(f"error: out of memory: {text}", 2, debug)
         return _fail(
             f"internal error: {type(error).__name__}: {text}\nThis is a fault of fxopt; run again with --debug.",
             2,

@@ -51,6 +51,8 @@ def make_session(
     except Exception as error:  # onnxruntime's exceptions share no public base class
         reason = " ".join(str(error).split())
         name = f"{Path(path).name}{where}"
+        if "NOT_IMPLEMENTED" in reason:
+            reason += " (the backend eager, --backend eager, runs operators in torch)"
         raise InvalidModel(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {reason}") from error
     if session.get_providers()[0] != provider.full_name:
         raise InvalidModel(f"ONNX Runtime {onnxruntime.__version__} fell back from {provider.title} to its own kernels")
