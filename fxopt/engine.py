@@ -15,7 +15,8 @@ from fxopt.backends.base import Executable
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.elsewhere import fastest
-from fxopt.errors import FxoptError, InvalidOption, unknown
+from fxopt.errors import FxoptError, InvalidInput, InvalidOption, unknown
+from fxopt.frontends.comparison import first_line
 from fxopt.guard import Timing
 from fxopt.inputs import bind_sizes
 from fxopt.ir.error import OutputError, output_error
@@ -174,12 +175,24 @@ class Optimizer:
                 raise
         except Exception as error:
             if self.request.samples:
+                self._refuse_sample(sample, error)
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.ledger.note(f"exact passes were verified by structure only: a made-up sample does not run ({reason})")
             return None
         self.ledger.note("exact passes were verified by structure only: a made-up sample does not run")
         return None
+
+    def _refuse_sample(self, sample: Sample, error: Exception) -> None:
+        """Say so where what came in does not run on the user's sample in the backend either.
+
+        Raises:
+            InvalidInput: it does not.
+        """
+        try:
+            self.baseline.run(sample)
+        except Exception:
+            raise InvalidInput(f"the model does not run on the calibration data: {first_line(error)}") from error
 
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""

@@ -45,6 +45,7 @@ def convert(
     shapes = parse(input_shape or ())
     from fxopt.frontends.convert_graph import converted
     from fxopt.frontends.convert_opset import opset_of
+    from fxopt.frontends.infer_types import type_fault
     from fxopt.frontends.onnx import foreign_operators, load
     from fxopt.ir.onnx.export import save
 
@@ -61,6 +62,9 @@ def convert(
         override(graph, shapes)
         lines.append(f"inputs: {'; '.join(map(str, graph.inputs))}")
     save(graph, output)
+    foreign, fault = foreign_operators(graph), type_fault(graph)
+    notes = [foreign, f"types do not agree, as ONNX infers them: {fault}" if fault else ""]
+    notes = [text for text in notes if text]
     out.json(
         {
             "output": str(output),
@@ -68,11 +72,11 @@ def convert(
             "opset": target,
             "changed": list(changed),
             "error": error,
+            "notes": notes,
             "inputs": [str(spec) for spec in graph.inputs],
             "outputs": [str(spec) for spec in graph.outputs],
         }
     )
-    foreign = foreign_operators(graph)
-    notes = [f"note: {foreign}"] if foreign else []
-    for line in (*lines, *(f"  {entry}" for entry in changed), *notes, f"written to {output}"):
+    remarks = (*(f"  {entry}" for entry in changed), *(f"note: {text}" for text in notes))
+    for line in (*lines, *remarks, f"written to {output}"):
         out.print(line)

@@ -73,11 +73,15 @@ def inspect(
 
 def notes(graph: Graph) -> list[str]:
     """What is wrong with the model, or not known of it, as far as the figures depend on it."""
+    from fxopt.frontends.infer_types import type_fault
     from fxopt.frontends.onnx import foreign_operators
     from fxopt.ir.graph import label
 
     failed = [node for node in graph.calls() if "failure" in node.meta]
-    found = [foreign_operators(graph)] if graph.model is not None else []
+    found = []
+    if graph.model is not None:
+        fault = type_fault(graph)
+        found = [foreign_operators(graph), f"types do not agree, as ONNX infers them: {fault}" if fault else ""]
     found += [f"node {label(node)!r} {node.meta['failure']}" for node in failed[:_FAILURES]]
     if len(failed) > _FAILURES:
         found.append(f"... and {len(failed) - _FAILURES} nodes more that do not take their inputs")
