@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxopt.backends.tvm.emit import Expr, Kernel, cast, int32, reinterpret, shuffle, spread, tail, typed
-from fxopt.backends.tvm.kernels.dot import Dot, in_groups, load_weights, multiply
+from fxopt.backends.tvm.kernels.dot import Dot, in_groups, load_weights, multiply, pairs_fit
 from fxopt.backends.tvm.kernels.lanes import LANE, interleaved, transposed
 from fxopt.backends.tvm.kernels.nm import index_dtype
 from fxopt.backends.tvm.kernels.results_int8 import Product, Results
@@ -54,9 +54,8 @@ class Blocks:
 
 def pack_blocks(codes: Codes, width: int, dot: Dot) -> Blocks:
     """[outputs, inner] -> the blocks of `width` outputs x 1 input that hold anything but zeros."""
-    outputs, inner = codes.shape
-    whole = np.zeros((-(-outputs // width), width, inner), np.int16)
-    whole.reshape(-1, inner)[:outputs] = codes
+    inner = codes.shape[1]
+    whole = _in_blocks(codes, width)
     kept = (whole != 0).any(1)
     counts = -(-kept.sum(1) // dot.group)
     firsts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -69,6 +68,46 @@ def pack_blocks(codes: Codes, width: int, dot: Dot) -> Blocks:
         weights[part].reshape(-1, width)[: len(places)] = whole[row][:, places].T
     turned = np.ascontiguousarray(weights.transpose(0, 2, 1) + dot.raised).astype(dot.weights)
     return Blocks(turned, inputs, firsts, width, float(kept.mean()) if kept.size else 0.0)
+
+
+def _in_blocks(codes: Codes, width: int) -> npt.NDArray[np.int16]:
+    """[outputs, inner] -> [rows of blocks, width, inner], the last one filled up with zeros."""
+    outputs, inner = codes.shape
+    whole = np.zeros((-(-outputs // width), width, inner), np.int16)
+    whole.reshape(-1, inner)[:outputs] = codes
+    return whole
+
+
+# Time per share of kept blocks over that of the dense 8-bit product, of blocks of `machine.columns` outputs and of half
+# and a quarter as many: for some rows, and for one (benchmarks/tvm_kernels.py, instructions on Arm).
+_COSTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "sdot": ((2.1, 2.9), (4.6, 7.5)),
+    "smull": ((1.2, 1.8), (1.9, 2.7)),
+    "relaxed_dot": ((1.7, 2.3), (4.6, 8.0)),
+    "dot_i16x8": ((1.3, 1.8), (1.9, 2.6)),
+    "vpdpbusd": ((1.3, 2.7, 5.0), (1.3, 2.7, 5.0)),
+    "vpmaddubsw": ((1.5, 2.9), (1.5, 2.9)),
+    "vpmaddwd": ((1.5, 2.9), (1.5, 2.9)),
+}
+
+
+def sparse_form(codes: Codes, rows: int, dot: Dot, machine: Machine) -> Blocks | None:
+    """The blocks of the width that takes the least time; None where the dense product takes less, or else is exact."""
+    best, chosen = 1.0, 0
+    for halvings, cost in enumerate(_COSTS[dot.instruction][rows < 2]):
+        width = machine.columns >> halvings
+        density = float((_in_blocks(codes, width) != 0).any(1).mean()) if codes.size else 1.0
+        if 0 < density * cost < best:
+            best, chosen = density * cost, width
+    if not chosen:
+        return None
+    found = pack_blocks(codes, chosen, dot)
+    return found if is_exact(found, dot) else None
+
+
+def is_exact(blocks: Blocks, dot: Dot) -> bool:
+    """Whether the instruction sums the weights exactly as they lie now: others are neighbours than before."""
+    return dot.instruction != "vpmaddubsw" or not blocks.groups or pairs_fit(blocks.weights.reshape(-1, dot.group))
 
 
 def panel_rows(size: Product, dot: Dot) -> int:
