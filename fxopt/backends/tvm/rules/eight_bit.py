@@ -12,21 +12,31 @@ import torch
 from torch import fx
 
 from fxopt.backends.tvm.codes import Coded, Levels
+from fxopt.backends.tvm.kernels.bsr import pack_bsr
 from fxopt.backends.tvm.kernels.conv import Conv
 from fxopt.backends.tvm.kernels.conv_int8 import conv_int8, pack_conv_codes, pack_per_output, work_spaces
 from fxopt.backends.tvm.kernels.depthwise import depthwise, depthwise_scratch
-from fxopt.backends.tvm.kernels.dot import dot_for, preferred
+from fxopt.backends.tvm.kernels.dot import Dot, dot_for, preferred
 from fxopt.backends.tvm.kernels.gather import gather
 from fxopt.backends.tvm.kernels.pointwise import Tree
 from fxopt.backends.tvm.kernels.pool import pool
 from fxopt.backends.tvm.kernels.reduce import reduce
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule
-from fxopt.backends.tvm.rules.integers import constants, is_sparse, numbers
+from fxopt.backends.tvm.rules.integers import constants, numbers
 from fxopt.backends.tvm.rules.spatial import convolved
 from fxopt.backends.tvm.values import Value
 from fxopt.errors import Unsupported
 
+# Density of blocks below which products in floats that skip the others beat all products of codes: these run at 1.8
+# times (pairs of codes) or 4 times (groups of four) the rate of floats (benchmarks/wasm.py, benchmarks/tvm_kernels.py).
+_EMPTY_ENOUGH = {2: 0.4, 4: 0.18}
 _MOST_TAPS = 500  # of a depthwise window: 500 * 255 * 127 < 2**24
+
+
+def _is_sparse(matrix: Any, width: int, dot: Dot) -> bool:
+    """Whether skipping the blocks of zeros, in floats, is faster than the machine's products of all codes."""
+    packed = pack_bsr(matrix.astype(np.float32), width)
+    return bool(len(packed.values)) and packed.density < _EMPTY_ENOUGH[dot.group]
 
 
 def levels_of(low: Lowering, call: Call, name: str) -> Levels:
@@ -77,7 +87,7 @@ def _general(
     matrix = codes.reshape(codes.shape[0], -1).numpy()
     dot = dot_for(machine, matrix)
     x, y = replace(levels[0], stored=dot.x), levels[1]
-    if size.groups == 1 and is_sparse(matrix, machine.outputs, dot):
+    if size.groups == 1 and _is_sparse(matrix, machine.outputs, dot):
         units = torch.from_numpy(_requantising(scales, x, y))  # the levels of y, as whole numbers
         weight = codes.float() * units.reshape(-1, *(1 for _ in codes.shape[1:]))
         floats = low.program.value(made.shape)
