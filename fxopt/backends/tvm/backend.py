@@ -15,7 +15,7 @@ from fxopt.errors import Unsupported, unknown
 from fxopt.ir.graph import Graph, label, provenance
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.sparsity import Pattern
-from fxopt.ir.target import Target
+from fxopt.ir.target import Cost, Prediction, Target
 
 PLACES = ("embedded", "external")  # of weights: in the library, or in a file beside it
 
@@ -33,6 +33,7 @@ class Tvm(Backend):
 
     needs = ("tvm", "ziglang", "wasmtime")
     extra = "tvm"
+    cores = 1
     is_compiler = True
     options = ("buckets", "weights", "features")
 
@@ -89,7 +90,15 @@ class Tvm(Backend):
 
         if op in _ATTENTION:
             return "" if dtype == "float32" else f"the tvm backend's kernel of attention takes float32, not {dtype}"
+        if op == "linear_nbits" and "activations=int8" in pattern:
+            return "codes of few bits are multiplied as floats; rounding the input gains nothing: use activations=float"
         return "" if op in RULES else f"operator {op} has no kernel in the tvm backend"
+
+    def predicted(self, cost: Cost, target: Target) -> Prediction | None:
+        """Of linears whose weights are decoded."""
+        from fxopt.backends.tvm.prices import predicted
+
+        return predicted(cost, target)
 
     def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
         """Blocks of at least a vector of outputs, in floats."""
