@@ -123,7 +123,7 @@ def _limit(graph: Graph, sample: Sample, outputs: Sequence[Any]) -> float:
 def _rounds(node: fx.Node) -> bool:
     """Whether an operator rounds values to levels."""
     if node.target is linear_nbits.target:
-        return bound(node)["activation_bits"] == 8
+        return int(bound(node)["activation_bits"]) == 8
     return any(word in str(node.target).lower() for word in ("quantize", "a8", "u8", "integer", "qlinear"))
 
 
