@@ -4,8 +4,8 @@
 
 Linears and 1x1 convolutions in floats and in 8 bits (with the rounding of their input), whose weights have blocks of
 zeros, over the same layer without zeros. Of two shapes each, the smaller speed-up counts. Measured as in
-`benchmarks.compiled_rates`. Writes benchmarks/results/sparse_rates.json; its "speedups" are those of
-`fxopt/cost_model/sparse_rates.py`, which a test compares.
+`benchmarks.compiled_rates`. Writes benchmarks/results/sparse_rates.json, and its "targets" to
+fxopt/cost_model/sparse_rates.json for the cost model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 
 from benchmarks import compiled_rates
 from benchmarks.common import RESULTS, write
+from fxopt.cost_model.sparse_rates import PATH
 from fxopt.cost_model.targets import get_target
 from fxopt.frontends.torch_export import load
 
@@ -51,14 +52,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=lambda text: text.split(","), default=list(TARGETS))
     parser.add_argument("--run-with", type=str.split, default=[], help="what the timing command begins with")
+    parser.add_argument("--forms", default="", help="only those that hold this text, such as 'conv int8'")
     options = parser.parse_args()
     path = RESULTS / "sparse_rates.json"
     found = json.loads(path.read_text())["targets"] if path.exists() else {}
     for name in options.targets:
-        found[name] = {"speedups": speedups(name, options.run_with)}
+        known = found.get(name, {}).get("speedups", {})
+        found[name] = {"speedups": {**known, **speedups(name, options.forms, options.run_with)}}
         for form, values in found[name]["speedups"].items():
             print(f"{name:14} {form:28}", "  ".join(f"{share}: {value:5.2f}" for share, value in values.items()))
         print(write("sparse_rates", {"shares": list(SHARES), "targets": found}), flush=True)
+        PATH.write_text(json.dumps({"targets": found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def forms() -> Iterator[Form]:
@@ -70,10 +74,10 @@ def forms() -> Iterator[Form]:
         yield Form("conv", dtype, 0, 4)
 
 
-def speedups(name: str, prefix: list[str]) -> dict[str, dict[str, float]]:
+def speedups(name: str, some: str, prefix: list[str]) -> dict[str, dict[str, float]]:
     """Of every form and share of zeros, over no zeros."""
     target, result = get_target(name), {}
-    for form in forms():
+    for form in (each for each in forms() if some in each.name):
         ratios: dict[float, list[float]] = {share: [] for share in SHARES}
         for size in LINEARS if form.kind == "linear" else CONVS:
             cases = {share: case(form, size, share) for share in (0.0, *SHARES)}

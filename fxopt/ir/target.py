@@ -20,7 +20,7 @@ class SparseKernel:
         least_rows: the fewest rows of x for which that holds.
         custom_ops: it is one of our own, in a library beside the file: used where it is asked for.
         source: of the figures.
-        kind: of the operator, "linear" or "conv" (of one group).
+        kind: of the operator, "linear" or "conv" (of one group); "": of both.
         offered: such zeros are put in; else the kernel is for weights that have them.
     """
 
@@ -30,8 +30,12 @@ class SparseKernel:
     least_rows: int = 1
     custom_ops: bool = False
     source: str = ""
-    kind: str = "linear"
+    kind: str = ""
     offered: bool = True
+
+    def fits(self, kind: str) -> bool:
+        """Whether it is one of this kind of operator."""
+        return self.kind in ("", kind)
 
     def speedup(self, zeros: float) -> float:
         """How many times as fast as the dense kernel: that of the nearest smaller share which is listed, else 1."""
@@ -76,7 +80,7 @@ class Target:
         fitting = [
             kernel
             for kernel in self.sparse_kernels
-            if (kernel.pattern, kernel.dtype, kernel.kind) == (pattern, dtype, kind) and kernel.least_rows <= rows
+            if (kernel.pattern, kernel.dtype) == (pattern, dtype) and kernel.fits(kind) and kernel.least_rows <= rows
         ]
         return max(fitting, key=lambda kernel: kernel.least_rows, default=None)
 

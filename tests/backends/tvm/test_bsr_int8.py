@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from fxopt.cost_model.targets import get_target
+from fxopt.frontends.torch_export import load
+from fxopt.ir.ops.conv_w8a8 import conv_w8a8
 from tests.backends.tvm.harness import EMULATED, RUNNABLE, Builder, build, guarded, machine, randn
 
+from fxopt.backends.tvm import Tvm, qemu  # isort: skip
 from fxopt.backends.tvm.codes import Levels  # isort: skip
 from fxopt.backends.tvm.kernels.bsr_int8 import bsr_int8, is_exact, pack_blocks, panel_rows, sparse_form  # isort: skip
 from fxopt.backends.tvm.kernels.dense import pack_bias  # isort: skip
@@ -83,6 +90,47 @@ def test_ranges_found_at_run_time(build: Builder, target: str) -> None:
 def test_a_weight_of_zeros(build: Builder, target: str) -> None:
     y, (_, bias) = run_product(build, target, (5, 16, 8), np.zeros((8, 16), np.int8), 8)
     assert (y == np.broadcast_to(bias, y.shape)).all()
+
+
+class SparseConv(nn.Module):
+    """An 8-bit convolution, 30 % of whose blocks of 4 outputs are kept."""
+
+    def __init__(self, outputs: int, inner: int, kernel: int, stride: int, limit: int) -> None:
+        super().__init__()
+        codes = sparse_codes(outputs, inner * kernel**2, 4, 0.3, limit).reshape(outputs, inner, kernel, kernel)
+        self.register_buffer("codes", torch.from_numpy(codes))
+        self.register_buffer("scales", torch.from_numpy(np.abs(randn(outputs)) * np.float32(0.01)))
+        self.register_buffer("bias", torch.from_numpy(randn(outputs, seed=1)))
+        self.how = ([stride] * 2, [kernel // 2] * 4, [1, 1], 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """On levels of 0.05."""
+        return conv_w8a8.target(x, self.codes, self.scales, self.bias, 1 / 50, 100, 0.05, 120, *self.how)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [127, 63])
+@pytest.mark.parametrize("target", ["wasm-simd", "wasm-relaxed", *EMULATED])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "size"),
+    [((33, 18), 1, 1, 9), ((8, 16), 3, 2, 7), ((12, 8), 1, 1, 4), ((5, 12), 3, 1, 3), ((64, 32), 1, 1, 14)],
+)
+def test_convolutions(
+    tmp_path: Path, target: str, channels: tuple[int, int], kernel: int, stride: int, size: int, limit: int
+) -> None:
+    inner, outputs = channels
+    model, x = SparseConv(outputs, inner, kernel, stride, limit).eval(), torch.from_numpy(randn(2, inner, size, size))
+    executable: Any = Tvm().compile(load(model, (x,)), get_target(target))
+    assert any("conv_bsr_int8" in step for step in executable.steps)
+    if target in EMULATED:
+        if qemu.missing():
+            pytest.skip(qemu.missing())
+        (built,) = executable.package.builds
+        (found,), _ = qemu.run_entry(built, built.entries[0], [x.numpy()], tmp_path)
+    else:
+        found = executable.run((x,))[0].numpy()
+    levels = np.abs(found - model(x).numpy()) / 0.05
+    assert levels.max() < 1.01 and (levels > 0.5).mean() < 1e-3  # of halves, the other neighbour
 
 
 @given(
