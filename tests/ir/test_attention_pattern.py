@@ -23,15 +23,15 @@ from fxopt.ir.ops.attention_pattern import (
     attention_pattern,
     blocks_seen,
     dense,
-    density,
     diagonal,
     diagonals,
     nothing,
     seen,
     stripes,
 )
+from fxopt.ir.pattern_work import Tile, work_of
 from fxopt.ir.shapes import infer
-from fxopt.ir.sliced_attention import share, sliced_attention, slices
+from fxopt.ir.sliced_attention import sliced_attention, slices
 
 CASES: list[list[Pattern]] = [
     [diagonal(20), diagonal(20), dense()],
@@ -78,8 +78,10 @@ def test_many_diagonals_are_one_band_after_renumbering() -> None:
     pattern = diagonals(32, frame)
     elements = float(seen(pattern, length).double().mean())
     assert elements == pytest.approx(65 / 256)
-    assert density(pattern, length) >= 0.75, "blocks of the tokens as they are"
-    assert share(pattern, length) <= 1.2 * elements
+    frame_by_frame = blocks_seen(pattern, *(torch.arange(0, length, BLOCK)[:, None] + torch.tensor([[0, BLOCK - 1]]),) * 2)
+    assert float(frame_by_frame[0].double().mean()) >= 0.75, "blocks of the tokens as they are"
+    for tile in (None, Tile(BLOCK, BLOCK)):
+        assert elements <= work_of(pattern, length, tile=tile).share <= 1.2 * elements
 
 
 def onnx_model(length: int, heads: int) -> onnx.ModelProto:
@@ -153,7 +155,7 @@ def test_slices_of_any_patterns_are_the_masked_dense_attention(
     wanted = torch.nan_to_num(torch.softmax(scores, -1), nan=0.0) @ v
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert not found[:, ~visible.any(-1)].any()
-    multiplied = share(numbers, length, blocks) * len(every) * length**2
+    multiplied = work_of(numbers, length, blocks).share * len(every) * length**2
     assert round(multiplied) >= int(visible.sum()), "nothing that is seen is left out"
 
 
@@ -173,6 +175,6 @@ def test_blocks_are_skipped_only_where_nothing_is_seen(pattern: Pattern, length:
 def test_heads_that_see_nothing_cost_nothing() -> None:
     q, k, v = operands(200)
     numbers = [*nothing(), *nothing(), *nothing()]
-    assert share(numbers, 200) == 0.0
+    assert work_of(numbers, 200).share == 0.0
     assert torch.equal(sliced_attention(q, k, v, numbers, 0.4), torch.zeros_like(q))
     assert torch.equal(attention_pattern(q, k, v, numbers, 0.4), torch.zeros_like(q))

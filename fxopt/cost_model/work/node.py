@@ -7,6 +7,7 @@ import operator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxopt.cost_model.work.aten import aten_cost
@@ -31,7 +32,7 @@ def node_cost(graph: Graph, node: fx.Node) -> Cost:
         return NOTHING
     declared = declaration(node.target)
     if declared is not None:
-        return _declared_cost(node, declared)
+        return _declared_cost(graph, node, declared)
     call = Call(graph, node)
     return onnx_cost(call) if isinstance(node.target, OnnxOp) else _with_zeros(node, aten_cost(call))
 
@@ -45,11 +46,18 @@ def _with_zeros(node: fx.Node, cost: Cost) -> Cost:
     return replace(cost, zeros=Zeros(str(mark.pattern), mark.zeros, rows))
 
 
-def _declared_cost(node: fx.Node, declared: Any) -> Cost:
-    """What the fxopt operator declares; only the launch when an operand is unknown."""
+def _declared_cost(graph: Graph, node: fx.Node, declared: Any) -> Cost:
+    """What the fxopt operator declares; only the launch when an operand is unknown.
+
+    Of constants it is given the types, of those that say what is left out (booleans) the values.
+    """
     if any("val" not in used.meta for used in node.all_input_nodes) or tensor_value(node) is None:
         return Cost(0.0, 0.0, "float32", "other", 1)
-    args = fx.map_arg(node.args, lambda used: used.meta["val"])
-    kwargs = fx.map_arg(node.kwargs, lambda used: used.meta["val"])
+
+    def given(used: fx.Node) -> Any:
+        constant = graph.constant(used)
+        return constant if constant is not None and constant.dtype == torch.bool else used.meta["val"]
+
+    args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
     cost: Cost = declared.cost_of(*args, **kwargs)
     return cost

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxopt.errors import InvalidInput
 from fxopt.ir.op import op
@@ -20,7 +21,7 @@ from fxopt.ir.target import Cost
 
 NUMBERS = 5  # of a pattern
 EVER = 1 << 28  # a period or width that no length reaches
-BLOCK = 64  # in which the work is counted, and of which `blocks` has lists
+BLOCK = 64  # of which `blocks` has lists
 Pattern = tuple[int, int, int, int, int]  # slope, offset, period, width, sink
 
 
@@ -150,26 +151,31 @@ def attention_pattern(
     return torch.matmul(weights, v.to(wide)).to(q.dtype)
 
 
-def density(patterns: Sequence[int], length: int, block: int = BLOCK) -> float:
-    """The share of pairs of blocks that are not skipped, over all heads."""
-    starts = torch.arange(0, length, block)
-    blocks = torch.stack([starts, (starts + block - 1).clamp(max=length - 1)], 1)
-    every = patterns_of(patterns)
-    if not every or not length:
-        return 0.0
-    return sum(float(blocks_seen(pattern, blocks, blocks)[0].double().mean()) for pattern in every) / len(every)
-
-
 @attention_pattern.cost
 def _(
     q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float, blocks: Tensor | None = None
 ) -> Cost:
+    """The work in slices of dense attention.
+
+    Bytes are those of operands, result and lists of blocks, and of what is copied to bring keys together or to renumber
+    tokens. Masks are not in it: how long their slices take was measured with them. Lists of which only the shape is
+    known leave nothing out.
+    """
     from fxopt.ir.graph import hint
+    from fxopt.ir.pattern_work import work_of
 
     batch, heads, length, width = (hint(dim) for dim in q.shape)
-    macs = 2.0 * batch * heads * length * length * width * density(patterns, length)
-    moved = 4 * batch * heads * length * width * q.dtype.itemsize
-    return Cost(2 * macs, moved, str(q.dtype).removeprefix("torch."), "attention.pattern", 1, macs)
+    known = None if blocks is None or blocks.is_meta or isinstance(blocks, FakeTensor) else blocks
+    work = work_of(patterns, length, known)
+    dense_macs = 2.0 * batch * heads * length * length * width
+    moved = (4 * heads * length + 2 * work.copied) * batch * width * q.dtype.itemsize
+    moved += 0 if blocks is None else blocks.numel()
+    form = (
+        ("op", "attention_pattern"), ("patterns", tuple(map(int, patterns))), ("lists", blocks is not None),
+        ("sizes", (batch, heads, length, width)), ("work", work), ("dense_macs", dense_macs),
+    )  # fmt: skip
+    macs = dense_macs * work.share
+    return Cost(2 * macs, moved, str(q.dtype).removeprefix("torch."), "attention.pattern", 1, macs, form=form)
 
 
 @attention_pattern.samples
