@@ -171,7 +171,7 @@ def _head(
         if time >= found[0].time:
             continue
         groups = planned([mode.pattern], length, mode.lists)
-        noise = run_slices(groups, *(x[:, None] for x in operands), scale)[:, 0] - exact
+        noise = run_slices(groups, q[:, None], k[:, None], v[:, None], scale)[:, 0] - exact
         noise = noise if own is None else noise @ own.t()
         found.append(Choice(mode, time, float(noise.square().sum())))
     return found
