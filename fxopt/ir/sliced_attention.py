@@ -160,7 +160,10 @@ class _Rows:
     def __getitem__(self, rows: slice) -> Tensor:
         """Bool [queries, keys]."""
         queries = self.numbers[rows]
-        found = seen_by(self.pattern, queries, self.numbers)
+        if self.pattern[3] >= self.pattern[2]:
+            found = torch.ones(len(queries), len(self.numbers), dtype=torch.bool)
+        else:
+            found = seen_by(self.pattern, queries, self.numbers)
         if self.listed is None:
             return found
         wide = self.listed[queries // BLOCK].repeat_interleave(BLOCK, 1)
@@ -172,7 +175,8 @@ class _Rows:
         length = len(self.numbers)
         steps = [slice(start, min(start + ROWS, length)) for start in range(0, length, ROWS)]
         first = self[slice(0, 1)]
-        if all(bool((self[step] == first).all()) for step in steps):
+        same = self.pattern[0] == 0 and self.listed is None
+        if same or all(bool((self[step] == first).all()) for step in steps):
             yield 0, length, first
             return
         for step in steps:

@@ -29,7 +29,7 @@ from fxopt.ir.ops.attention_pattern import (
     seen,
     stripes,
 )
-from fxopt.ir.pattern_work import Tile, work_of
+from fxopt.ir.pattern_work import Tile, tiles_seen, work_of
 from fxopt.ir.shapes import infer
 from fxopt.ir.sliced_attention import sliced_attention, slices
 
@@ -178,3 +178,72 @@ def test_heads_that_see_nothing_cost_nothing() -> None:
     assert work_of(numbers, 200).share == 0.0
     assert torch.equal(sliced_attention(q, k, v, numbers, 0.4), torch.zeros_like(q))
     assert torch.equal(attention_pattern(q, k, v, numbers, 0.4), torch.zeros_like(q))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    every=st.lists(PATTERNS, min_size=1, max_size=3),
+    length=LENGTHS,
+    seed=st.none() | st.integers(0, 99),
+    pairs=st.integers(1, 9000),
+)
+def test_the_definition_is_the_same_in_rows(every: list[Pattern], length: int, seed: int | None, pairs: int) -> None:
+    """Sequences of which not all pairs fit are computed some rows at a time."""
+    numbers = [number for pattern in every for number in pattern]
+    q, k, v = operands(length, len(every), torch.float64)
+    count = -(-length // BLOCK)
+    generator = torch.Generator().manual_seed(seed or 0)
+    blocks = None if seed is None else torch.rand(len(every), count, count, generator=generator) < 0.5
+    whole = attention_pattern.function(q, k, v, numbers, 0.4, blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxopt.ir.ops.attention_pattern._PAIRS", pairs)
+        found = attention_pattern.function(q, k, v, numbers, 0.4, blocks)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    every=st.lists(PATTERNS, min_size=1, max_size=4),
+    length=LENGTHS.filter(bool),
+    tile=st.builds(Tile, st.sampled_from([16, 32, 64]), st.sampled_from([16, 32, 64])),
+)
+def test_tiles_cover_what_is_seen(every: list[Pattern], length: int, tile: Tile) -> None:
+    """The work in tiles is at least that of the pairs that are seen, and no more than everything."""
+    numbers = [number for pattern in every for number in pattern]
+    found = work_of(numbers, length, tile=tile)
+    pairs = (-(-length // tile.queries) * tile.queries) * (-(-length // tile.keys) * tile.keys)
+    visible = seen(numbers, length)
+    assert found.share * pairs * len(every) >= int(visible.sum()) - 1e-6
+    assert found.share <= 1.0 and found.calls == 1
+    for head, pattern in enumerate(every):
+        tiles = tiles_seen(pattern, length, tile)
+        u = torch.arange(length)
+        order = u % tiles.frames * tiles.frame + u // tiles.frames
+        own = visible[head][order][:, order]
+        rows = [part.any(0) for part in own.split(tile.queries)]
+        wanted = torch.stack([torch.stack([part.any() for part in row.split(tile.keys)]) for row in rows])
+        assert not (wanted & ~tiles.some).any()
+
+
+def test_tiles_take_no_lists_of_blocks() -> None:
+    with pytest.raises(InvalidInput, match="kernels that take tiles have no lists of blocks"):
+        work_of(dense(), 128, torch.ones(1, 2, 2, dtype=torch.bool), Tile(64, 64))
+
+
+def test_the_cost_counts_copies_and_what_lists_leave_out() -> None:
+    q = torch.zeros(2, 1, 256, 8)
+    plain = attention_pattern.cost_of(q, q, q, list(diagonal(8)), 0.4)
+    assert plain.bytes == 4 * q.nbytes
+    renumbered = attention_pattern.cost_of(q, q, q, list(diagonals(0, 64)), 0.4)
+    assert renumbered.bytes == 4 * q.nbytes + 2 * 4 * q.nbytes, "q, k, v and the result are read and written"
+    joined = attention_pattern.cost_of(q, q, q, list(diagonal(8, sink=4)), 0.4)
+    (group,) = slices(diagonal(8, sink=4), 256)
+    copied = sum(high - low for piece in group.pieces if len(piece.ranges) > 1 for low, high in piece.ranges)
+    assert copied and joined.bytes == 4 * q.nbytes + 2 * 2 * copied * q.nbytes / 256
+    blocks = torch.eye(4, dtype=torch.bool)[None]
+    listed = attention_pattern.cost_of(q, q, q, list(dense()), 0.4, blocks)
+    whole = attention_pattern.cost_of(q, q, q, list(dense()), 0.4)
+    assert listed.bytes == whole.bytes + blocks.numel()
+    assert listed.flops == whole.flops / 2, "of 128 queries the keys of two blocks"
+    unknown = attention_pattern.cost_of(q, q, q, list(dense()), 0.4, blocks.to("meta"))
+    assert unknown.flops == whole.flops

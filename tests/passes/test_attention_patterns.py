@@ -24,7 +24,7 @@ from fxopt.ir.pattern_work import Price, Tile, Work
 from fxopt.ir.shapes import infer
 from fxopt.ir.views.attention import Attention, attentions
 from fxopt.passes.attention_patterns import AttentionPatterns
-from fxopt.passes.attention_patterns.modes import FULL, SKIP, Mode, cheapest, choices
+from fxopt.passes.attention_patterns.modes import FULL, SKIP, Mode, cheapest, choices, looks_of
 from fxopt.passes.attention_patterns.pricing import Kernel, Pricing
 from fxopt.passes.attention_patterns.rewrite import rewrite
 from fxopt.passes.attention_patterns.site import Site, site_of
@@ -247,7 +247,7 @@ def heads(length: int = 256, count: int = 2) -> torch.Tensor:
         (sdpa(), (heads(),) * 3 + (torch.ones(1, 1, 256, 256, dtype=torch.bool),), "mask .* depends on the data"),
         (sdpa(is_causal=True), (heads(),) * 3, "causal or has a window already"),
         (sdpa(), (heads(128),) * 3, "its 128 tokens are fewer than 4 blocks of 64"),
-        (sdpa(), (heads(8256, 1),) * 3, "its 8256 tokens are more than the 8192"),
+        (sdpa(), (heads(16448, 1),) * 3, "its 16448 tokens are more than 16384: .* give a shorter"),
         (sdpa(), (heads(300), heads(), heads()), "300 queries and 256 keys"),
         (sdpa(enable_gqa=True), (heads(count=4), heads(), heads()), "heads share keys and values"),
         (sdpa(), (heads().double(),) * 3, "expected floats of at most 32 bits"),
@@ -339,6 +339,18 @@ def test_prices_are_those_that_were_measured(backend: str, threads: int) -> None
         found = price(backend, threads).over_dense(work, row["dense_macs"])
         assert found >= 0.95 or row[backend] <= 1.0
         assert row[backend] - 0.09 < found < row[backend] + 0.12
+
+
+def test_where_a_head_looks_is_the_same_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of long sequences not all pairs are looked at at once; the sums are those of float64."""
+    q, k = (torch.randn(2, 300, 16) for _ in range(2))
+    weights = torch.softmax(q.double() @ k.double().transpose(1, 2) * 0.3, -1).sum(0)
+    padded = F.pad(weights, (0, 20, 0, 20)).reshape(5, 64, 5, 64).sum((1, 3))
+    for pairs in (1, 2 * 300 * 128, 1 << 23):
+        monkeypatch.setattr("fxopt.passes.attention_patterns.modes._PAIRS", pairs)
+        looks = looks_of(q, k, 0.3)
+        torch.testing.assert_close(looks.keys.double(), weights.sum(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(looks.blocks.double(), padded, rtol=1e-5, atol=1e-5)
 
 
 def test_calls_cost_more_on_more_threads() -> None:

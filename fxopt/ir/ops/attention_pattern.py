@@ -22,6 +22,7 @@ from fxopt.ir.target import Cost
 NUMBERS = 5  # of a pattern
 EVER = 1 << 28  # a period or width that no length reaches
 BLOCK = 64  # of which `blocks` has lists
+_PAIRS = 1 << 25  # of queries and keys that are multiplied at once
 Pattern = tuple[int, int, int, int, int]  # slope, offset, period, width, sink
 
 
@@ -114,20 +115,22 @@ def blocks_seen(pattern: Pattern, queries: Tensor, keys: Tensor) -> tuple[Tensor
     return some, whole & some
 
 
-def seen(patterns: Sequence[int], length: int, blocks: Tensor | None = None) -> Tensor:
-    """Which keys each query of every head sees, bool [heads, length, length].
+def seen(
+    patterns: Sequence[int], length: int, blocks: Tensor | None = None, rows: tuple[int, int] | None = None
+) -> Tensor:
+    """Which keys each query of every head sees, bool [heads, length, length]; of queries `rows[0]` to `rows[1]` only.
 
     Raises:
         InvalidInput: the patterns are not legal, or `blocks` has another shape than they ask for.
     """
     every = patterns_of(patterns)
     places = torch.arange(length, device=None if blocks is None else blocks.device)
-    found = torch.stack([seen_by(pattern, places, places) for pattern in every])
+    queries = places if rows is None else places[rows[0] : rows[1]]
+    found = torch.stack([seen_by(pattern, queries, places) for pattern in every])
     if blocks is None:
         return found
     check_blocks(blocks, len(every), length)
-    wide = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
-    return found & wide[:, :length, :length]
+    return found & blocks[:, queries // BLOCK].repeat_interleave(BLOCK, 2)[:, :, :length]
 
 
 @op
@@ -144,11 +147,19 @@ def attention_pattern(
     """
     check_heads(patterns, q.shape[1])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    visible = seen(patterns, q.shape[2], blocks).to(q.device)
-    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
-    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
-    weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    return torch.matmul(weights, v.to(wide)).to(q.dtype)
+    heads, length = q.shape[1:3]
+    whole = not isinstance(length, int) or length * length * heads <= _PAIRS
+    step = max(1, length if whole else _PAIRS // (length * heads))
+    parts = []
+    for start in range(0, 1 if whole else length, step):
+        rows = None if whole else (start, min(start + step, length))
+        visible = seen(patterns, length, blocks, rows).to(q.device)
+        queries = q if rows is None else q[:, :, start : start + step]
+        scores = torch.matmul(queries.to(wide), k.to(wide).transpose(-1, -2)) * scale
+        weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+        parts.append(torch.matmul(weights, v.to(wide)).to(q.dtype))
+    return parts[0] if whole else torch.cat(parts, 2)
 
 
 @attention_pattern.cost

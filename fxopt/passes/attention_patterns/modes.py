@@ -8,7 +8,7 @@ projection, and the work is the predicted time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxopt.ir.ops.attention_pattern import BLOCK, Pattern, dense, diagonal, diagonals, nothing, stripes
-from fxopt.ir.sliced_attention import planned, run_slices
+from fxopt.ir.pattern_work import work_of_slices
+from fxopt.ir.sliced_attention import HeadGroup, planned, run_slices, slices
 from fxopt.passes.attention_patterns.pricing import Pricing
 
 _PARTS = (32, 16, 8, 4)  # windows, stripes and lists of blocks are these parts of the length
@@ -24,7 +25,7 @@ _SINKS = (4, 16)
 _IRREGULAR = 1.1  # lists of blocks count as so much more time: they must be clearly better
 _LEAST = 1e-12  # error of what leaves anything out
 _STEPS = 60  # of the price of an error
-_PAIRS = 1 << 25  # of queries and keys that are looked at at once
+_PAIRS = 1 << 23  # of queries and keys that are looked at at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,23 +164,26 @@ def _head(
         signal[:, :, head * width : (head + 1) * width] = exact
     else:
         signal += exact @ own.t()
-    found = [Choice(FULL, _time(FULL, pricing), 0.0)]
+    found = [Choice(FULL, _time(FULL, pricing, slices(FULL.pattern, length)), 0.0)]
     for mode in (*fixed_modes(length, frame), *found_modes(looks_of(q, k, scale))):
         if mode.blocks is not None and not pricing.lists:
             continue
-        time = _time(mode, pricing)
+        listed = mode.blocks is not None  # such plans are for one head, and are not kept
+        groups = planned([mode.pattern], length, mode.lists) if listed else slices(mode.pattern, length)
+        time = _time(mode, pricing, groups)
         if time >= found[0].time:
             continue
-        groups = planned([mode.pattern], length, mode.lists)
         noise = run_slices(groups, q[:, None], k[:, None], v[:, None], scale)[:, 0] - exact
         noise = noise if own is None else noise @ own.t()
         found.append(Choice(mode, time, float(noise.square().sum())))
     return found
 
 
-def _time(mode: Mode, pricing: Pricing) -> float:
-    """Over that of a dense head."""
-    return pricing.over_dense(mode.pattern, pricing.work(mode.pattern, mode.lists))
+def _time(mode: Mode, pricing: Pricing, groups: Sequence[HeadGroup]) -> float:
+    """Over that of a dense head; `groups` are its slices."""
+    sliced = pricing.kernel_for(mode.pattern).tile is None
+    work = work_of_slices(groups, pricing.length) if sliced else pricing.work(mode.pattern)
+    return pricing.over_dense(mode.pattern, work)
 
 
 def cheapest(every: list[list[Choice]], tolerance: float) -> list[Choice]:
