@@ -61,8 +61,8 @@ class Price:
 
     @classmethod
     def of_break_even(cls, share: float) -> Price:
-        """That of a kernel which takes as long as dense attention at this share of the work."""
-        each = 1.0 / share if share > 0 else float("inf")
+        """That of a kernel which takes as long as dense attention at this share of the work; 0: it never pays."""
+        each = 1.0 / max(share, 1e-9)
         return cls(each, each)
 
     def over_dense(self, work: Work, macs: float) -> float:
