@@ -85,7 +85,7 @@ def predict(cost: Cost, target: Target, cold_bytes: float = 0.0) -> Prediction:
         cold_bytes: how many of the bytes come from main memory whatever their number, e.g. weights of a model that is
             larger than the cache.
     """
-    cost = without_zeros(cost, target)
+    cost = attention_patterns.priced(without_zeros(cost, target), target)
     compute = cost.flops / rate(cost, target)
     warm, cold = _memory_seconds(cost.bytes, min(cold_bytes, cost.bytes), target)
     busy = _busy(compute, warm, cold, target)
@@ -102,12 +102,16 @@ def predict(cost: Cost, target: Target, cold_bytes: float = 0.0) -> Prediction:
 
 
 def without_zeros(cost: Cost, target: Target) -> Cost:
-    """The work as the target's kernel for these zeros does it: smaller by its speed-up; the same without one."""
+    """The work as the target's best kernel for these zeros does it: smaller by its speed-up; the same without one."""
     zeros = cost.zeros
-    kernel = None if zeros is None else target.sparse_kernel(zeros.pattern, cost.dtype, zeros.rows)
-    if zeros is None or kernel is None:
+    if zeros is None:
         return cost
-    left = 1 - zeros.part + zeros.part / kernel.speedup(zeros.share)
+    best = 1.0
+    for pattern, share in zeros.shares:
+        kernel = target.sparse_kernel(pattern, cost.dtype, zeros.rows, family(cost.kind))
+        if kernel is not None and (zeros.custom_ops or not kernel.custom_ops):
+            best = max(best, kernel.speedup(share))
+    left = 1 - zeros.part + zeros.part / best
     return replace(cost, flops=cost.flops * left, bytes=cost.bytes * left, macs=cost.multiply_adds)
 
 
@@ -130,7 +134,7 @@ def efficiency(target: Target, kind: str, dtype: str = "") -> float:
             return target.efficiency[key]
     for key in (f"{family(kind)}.{dtype}", family(kind)):
         if key in target.efficiency:
-            return target.efficiency[key] * attention_patterns.of_dense(kind, target)
+            return target.efficiency[key]
     return _DEFAULT_EFFICIENCY
 
 
