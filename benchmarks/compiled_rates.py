@@ -130,9 +130,9 @@ def cases() -> Iterator[Case]:
     for m, k, n in LINEARS:
         layers.append(("linear int8", f"{m}x{k}x{n}", Linear(k, n), torch.rand(m, k)))
     for outputs, inner, kernel, size, stride, groups in CONVS:
-        module = Conv(outputs, inner, kernel, stride, groups)
+        convolution = Conv(outputs, inner, kernel, stride, groups)
         text = "x".join(map(str, (outputs, inner, kernel, size, stride, groups)))
-        layers.append(("conv int8", text, module, torch.rand(1, inner * groups, size, size)))
+        layers.append(("conv int8", text, convolution, torch.rand(1, inner * groups, size, size)))
     for index, (group, text, module, x) in enumerate(layers):
         yield Case(f"{group}: {text}", group, index % 2 == 1, load_torch(module.eval(), (x,)))
 

@@ -375,6 +375,7 @@ SECTIONS = (
     ("arm_instructions", lambda result: tables_small.arm_instructions(result, where(result))),
     ("onnx_suite", lambda result: tables_onnx.onnx_suite(result, where(result))),
     ("onnx_large", lambda result: tables_onnx.onnx_large(result, where(result))),
+    ("onnx_convert", lambda result: tables_onnx.onnx_convert(result, where(result))),
     ("onnx_speed", lambda result: tables_onnx.onnx_speed(result, where(result))),
     ("onnx_fuzz", lambda result: tables_onnx.onnx_fuzz(result, where(result))),
 )

@@ -17,7 +17,15 @@ from fxopt.inputs import Bound, bound, flat_inputs, misfit, samples_of, shaped, 
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger
-from fxopt.options import Options, Progress, resolve_backend, resolve_passes, resolve_pattern, resolve_target
+from fxopt.options import (
+    Options,
+    Progress,
+    cores_used,
+    resolve_backend,
+    resolve_passes,
+    resolve_pattern,
+    resolve_target,
+)
 
 if TYPE_CHECKING:
     from fxopt.backends.base import Backend, Executable
@@ -257,6 +265,7 @@ def _request(model: Model, example_inputs: Any, options: Options) -> tuple[Graph
     target = resolve_target(options.target, options.threads)
     backend = resolve_backend(options.backend, target, notes, options.of_backend)
     passes = resolve_passes(options.passes)
+    target = backend.target = cores_used(target, backend)
     graph = _load(model, example_inputs, options, backend, notes)
     fixed = shaped(graph, options.input_shapes)
     samples = samples_of(graph, example_inputs, replace(options, input_shapes=fixed or None), notes)
@@ -385,10 +394,14 @@ def predict(
     threads: int | None = None,
 ) -> GraphPrediction:
     """Predicted time per node and in total, with an interval, on a target that need not be here."""
+    from fxopt.catalog import entries, find_backend
     from fxopt.cost_model.roofline import predict_graph
     from fxopt.inputs import bind_sizes
 
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     if input_shapes:
         bind_sizes(graph, None, sizes_of(graph, input_shapes))
-    return predict_graph(graph, resolve_target(target, threads))
+    found = resolve_target(target, threads)
+    if found.backend in entries("backend"):
+        found = cores_used(found, find_backend(found.backend))
+    return predict_graph(graph, found)

@@ -17,6 +17,7 @@ from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.marks import has_marks
 from fxopt.ir.ops.sparse_linear_u8s8 import sparse_linear_u8s8
 from fxopt.own_kernels import with_own_kernels
+from fxopt.report import units
 from fxopt.report.report import Summary
 from fxopt.request import Lossy, Outcome, Sample
 from fxopt.rewriting import applied
@@ -50,7 +51,7 @@ class Decision:
         why = f"predicted {gain:.2f}x on {request.target.name}"
         pays = gain >= 1.0
         if request.objective == "size":
-            why = f"{why}, {after.size_bytes} bytes of constants instead of {before.size_bytes}"
+            why = f"{why}, {units.size(after.size_bytes)} of constants instead of {units.size(before.size_bytes)}"
             pays = after.size_bytes < before.size_bytes
         if not pays and not request.force:
             gone = None if lossy is None else self._all_of(lossy, lossy.plan.chosen)

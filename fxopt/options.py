@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,13 @@ def resolve_backend(
     backend.target = target
     backend.require()
     return backend
+
+
+def cores_used(target: Target, backend: type[Backend] | Backend) -> Target:
+    """The target with the cores that the backend uses there."""
+    if target.is_host or not 0 < backend.cores < target.cores:
+        return target
+    return replace(target, cores=backend.cores)
 
 
 def resolve_passes(passes: Sequence[Any] | None) -> list[Any] | None:

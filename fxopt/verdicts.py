@@ -40,7 +40,7 @@ def record(ledger: Ledger, chosen: Plan, prices: Mapping[Candidate, Price]) -> N
 
 
 def _gains(price: Price) -> str:
-    times = f"predicted {price.before.seconds * 1e6:.3g} -> {price.after.seconds * 1e6:.3g} us"
+    times = f"predicted {units.seconds(price.before.seconds)} -> {units.seconds(price.after.seconds)}"
     times = f"{price.detail}; {times}" if price.detail else times
     return times if price.gain > 0 else f"saves {units.size(price.saved_bytes)}; {times}"
 

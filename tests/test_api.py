@@ -641,3 +641,25 @@ def test_names_of_dimensions_from_outside() -> None:
         old_model(20), calibration="random", input_shapes={"x": (5, 64)}, passes=["remove-identities"]
     )
     assert sized.graph.inputs[0].shape == ("n", 64) and sized.graph.sizes["n"] == 5
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 16)], "input_shapes is a list; expected shapes by input"),
+        ({"x": "1,16"}, "input_shapes: 'x' has '1,16'; expected a tuple"),
+        ({"x": (0, 16)}, "input_shapes: 'x' has a size of 0; expected 1 or more"),
+        ({"x": (1 << 62, 16)}, "input_shapes: 'x' has 73786976294838206464 elements; expected at most"),
+    ],
+)
+def test_input_shapes_that_are_none(shapes: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        fxopt.optimize(mlp(), input_shapes=shapes)
+
+
+def test_one_dimension_has_one_size() -> None:
+    two = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[n, 8] a, float[n, 8] b) => (float[n, 8] y) { y = Add (a, b) }'
+    )
+    with pytest.raises(InvalidInput, match="--input-shape b: dimension 'n' of the model is 2 by another shape, not 3"):
+        fxopt.predict(two, input_shapes={"a": (2, 8), "b": (3, 8)})

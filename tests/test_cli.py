@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from fxopt.cli.options import budget_from, shapes_from
 from fxopt.cli.progress import ProgressReporter
@@ -292,3 +293,82 @@ def test_a_state_that_was_not_used_is_said(cli: Cli, model_file: Path, work: Pat
     assert ran.code == 0 and "nothing was calibrated" in ran.out and "state.bin" in ran.out
     ran = cli(model_file, "--resume", work / "state.bin", "--guard-seconds", "0.2", "--calibration", "random")
     assert ran.code == 0 and "nothing was calibrated" not in ran.out
+
+
+HOSTILE = "mm[/b]\x1b[31m\n\u202e<script>"
+SHOWN = r"mm[/b]\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("inspect",), 0),
+        (("explain", "--calibration", "random"), 0),
+        (("optimize", "--dry-run", "--calibration", "random"), 0),
+        (("convert", "-o", "OUT", "--opset", "21"), 0),
+        (("convert", "-o", "OUT", "--input-shape", "z:1"), 2),
+    ],
+)
+def test_names_cannot_steer_the_terminal(arguments: tuple[str, ...], code: int, work: Path, cli: Cli) -> None:
+    """Escapes and marks of direction in a model's names are shown as in Python."""
+    made = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 11]> g (float[n, 8] x) => (float[n, 8] y) <float[8, 8] w = {0}>'
+        " { m = MatMul (x, w) y = Softmax <axis = 0> (m) }"
+    )
+    made.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((8, 8), np.float32), "w"))
+    for node in made.graph.node:
+        node.name = f"{node.op_type}{HOSTILE}"
+    made.graph.node[0].input[0] = made.graph.input[0].name = HOSTILE
+    path = work / "hostile.onnx"
+    onnx.save(made, path)
+    command, *rest = [str(work / "out.onnx") if word == "OUT" else word for word in arguments]
+    ran = cli(command, path, *rest)
+    assert ran.code == code, ran.text
+    assert SHOWN in "".join(line.strip() for line in ran.text.splitlines()).replace(" ", "")
+    assert not set(ran.text) & {"\x1b", "\u202e"}
+
+
+def test_inspect_says_what_does_not_fit(work: Path, cli: Cli) -> None:
+    made = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18, "acme" : 1]> g (float[2, 3] x, float[4, 5] w) => (float[2, 5] y)'
+        " { m = MatMul (x, w) y = acme.Magic (m) }"
+    )
+    made.graph.node[0].name = "first"
+    path = work / "wrong.onnx"
+    onnx.save(made, path)
+    ran = cli("inspect", path, "--json", work / "said.json")
+    assert ran.code == 0, ran.text
+    assert "note: node 'first' does not take its inputs: " in ran.text
+    assert "note: operators of domains that fxopt does not know are kept as they are: acme.Magic" in ran.text
+    assert "note: types do not agree, as ONNX infers them: (op_type:MatMul, node name: first)" in ran.text
+    notes = json.loads((work / "said.json").read_text())["notes"]
+    assert len(notes) == 3
+    ran = cli("convert", path, "-o", work / "newer.onnx", "--opset", "19", "--json", work / "said.json")
+    assert ran.code == 0 and "every operator stays what it is" in ran.text
+    assert json.loads((work / "said.json").read_text())["notes"] == notes[:2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "--input-shape", "x:4611686018427387904,16"), "expected at most 35184372088832, more than memory"),
+        (("convert", "-o", "OUT", "--input-shape", "x:99999999999999999999,16"), "elements; expected at most"),
+        (("optimize", "--calibration", "random", "--input-shape", "x:400000000000,16"), "error: out of memory: "),
+    ],
+)
+def test_absurd_sizes(arguments: tuple[str, ...], message: str, model_file: Path, work: Path, cli: Cli) -> None:
+    command, *rest = [str(work / "out.onnx") if word == "OUT" else word for word in arguments]
+    ran = cli(command, model_file, *rest)
+    assert ran.code == 2 and message in ran.err and "internal" not in ran.err, ran.text
+
+
+def test_a_model_that_does_not_run(work: Path, cli: Cli) -> None:
+    """Sizes that only a run finds wrong, here in every run, are no internal error."""
+    made = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[n, 8] x) => (float[a, b] y) '
+        "<int64[2] s = {3, 7}> { y = Reshape (x, s) }"
+    )
+    path = work / "wrong.onnx"
+    onnx.save(made, path)
+    ran = cli("optimize", path, "--calibration", "random", "--guard-seconds", "0.1")
+    assert ran.code == 2 and "error: the model does not run on the calibration data: RuntimeError: shape" in ran.err

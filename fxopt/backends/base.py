@@ -68,6 +68,7 @@ class Backend(ABC):
 
     needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
     extra: ClassVar[str] = ""  # the extra of the package that installs them
+    cores: ClassVar[int] = 0  # of a target that is not here, used at most; 0: all
     is_compiler: ClassVar[bool] = False  # what comes out is code for the target, also where no pass changed anything
     options: ClassVar[tuple[str, ...]] = ()  # what `name{option=value}` may set, keywords of the class
     target: Target | None = None  # what it is asked about, where it is known

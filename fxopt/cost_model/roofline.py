@@ -102,12 +102,16 @@ def predict(cost: Cost, target: Target, cold_bytes: float = 0.0) -> Prediction:
 
 
 def without_zeros(cost: Cost, target: Target) -> Cost:
-    """The work as the target's kernel for these zeros does it: smaller by its speed-up; the same without one."""
+    """The work as the target's best kernel for these zeros does it: smaller by its speed-up; the same without one."""
     zeros = cost.zeros
-    kernel = None if zeros is None else target.sparse_kernel(zeros.pattern, cost.dtype, zeros.rows)
-    if zeros is None or kernel is None:
+    if zeros is None:
         return cost
-    left = 1 - zeros.part + zeros.part / kernel.speedup(zeros.share)
+    best = 1.0
+    for pattern, share in zeros.shares:
+        kernel = target.sparse_kernel(pattern, cost.dtype, zeros.rows, family(cost.kind))
+        if kernel is not None and (zeros.custom_ops or not kernel.custom_ops):
+            best = max(best, kernel.speedup(share))
+    left = 1 - zeros.part + zeros.part / best
     return replace(cost, flops=cost.flops * left, bytes=cost.bytes * left, macs=cost.multiply_adds)
 
 

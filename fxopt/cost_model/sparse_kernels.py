@@ -1,6 +1,6 @@
 """Kernels that skip zeros of weights: for which patterns, and how much faster than dense ones they are.
 
-The one place of these figures; targets list the kernels that run on them.
+Targets list the kernels that run on them. Those of compiled code are in `sparse_rates`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,6 @@ _MEASURED = "benchmarks/sparse_int8.py on one thread of an AMD EPYC, Zen 5"
 OWN_INT8 = tuple(
     SparseKernel(pattern, "int8", _SPEEDUPS, least_rows=64, custom_ops=True, source=_MEASURED)
     for pattern in ("4x1", "8x1", "16x1")
-)
-
-# Blocks of 8 outputs in floats on 128-bit vectors: the lesser of two shapes of at least 128 rows, and one row.
-_BSR = "benchmarks/tvm_kernels.py, WebAssembly in wasmtime"
-BLOCKS_128 = (
-    SparseKernel("8x1", "float32", ((0.7, 1.35), (0.8, 1.53), (0.9, 1.62)), source=_BSR),
-    SparseKernel("8x1", "float32", ((0.7, 2.65), (0.8, 3.72), (0.9, 5.5)), least_rows=128, source=_BSR),
 )
 
 # Published: 1.38 for 3072 rows, 10240 inputs and 3072 outputs in float16 (PyTorch's tutorial on 2:4 sparsity, CUTLASS).

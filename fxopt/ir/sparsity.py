@@ -140,6 +140,26 @@ class Pattern:
         )
 
 
+_BLOCKS = (4, 8, 16)  # outputs
+_SOME, _FEW = 64, 0.1  # outputs that are looked at first; less than this share of zero blocks of four is nothing
+
+
+def block_shares(weight: Tensor) -> tuple[tuple[str, float], ...]:
+    """The shares of zero blocks of a weight [out, in], by their patterns; none where there are few or no blocks.
+
+    Outputs that do not fill a block are left out.
+    """
+    blocks = [Pattern(size) for size in _BLOCKS if len(weight) >= size]
+    if not blocks or not weight.shape[1] or _share(weight[:_SOME], blocks[0]) < _FEW:
+        return ()
+    found = ((str(pattern), _share(weight, pattern)) for pattern in blocks)
+    return tuple((text, share) for text, share in found if share >= _FEW)
+
+
+def _share(weight: Tensor, pattern: Pattern) -> float:
+    return pattern.zeros(weight[: len(weight) // pattern.outputs * pattern.outputs])
+
+
 def _groups(values: Tensor, axis: int, size: int) -> Tensor:
     """The values [rows, columns] with one axis cut into groups of `size`."""
     rows, columns = values.shape

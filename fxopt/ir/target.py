@@ -20,6 +20,8 @@ class SparseKernel:
         least_rows: the fewest rows of x for which that holds.
         custom_ops: it is one of our own, in a library beside the file: used where it is asked for.
         source: of the figures.
+        kind: of the operator, "linear" or "conv" (of one group); "": of both.
+        offered: such zeros are put in; else the kernel is for weights that have them.
     """
 
     pattern: str
@@ -28,6 +30,12 @@ class SparseKernel:
     least_rows: int = 1
     custom_ops: bool = False
     source: str = ""
+    kind: str = ""
+    offered: bool = True
+
+    def fits(self, kind: str) -> bool:
+        """Whether it is one of this kind of operator."""
+        return self.kind in ("", kind)
 
     def speedup(self, zeros: float) -> float:
         """How many times as fast as the dense kernel: that of the nearest smaller share which is listed, else 1."""
@@ -67,24 +75,24 @@ class Target:
     cpu: str = ""  # the processor as LLVM names it, where the target is one ("cortex-a53")
     is_host: bool = False  # the machine this process runs on
 
-    def sparse_kernel(self, pattern: str, dtype: str, rows: int) -> SparseKernel | None:
+    def sparse_kernel(self, pattern: str, dtype: str, rows: int, kind: str = "linear") -> SparseKernel | None:
         """The kernel for a weight of this type with zeros of this pattern, multiplied with so many rows."""
         fitting = [
             kernel
             for kernel in self.sparse_kernels
-            if (kernel.pattern, kernel.dtype) == (pattern, dtype) and kernel.least_rows <= rows
+            if (kernel.pattern, kernel.dtype) == (pattern, dtype) and kernel.fits(kind) and kernel.least_rows <= rows
         ]
         return max(fitting, key=lambda kernel: kernel.least_rows, default=None)
 
 
 @dataclass(frozen=True)
 class Zeros:
-    """Zeros of a weight that a kernel may skip: their pattern, their share, and how many rows it is multiplied with."""
+    """Zeros of a weight that a kernel may skip: their share by each pattern, and the rows it is multiplied with."""
 
-    pattern: str
-    share: float
+    shares: tuple[tuple[str, float], ...]
     rows: int
     part: float = 1.0  # of the work, that is done with this weight
+    custom_ops: bool = False  # kernels of our own may be used
 
 
 @dataclass(frozen=True)

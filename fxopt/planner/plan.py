@@ -186,9 +186,7 @@ def _left_out(error: float, total: float, budget: float | None, other: Candidate
 def _does_not_pay(price: Price, objective: str) -> Refusal:
     if objective != "latency":
         return Refusal("saves no bytes")
-    return Refusal(
-        "does not pay: predicted {:.3g} us, now {:.3g} us ({}-bound)",
-        price.after.seconds * 1e6,
-        price.before.seconds * 1e6,
-        price.before.bound,
-    )
+    unit, per_second = ("ms", 1e3) if price.before.seconds >= 1e-3 else ("us", 1e6)
+    after, before = price.after.seconds * per_second, price.before.seconds * per_second
+    text = f"does not pay: predicted {{:.3g}} {unit}, now {{:.3g}} {unit} ({{}}-bound)"
+    return Refusal(text, after, before, price.before.bound)

@@ -13,10 +13,13 @@ from fxopt.backends.tvm.buckets import Buckets, checked_buckets, combinations, d
 from fxopt.backends.tvm.machine import KNOWN, Machine, machine_for, machines_for
 from fxopt.errors import Unsupported, unknown
 from fxopt.ir.graph import Graph, label, provenance
+from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.sparsity import Pattern
-from fxopt.ir.target import Target
+from fxopt.ir.target import Cost, Prediction, Target
 
 PLACES = ("embedded", "external")  # of weights: in the library, or in a file beside it
+
+_ATTENTION = ("scaled_dot_product_attention", "Attention")  # one kernel; the ONNX operator is lowered to torch's
 
 
 class Tvm(Backend):
@@ -30,6 +33,7 @@ class Tvm(Backend):
 
     needs = ("tvm", "ziglang", "wasmtime")
     extra = "tvm"
+    cores = 1
     is_compiler = True
     options = ("buckets", "weights", "features")
 
@@ -81,10 +85,20 @@ class Tvm(Backend):
         return refusal(node)
 
     def supports(self, op: str, dtype: str, pattern: str = "") -> str:
-        """The fxopt operators that have a kernel; sparsity needs none, for weights are looked at."""
+        """The operators that have a kernel; sparsity needs none, for weights are looked at."""
         from fxopt.backends.tvm.rules import RULES
 
+        if op in _ATTENTION:
+            return "" if dtype == "float32" else f"the tvm backend's kernel of attention takes float32, not {dtype}"
+        if op == "linear_nbits" and "activations=int8" in pattern:
+            return "codes of few bits are multiplied as floats; rounding the input gains nothing: use activations=float"
         return "" if op in RULES else f"operator {op} has no kernel in the tvm backend"
+
+    def predicted(self, cost: Cost, target: Target) -> Prediction | None:
+        """Of linears whose weights are decoded."""
+        from fxopt.backends.tvm.prices import predicted
+
+        return predicted(cost, target)
 
     def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
         """Blocks of at least a vector of outputs, in floats."""
@@ -124,8 +138,7 @@ class Tvm(Backend):
         made = [source_at(graph, guessed_sizes(graph), name, name)] if open_ else sources(graph, self.buckets, name)
         found = [settled(source, runner) for source in made]
         made, reasons = [source for source, _ in found], found[0][1]
-        named = label if graph.origin == "torch" else _onnx_name
-        refused = {named(node): reason for node, reason in reasons.items()}
+        refused = _by_name(graph, reasons)
         if not refused:
             embedded = self.weights == "embedded"
             package = Package(name, {name: graph.copy()}, made, target, machines, runner, embedded=embedded)
@@ -137,9 +150,24 @@ class Tvm(Backend):
         return MixedExecutable(made[0], target, runner, lambda node: reasons.get(node, ""))
 
 
-def _onnx_name(node: fx.Node) -> str:
-    """Of the ONNX node that a lowered one comes from."""
-    return provenance(node)[0]
+def _by_name(graph: Graph, reasons: Mapping[fx.Node, str]) -> dict[str, str]:
+    """The first reason of each operator of the model; ONNX operators with the attributes that they were lowered by."""
+    if graph.origin == "torch":
+        return {label(node): reason for node, reason in reasons.items()}
+    nodes = {label(node): node for node in graph.calls()}
+    found: dict[str, str] = {}
+    for lowered, reason in reasons.items():
+        name = provenance(lowered)[0]
+        found.setdefault(f"{name}{_attributes(nodes.get(name))}", reason)
+    return found
+
+
+def _attributes(node: fx.Node | None) -> str:
+    """ " (Attention, softcap=2.0)"."""
+    if node is None or not isinstance(node.target, OnnxOp):
+        return ""
+    simple = [f"{key}={value!r}" for key, value in node.kwargs.items() if isinstance(value, (int, float, str))]
+    return f" ({', '.join([node.target.op_type, *(item for item in simple if not item.startswith('_'))])})"
 
 
 def _host_machine() -> Machine:

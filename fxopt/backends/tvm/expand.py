@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 from fxopt.backends.tvm.machine import Machine
 from fxopt.backends.tvm.source import Source
 from fxopt.backends.tvm.trial import refusals
+from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, provenance
+from fxopt.ir.lower.quiet import quiet
 
 _ROUNDS = 4  # decompositions may give operators that have one
 
@@ -34,23 +36,32 @@ def settled(source: Source, machine: Machine) -> tuple[Source, dict[fx.Node, str
     """
     for _ in range(_ROUNDS):
         reasons, metas = refusals(source, machine)
-        graph = _decomposed(source.graph, reasons, metas) if reasons else None
+        if not reasons:
+            return source, {}
+        graph, failures = _decomposed(source.graph, reasons, metas)
         if graph is None:
-            return source, reasons
+            return source, {node: f"{reason}{failures.get(node, '')}" for node, reason in reasons.items()}
         source = replace(source, graph=graph)
     return source, refusals(source, machine)[0]
 
 
-def _decomposed(graph: Graph, nodes: Iterable[fx.Node], metas: Mapping[fx.Node, Any]) -> Graph | None:
-    """The graph with some nodes decomposed; None when torch can decompose none of them."""
+def _decomposed(
+    graph: Graph, nodes: Iterable[fx.Node], metas: Mapping[fx.Node, Any]
+) -> tuple[Graph | None, dict[fx.Node, str]]:
+    """The graph with some nodes decomposed, None when torch can decompose none of them; and where torch failed."""
     found = graph.copy()
     copies = dict(zip(graph.nodes, found.nodes, strict=True))
     values = {copy: metas.get(node) for node, copy in copies.items()}
-    changed = [_replaced(found, copies[node], values) for node in nodes]
-    if not any(changed):
-        return None
+    changed, failures = False, {}
+    for node in nodes:
+        try:
+            changed |= _replaced(found, copies[node], values)
+        except Unsupported as error:
+            failures[node] = f"; {error}"
+    if not changed:
+        return None, failures
     found.prune()
-    return found
+    return found, failures
 
 
 # What torch counts as core, and has a decomposition for all the same.
@@ -132,7 +143,11 @@ def _shares(length: int, out: int) -> Tensor:
 
 
 def _replaced(graph: Graph, node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
-    """Whether the node was decomposed; its users then take the results of what replaces it."""
+    """Whether the node was decomposed; its users then take the results of what replaces it.
+
+    Raises:
+        Unsupported: torch fails in its own decomposition.
+    """
     flat, structure = pytree.tree_flatten((node.args, node.kwargs))
     operands = [item for item in flat if isinstance(item, fx.Node)]
     tensors = list(dict.fromkeys(item for item in operands if isinstance(values.get(item), torch.Tensor)))
@@ -144,21 +159,29 @@ def _replaced(graph: Graph, node: fx.Node, values: Mapping[fx.Node, Any]) -> boo
     def call(*given: torch.Tensor) -> Any:
         known = {**values, **dict(zip(tensors, given, strict=True))}
         whole = [known[item] if isinstance(item, fx.Node) else item for item in flat]
-        args, kwargs = pytree.tree_unflatten(whole, structure)
+        args, kwargs = _mutable(pytree.tree_unflatten(whole, structure))
         return target(*args, **kwargs)
 
     examples = [torch.empty_like(values[item], device="cpu") for item in tensors]
     try:
         # oneDNN's operators for recurrent layers have no decompositions
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        with torch.no_grad(), quiet(), torch.backends.mkldnn.flags(enabled=False):
             pure = torch.func.functionalize(call)
             traced = make_fx(pure, decomposition_table=_table(), tracing_mode="fake")(*examples)
-    except Exception:  # whatever torch raises: the operator stays, and is refused by name
-        return False
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Unsupported(f"torch cannot decompose it: {why}") from error
     if any(item.target is node.target for item in traced.graph.nodes):
         return False
     _inline(graph, node, traced, tensors)
     return True
+
+
+def _mutable(item: Any) -> Any:
+    """fx keeps arguments in lists that some decompositions cannot change."""
+    if isinstance(item, (list, tuple)):
+        return (list if isinstance(item, list) else tuple)(map(_mutable, item))
+    return {key: _mutable(value) for key, value in item.items()} if isinstance(item, dict) else item
 
 
 def _inline(graph: Graph, node: fx.Node, traced: fx.GraphModule, operands: list[fx.Node]) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from fxopt.backends.tvm.codes import Coded, Format, Levels
 from fxopt.backends.tvm.kernels.pointwise import Operand, Tree, pointwise
 from fxopt.backends.tvm.program import Program
-from fxopt.backends.tvm.values import DTYPES, Slot, Value, row_major
+from fxopt.backends.tvm.values import DTYPES, TYPES, Slot, Value, row_major
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import constant_value
@@ -329,9 +329,8 @@ def dtype_of(tensor: torch.Tensor, node: Any) -> str:
         Unsupported: kernels do not have the type.
     """
     if tensor.dtype not in DTYPES:
-        names = ", ".join(str(item).removeprefix("torch.") for item in DTYPES)
         name = label(node) if isinstance(node, fx.Node) else str(node)
-        raise Unsupported(f"node {name!r} is {tensor.dtype}; the kernels take {names}")
+        raise Unsupported(f"node {name!r} is {tensor.dtype}; the kernels take {TYPES}")
     return DTYPES[tensor.dtype]
 
 

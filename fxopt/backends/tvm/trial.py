@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Container, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fxopt.backends.tvm.machine import Machine
 from fxopt.backends.tvm.program import Program
 from fxopt.backends.tvm.rules import RULES
 from fxopt.backends.tvm.source import Source
-from fxopt.backends.tvm.values import DTYPES, Slot
+from fxopt.backends.tvm.values import DTYPES, TYPES, Slot
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph, ValueSpec, hint, label
 
@@ -52,11 +52,20 @@ def refusals(source: Source, machine: Machine) -> tuple[dict[fx.Node, str], dict
         if node.op != "call_function" or node in lowering.known or not any(True for _ in tensors(meta)):
             continue
         try:
+            _check_types(node, found, lowering.metas)
             lowering.lower(node)
         except Unsupported as error:
             found[node] = str(error).removeprefix(f"node {label(node)!r}: ")
             lowering.values[node] = _stand_in(lowering, meta)
     return found, lowering.metas
+
+
+def _check_types(node: fx.Node, refused: Container[fx.Node], metas: Mapping[fx.Node, Any]) -> None:
+    """What stands in for a refused operand has another type than the operand where no kernel has that type."""
+    for used in node.all_input_nodes:
+        for tensor in tensors(metas[used]) if used in refused else ():
+            if tensor.dtype not in DTYPES:
+                raise Unsupported(f"{node.target}: takes {tensor.dtype}; the kernels have {TYPES}")
 
 
 def _stand_in(lowering: Lowering, meta: Any) -> Any:

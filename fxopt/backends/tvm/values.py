@@ -12,6 +12,7 @@ Place = Literal["arena", "input", "output", "constant"]
 
 # torch's element types -> TVM's; truth values are bytes that are 0 or 1.
 DTYPES = {torch.float32: "float32", torch.int64: "int64", torch.int32: "int32", torch.bool: "uint8"}
+TYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)  # as messages name them
 BYTES = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "byte": 1}
 
 

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from fxopt.backends.tvm.compile import Build
 from fxopt.backends.tvm.entry import Entry
+from fxopt.backends.tvm.lowering import bound
 from fxopt.backends.tvm.qemu import EMULATOR, missing, run_entry
 from fxopt.backends.tvm.runners import runner_of
 from fxopt.backends.tvm.source import Source
 from fxopt.errors import OutputError, VerificationError
 from fxopt.ir.graph import Graph, set_attribute
+from fxopt.ir.ops.linear_nbits import linear_nbits
 from fxopt.ir.verify import synthetic_sample
 
 if TYPE_CHECKING:
@@ -111,11 +114,17 @@ def _fitted(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _limit(graph: Graph, sample: Sample, outputs: Sequence[Any]) -> float:
     """Of the relative error; where values are rounded to levels, deep models enlarge the error of a last digit."""
-    names = " ".join(str(node.target).lower() for node in graph.calls())
-    if not any(word in names for word in ("quantize", "a8", "u8", "integer", "qlinear")):
+    if not any(map(_rounds, graph.calls())):
         return _ROUNDING
     errors = (_relative(a, b) for a, b in zip(_shaken(graph).run(list(sample)), outputs, strict=True))
     return max(_ROUNDING_OF_CODES, _TIMES * max((error for error in errors if error < 1.0), default=0.0))
+
+
+def _rounds(node: fx.Node) -> bool:
+    """Whether an operator rounds values to levels."""
+    if node.target is linear_nbits.target:
+        return int(bound(node)["activation_bits"]) == 8
+    return any(word in str(node.target).lower() for word in ("quantize", "a8", "u8", "integer", "qlinear"))
 
 
 def _shaken(graph: Graph) -> Graph:

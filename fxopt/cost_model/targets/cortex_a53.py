@@ -1,6 +1,6 @@
 """Arm Cortex-A53, four cores in order at 1.4 GHz (Raspberry Pi 3, many phones): no 8-bit dot product."""
 
-from fxopt.cost_model.sparse_kernels import BLOCKS_128
+from fxopt.cost_model.sparse_rates import measured_kernels
 from fxopt.ir.target import Target
 
 TARGET = Target(
@@ -26,7 +26,7 @@ TARGET = Target(
     cores=4,
     cpu="cortex-a53",
     features=frozenset({"neon"}),
-    sparse_kernels=BLOCKS_128,  # by assumption: vectors of the same width
+    sparse_kernels=measured_kernels("cortex-a53"),
     efficiency={
         "linear": 0.65,
         "linear.int8": 0.34,

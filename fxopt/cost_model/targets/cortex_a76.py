@@ -1,6 +1,6 @@
 """Arm Cortex-A76 at 2.4 GHz, one core: with the 8-bit dot product."""
 
-from fxopt.cost_model.sparse_kernels import BLOCKS_128
+from fxopt.cost_model.sparse_rates import measured_kernels
 from fxopt.ir.target import Target
 
 TARGET = Target(
@@ -24,7 +24,7 @@ TARGET = Target(
     launch_seconds=0.1e-6,
     cpu="cortex-a76",
     features=frozenset({"neon", "dotprod"}),
-    sparse_kernels=BLOCKS_128,  # by assumption: vectors of the same width
+    sparse_kernels=measured_kernels("cortex-a76"),
     efficiency={
         "linear": 0.67,
         "linear.int8": 0.92,

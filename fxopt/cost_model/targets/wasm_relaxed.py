@@ -5,11 +5,13 @@ On by default from Node 22 on and in wasmtime; not in every browser, so results 
 
 import dataclasses
 
+from fxopt.cost_model.sparse_rates import measured_kernels
 from fxopt.cost_model.targets.wasm_simd import TARGET as WASM
 
 TARGET = dataclasses.replace(
     WASM,
     name="wasm-relaxed",
+    sparse_kernels=measured_kernels("wasm-relaxed"),
     source=(
         "as wasm-simd, with the WebAssembly relaxed SIMD proposal's i32x4.relaxed_dot_i8x16_i7x16_add_s at four times "
         "the rate of floats; no gain in float32 is assumed"

@@ -1,6 +1,6 @@
 """WebAssembly with 128-bit SIMD (simd128), one thread: what every current browser, Node and wasmtime run."""
 
-from fxopt.cost_model.sparse_kernels import BLOCKS_128
+from fxopt.cost_model.sparse_rates import measured_kernels
 from fxopt.ir.target import Target
 
 TARGET = Target(
@@ -24,7 +24,7 @@ TARGET = Target(
     cache_bandwidth=99e9,
     launch_seconds=0.0049e-6,
     features=frozenset({"simd128"}),
-    sparse_kernels=BLOCKS_128,
+    sparse_kernels=measured_kernels("wasm-simd"),
     efficiency={
         "linear": 0.8,
         "linear.int8": 0.75,

@@ -150,7 +150,7 @@ def _cost(x: Tensor, values: Tensor, mask: Tensor, columns: int, pattern: str, r
     share = 1 - values.shape[0] / blocks if blocks else 0.0
     moved = (rows * (columns + out) + out * columns) * x.itemsize
     dtype = str(x.dtype).removeprefix("torch.")
-    return Cost(2.0 * rows * out * columns, moved, dtype, kind, 1, None, Zeros(pattern, share, rows))
+    return Cost(2.0 * rows * out * columns, moved, dtype, kind, 1, None, Zeros(((pattern, share),), rows))
 
 
 def _product(sizes: Any) -> int:

@@ -43,7 +43,7 @@ class QuantizeLinear(LossyPass):
             otherwise, 2, 3 and 4 are for linears that wait for their weights (few rows at a time), and for small files.
         activations: with 8 bits "dynamic" (range found at run time), "static" (calibrated), "auto" (both are offered
             where both exist); weight-only: "int8" (each row and group rounded to 8 bits), "float", or "auto": what is
-            fast, "float" on CUDA targets and "int8" elsewhere.
+            fast, "float" on CUDA targets and in the tvm backend, "int8" elsewhere.
         group: inputs per scale of a weight-only form (of convolutions: of the flattened kernel); 0: one per output.
         symmetric: weight-only: no zero points.
         method: weight-only: "gptq", or "rtn" (round to nearest).

@@ -10,7 +10,8 @@ from torch import fx
 
 from fxopt.ir.graph import Graph, hint, label, shape_of
 from fxopt.ir.ledger import Refusal
-from fxopt.ir.target import Cost, conv_kind
+from fxopt.ir.sparsity import block_shares
+from fxopt.ir.target import Cost, Zeros, conv_kind
 from fxopt.ir.views.conv import Conv, conv
 from fxopt.ir.views.eight_bit import saturated, source, takers
 from fxopt.ir.views.linear import Linear
@@ -48,7 +49,7 @@ def result_of(graph: Graph, view: Linear | Conv) -> fx.Node:
 
 
 def float_cost(view: Linear | Conv, weight: torch.Tensor) -> Cost:
-    """Work of the float form: 2 operations per weight and position."""
+    """Work of the float form: 2 operations per weight and position, less where kernels skip the weight's zeros."""
     y = shape_of(view.node)
     x = shape_of(view.x)
     assert x is not None and y is not None
@@ -59,7 +60,17 @@ def float_cost(view: Linear | Conv, weight: torch.Tensor) -> Cost:
     moved = (_count(x) + weight.numel() + outputs) * itemsize
     extra = len(getattr(view, "inner", ()))
     kind = "linear" if isinstance(view, Linear) else conv_kind(weight.shape)
-    return Cost(2.0 * outputs * inner, moved, dtype, kind, 1 + extra)
+    return Cost(2.0 * outputs * inner, moved, dtype, kind, 1 + extra, zeros=zeros_of(view, weight))
+
+
+def zeros_of(view: Linear | Conv, weight: torch.Tensor) -> Zeros | None:
+    """The blocks of zeros that a kernel may skip, if there are any."""
+    shape = shape_of(view.node)
+    if shape is None or (isinstance(view, Conv) and view.groups > 1):
+        return None
+    shares = block_shares(weight.flatten(1))
+    rows = _count((*shape[:1], *shape[2:]) if isinstance(view, Conv) else shape[:-1])
+    return Zeros(shares, rows) if shares else None
 
 
 # Dequantising and reordering an element, and quantising it again, in operations of a narrow float convolution: from

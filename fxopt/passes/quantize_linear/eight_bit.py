@@ -8,7 +8,7 @@ Weights are symmetric per output channel, activations asymmetric per tensor: wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -174,6 +174,7 @@ class EightBit:
         reference = stats.cache["reference", candidate.node]
         after = operator.cost_of(value_of(view.x), *operands)
         before = float_cost(view, weight)
+        after = replace(after, zeros=before.zeros)  # codes have them, too
         if isinstance(view, Conv):
             before = with_conversions(graph, view, result_of(graph, view), before)
             result = conv_on_kept(graph, view, x, operands)

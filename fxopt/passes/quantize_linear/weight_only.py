@@ -35,17 +35,19 @@ class WeightOnly:
 
     def candidates(self, graph: Graph, ctx: Context) -> Iterator[Candidate]:
         """One candidate per linear."""
-        fast = "float" if ctx.target.kind == "cuda" else "int8"
-        kind = fast if self.activations == "auto" else self.activations
+        fast = ("float", "int8") if ctx.target.kind == "cuda" else ("int8", "float")
+        kinds = fast if self.activations == "auto" else (self.activations,)
         for view in linears(graph):
             if isinstance(view, tuple):
                 node, refusal = view
-                yield self._candidate(node, "", 0, kind, refusal)
+                yield self._candidate(node, "", 0, kinds[0], refusal)
                 continue
             out, columns = view.features(graph)
             group = self.group or columns
             name = f"linear_nbits {out}x{columns} {self.bits} bits"
-            yield self._candidate(view.node, name, group, kind, self._refusal(graph, ctx, view, group, kind))
+            refused = {kind: self._refusal(graph, ctx, view, group, kind) for kind in kinds}
+            kind = next((kind for kind in kinds if refused[kind] is None), kinds[0])
+            yield self._candidate(view.node, name, group, kind, refused[kind])
 
     def _candidate(self, node: fx.Node, group_name: str, group: int, kind: str, refusal: Refusal | None) -> Candidate:
         setting = Setting.of(

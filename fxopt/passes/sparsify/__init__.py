@@ -94,7 +94,7 @@ class Sparsify(LossyPass):
         weight = layer.weight(graph)
         dtype = str(weight.dtype).removeprefix("torch.")
         text = _ARMOR if self.pattern == AUTO and self.method == "armor" else self.pattern
-        patterns = patterns_for(ctx, weight) if text == AUTO else [Pattern.parse(text)]
+        patterns = patterns_for(ctx, layer, weight) if text == AUTO else [Pattern.parse(text)]
         if isinstance(patterns, Refusal):
             yield self._candidate(layer.node, patterns)
             return

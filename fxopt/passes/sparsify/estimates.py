@@ -60,8 +60,8 @@ def work_of(graph: Graph, layer: Layer, setting: Setting) -> tuple[Cost, Cost]:
     if kernel == "int8":  # what quantising gains is not a gain of zeros
         before = eight_bit_cost(value_of(layer.x), torch.empty_like(weight, dtype=torch.int8, device="meta"), "static")
     else:
-        before = float_cost(layer.view, layer.view.weight(graph))
-    zeros = Zeros(setting["pattern"], setting["sparsity"], layer.positions())
+        before = replace(float_cost(layer.view, layer.view.weight(graph)), zeros=None)
+    zeros = Zeros(((setting["pattern"], setting["sparsity"]),), layer.positions(), custom_ops=True)
     after = replace(before, zeros=zeros)
     more = _beside(setting)
     if more:

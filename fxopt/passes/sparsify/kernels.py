@@ -13,9 +13,10 @@ AUTO = "auto"
 _QUANTISES = "quantize-linear"
 
 
-def patterns_for(ctx: Context, weight: Tensor) -> list[Pattern] | Refusal:
+def patterns_for(ctx: Context, layer: Layer, weight: Tensor) -> list[Pattern] | Refusal:
     """The patterns that pay for a weight [out, in]; why there is none."""
-    known = dict.fromkeys(kernel.pattern for kernel in ctx.target.sparse_kernels)
+    kind = "conv" if layer.is_conv else "linear"
+    known = dict.fromkeys(each.pattern for each in ctx.target.sparse_kernels if each.fits(kind) and each.offered)
     found = [text for text in known if not isinstance(skipped_in(ctx, weight, text), Refusal)]
     if not found and ctx.objective != "latency":
         found = [UNSTRUCTURED]  # the smallest error for the bytes
@@ -63,11 +64,15 @@ def _hint(ctx: Context) -> str:
 
 def too_few_rows(ctx: Context, layer: Layer, pattern: str, dtype: str) -> Refusal | None:
     """Why the kernel is not known to be faster for so few rows, or is none of convolutions."""
-    rows = layer.positions()
-    kernels = [kernel for kernel in ctx.target.sparse_kernels if (kernel.pattern, kernel.dtype) == (pattern, dtype)]
+    rows, kind = layer.positions(), "conv" if layer.is_conv else "linear"
+    kernels = [
+        each
+        for each in ctx.target.sparse_kernels
+        if (each.pattern, each.dtype) == (pattern, dtype) and each.fits(kind)
+    ]
     if layer.is_conv and any(kernel.custom_ops for kernel in kernels):
         return Refusal("own kernels skip zeros of linears, not of convolutions")
-    if not kernels or ctx.target.sparse_kernel(pattern, dtype, rows) is not None:
+    if not kernels or ctx.target.sparse_kernel(pattern, dtype, rows, kind) is not None:
         return None
     first = min(kernels, key=lambda kernel: kernel.least_rows)
     return Refusal(

@@ -252,6 +252,8 @@ def test_attention(build: Builder, target: str, mask: Any, causal: bool, heads_l
         y = guarded(s.batch, s.queries, s.heads, s.value_width)
         values = randn(s.batch, 1, s.queries, s.keys)
         keep = (values > -1) | (np.arange(s.keys) == 0)
+        keep[:, :, -1] = False  # a query without any key
+        values[:, :, -1] = -np.inf
         given = {"": None, "float32": values, "bool": keep}[mask]
         arrays = [] if given is None else [given.astype(np.uint8) if mask == "bool" else given]
         operands = [lying(array, place) for array, place in zip((q, k, v), s.placed, strict=True)]

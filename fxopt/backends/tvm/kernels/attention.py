@@ -62,7 +62,7 @@ def attention(name: str, size: Attention, machine: Machine) -> Any:
     """`void NAME(q, k, v, [mask], scratch, y)`.
 
     A float mask is added to the scores; a bool one (as bytes) keeps the keys where it is true. A query without any key
-    gives NaN, as the definition does.
+    gives zeros, as in torch and in ONNX.
     """
     kernel = Kernel(name)
     q, k, v = (kernel.buffer(key, place.count) for key, place in zip("qkv", size.placed, strict=True))
@@ -124,13 +124,15 @@ class _Emitter:
         each(kernel, size.keys, each_pair, lambda at, n: self.scores(first, query, (b, head), at, n, count))
         shares = kernel.local(count)
         for i in range(count):
-            kernel.store(shares, i, float32(1.0) / self.exponentials(i * size.keys))
+            total = self.exponentials(i * size.keys)
+            none = tirx.EQ(total, float32(0.0))
+            kernel.store(shares, i, tirx.Select(none, float32(0.0), float32(1.0) / total))
         values = self.start(2, b, key_head)
         result = kernel.let(((b * size.queries + query) * size.heads + head) * size.value_width)
         each(kernel, size.value_width, each_pair, lambda at, n: self.weighted(result, values, at, n, count, shares))
 
     def exponentials(self, start: int) -> Expr:
-        """e**(score - largest) in the place of a row of scores; returns their sum.
+        """e**(score - largest) in the place of a row of scores; returns their sum, 0 when all are -inf.
 
         A NaN among the scores may get lost in the maximum; its exponential is NaN all the same.
         """
@@ -139,7 +141,8 @@ class _Emitter:
         def score(at: Expr, n: int) -> Expr:
             return kernel.let(kernel.load(scratch, at + start, n))
 
-        high = reduce_row(kernel, self.machine, keys, -math.inf, lambda a, b: tirx.Max(b, a), score)
+        lowest = -3.4028234663852886e38  # not -inf, from which subtracting it gives NaN
+        high = reduce_row(kernel, self.machine, keys, lowest, lambda a, b: tirx.Max(b, a), score)
 
         def exponential(at: Expr, n: int) -> Expr:
             value = exp_below_one(kernel, kernel.let(score(at, n) - spread(high, n)), n)

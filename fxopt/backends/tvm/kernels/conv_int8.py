@@ -74,10 +74,12 @@ def conv_int8(name: str, size: Conv, x: Levels, y: Levels, dot: Dot, machine: Ma
     x and y are stored as their levels say; w as `pack_conv_codes` gives; bias int32 (less zero * the sums of the codes)
     and scales float32 (of x and W over that of y) as `pack_per_output` gives.
     """
-    return _Writer(name, size, x, y, dot, machine).function()
+    return ConvWriter(name, size, x, y, dot, machine).function()
 
 
-class _Writer:
+class ConvWriter:
+    """The parts of the function; a block-sparse convolution has others."""
+
     def __init__(self, name: str, size: Conv, x: Levels, y: Levels, dot: Dot, machine: Machine) -> None:
         self.kernel, self.size, self.dot, self.machine = Kernel(name), size, dot, machine
         self.levels = y
@@ -85,23 +87,37 @@ class _Writer:
         self.panels, self.pixels = -(-self.per_group // machine.outputs), block_pixels(size, dot, machine)
         self.outside = tirx.IntImm(tvm_type(x.stored.dtype), x.zero - x.shift)
         kernel, kind = self.kernel, tvm_type(dot.x.dtype)
-        count = size.groups * self.panels * self.inner * machine.outputs
         self.x = kernel.buffer("x", size.batch * size.channels * size.height * size.width, kind)
-        given = kernel.buffer("w", count // 4, "int32") if dot.group == 4 else kernel.buffer("w", count, "int8")
+        given = self.declare_weights()
         self.bias = kernel.buffer("bias", size.groups * self.panels * machine.outputs, "int32")
         self.scales = kernel.buffer("scales", size.groups * self.panels * machine.outputs)
+        self.declare_spaces(given)
+        self.y = kernel.buffer(
+            "y", size.batch * size.outputs * size.out_height * size.out_width, tvm_type(y.stored.dtype)
+        )
+        self.prepare(given)
+
+    def declare_weights(self) -> Any:
+        """The parameters for W."""
+        count = self.size.groups * self.panels * self.inner * self.machine.outputs
+        return self.kernel.buffer("w", *((count // 4, "int32") if self.dot.group == 4 else (count, "int8")))
+
+    def declare_spaces(self, given: Any) -> None:
+        """The work spaces."""
+        size, dot = self.size, self.dot
         spaces = [
-            kernel.buffer(f"space{i}", space, tvm_type(dtype))
-            for i, (dtype, space) in enumerate(work_spaces(size, dot, machine))
+            self.kernel.buffer(f"space{i}", space, tvm_type(dtype))
+            for i, (dtype, space) in enumerate(work_spaces(size, dot, self.machine))
         ]
         self.packed = spaces.pop(0)
         self.rows = self.x if size.is_pointwise else spaces.pop(0)
         self.w = spaces.pop(0) if dot.group == 2 else given
         self.sums = spaces.pop(0) if dot.raised else None
-        self.y = kernel.buffer(
-            "y", size.batch * size.outputs * size.out_height * size.out_width, tvm_type(y.stored.dtype)
-        )
-        if dot.group == 2:
+
+    def prepare(self, given: Any) -> None:
+        """What is done once."""
+        kernel, count = self.kernel, self.size.groups * self.panels * self.inner * self.machine.outputs
+        if self.dot.group == 2:
             each(kernel, count // 2, 4, lambda at, n: kernel.store(self.w, at, self.widened(given, at, n), n))
 
     def widened(self, given: Any, at: Expr, n: int) -> Expr:
@@ -270,13 +286,16 @@ class _Writer:
                 for v, codes in zip(vectors, loaded, strict=True):
                     old = kernel.load(sums, o * wide + v, lanes)
                     kernel.store(sums, o * wide + v, multiply(dot, old, codes, weight, lanes), lanes)
-        distance = self.size.out_height * self.size.out_width
         for o in range(outputs):
             scale = kernel.let(kernel.load(self.scales, first + o))
             for v, n in tail(pixels, lanes):
-                total = cast(typed("float32", n), kernel.load(sums, o * wide + v, n)) * spread(scale, n)
-                to = place + (panel * machine.outputs + o) * distance + pixel + v
-                kernel.store(self.y, to, rounded(self.levels, kernel.let(total), n), n)
+                self.finish(kernel.load(sums, o * wide + v, n), scale, place, panel * machine.outputs + o, pixel + v, n)
+
+    def finish(self, sums: Expr, scale: Expr, place: Expr, output: Expr, pixel: Expr, n: int) -> None:
+        """n sums of an output as codes."""
+        total = self.kernel.let(cast(typed("float32", n), sums) * spread(scale, n))
+        to = place + output * (self.size.out_height * self.size.out_width) + pixel
+        self.kernel.store(self.y, to, rounded(self.levels, total, n), n)
 
 
-__all__ = ["block_pixels", "block_rows", "conv_int8", "pack_conv_codes", "pack_per_output", "work_spaces"]
+__all__ = ["ConvWriter", "block_pixels", "block_rows", "conv_int8", "pack_conv_codes", "pack_per_output", "work_spaces"]

@@ -1,4 +1,4 @@
-"""y = act((q - zero) @ C.T * scales + b [+ residual]): 8-bit codes of x and W, 32-bit sums, float32 results or codes.
+"""y = act((q - zero) @ C.T * scales + b): 8-bit codes of x and W, 32-bit sums, float32 results or codes.
 
 Rows are worked off in blocks that the second-level cache holds, in them panels of outputs, in them register tiles.
 `fxopt.backends.tvm.kernels.dot` has the instructions, and how codes are stored for them.
@@ -7,14 +7,11 @@ Rows are worked off in blocks that the second-level cache holds, in them panels 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from fxopt.backends.tvm.codes import Levels
-from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, float32, int32, reinterpret, spread, tail, typed
-from fxopt.backends.tvm.kernels.activations import Activation, apply
+from fxopt.backends.tvm.emit import Expr, Kernel, cast, each, int32, reinterpret, spread, tail, typed
 from fxopt.backends.tvm.kernels.dot import Dot, in_groups, load_weights, multiply, spread_group
-from fxopt.backends.tvm.kernels.quantize import rounded
+from fxopt.backends.tvm.kernels.results_int8 import Product, Results
 from fxopt.backends.tvm.library import tirx
 from fxopt.backends.tvm.machine import Machine
 from fxopt.backends.tvm.values import tvm_type
@@ -23,31 +20,9 @@ _LEAST_ROWS = 8  # from which a panel is widened ahead
 _BLOCK_BYTES = 192 * 1024  # codes of rows that stay in the second-level cache while all panels go past them
 
 
-@dataclass(frozen=True)
-class Product:
-    """x [rows, inner] times the codes of W.
-
-    Attributes:
-        ranged: the scale and zero point of x are found at run time: `scales` are then those of W alone, and `starts`
-            its column sums; else `scales` are those of the products, and `starts` the column sums times offset - zero.
-        residual: another float32 [rows, outputs] is added behind the activation.
-        levels: y is rounded to these; None: it is float32.
-        factors: before, y is multiplied with a factor per output.
-    """
-
-    rows: int
-    inner: int
-    outputs: int
-    activation: Activation = ""
-    ranged: bool = False
-    residual: bool = False
-    levels: Levels | None = None
-    factors: bool = False
-
-    @property
-    def block(self) -> int:
-        """Rows that are worked off together, at most."""
-        return max(8, _BLOCK_BYTES // max(2 * self.inner, 1) // 8 * 8)
+def block_rows(inner: int) -> int:
+    """Rows that are worked off together, at most."""
+    return max(8, _BLOCK_BYTES // max(2 * inner, 1) // 8 * 8)
 
 
 def work_space(size: Product, dot: Dot, machine: Machine) -> tuple[str, int]:
@@ -56,17 +31,16 @@ def work_space(size: Product, dot: Dot, machine: Machine) -> tuple[str, int]:
     WebAssembly engines keep an inner loop of 16-bit loads in registers, and one that widens bytes not always.
     """
     if dot.raised:
-        return "int32", min(size.rows, size.block)
+        return "int32", min(size.rows, block_rows(size.inner))
     if machine.family == "wasm" and size.rows >= _LEAST_ROWS:
         return "int16", in_groups(size.inner, dot) * machine.columns
     return "", 0
 
 
 def dense_int8(name: str, size: Product, dot: Dot, machine: Machine) -> Any:
-    """`void NAME(q, w, starts, scales, bias, [range], [residual], [factors], [work space], y)`.
+    """`void NAME(q, w, starts, scales, bias, [range], [factors], [work space], y)`.
 
-    q: [rows, inner in whole groups] as `dot.x` says; w as `pack_codes` gives; starts int32, scales, bias and factors
-    float32, all padded to whole panels; range float32 [2].
+    q: [rows, inner in whole groups] as `dot.x` says; w as `pack_codes` gives; the others: see `Results`.
     """
     return _Writer(name, size, dot, machine).function()
 
@@ -78,29 +52,19 @@ class _Writer:
         kernel, panels = self.kernel, -(-size.outputs // self.width)
         self.q = kernel.buffer("q", size.rows * self.groups * dot.group, tvm_type(dot.x.dtype))
         self.w = kernel.buffer("w", panels * self.groups * self.width * dot.group, dot.weights)
-        self.starts = kernel.buffer("starts", panels * self.width, "int32")
-        self.scales, self.bias = (kernel.buffer(key, panels * self.width) for key in ("scales", "bias"))
-        self.range = kernel.buffer("range", 2) if size.ranged else None
-        self.residual = kernel.buffer("residual", size.rows * size.outputs) if size.residual else None
-        self.factors = kernel.buffer("factors", panels * self.width) if size.factors else None
+        self.results = Results(kernel, size, dot, machine, self.width)
         kind, count = work_space(size, dot, machine)
         self.row_sums = kernel.buffer("row_sums", count, kind) if kind == "int32" else None
         self.wide = kernel.buffer("wide", count, kind) if kind == "int16" else None
-        kind = "float32" if size.levels is None else tvm_type(size.levels.stored.dtype)
-        self.y = kernel.buffer("y", size.rows * size.outputs, kind)
-        self.scale = self.raise_by = None
-        if self.range is not None:
-            self.scale = kernel.let(kernel.load(self.range, 0))
-            if dot.x.offset is not None:
-                self.raise_by = kernel.let(int32(dot.x.offset) - cast("int32", kernel.load(self.range, 1)))
+        self.results.declare_y()
 
     def function(self) -> Any:
         kernel, size = self.kernel, self.size
-        full, rest = divmod(size.rows, size.block)
+        full, rest = divmod(size.rows, block_rows(size.inner))
         with kernel.loop(full, "block") as index:
-            self.block(index * size.block, size.block)
+            self.block(index * block_rows(size.inner), block_rows(size.inner))
         if rest:
-            self.block(int32(full * size.block), rest)
+            self.block(int32(full * block_rows(size.inner)), rest)
         return kernel.function()
 
     def block(self, start: Expr, rows: int) -> None:
@@ -190,34 +154,14 @@ class _Writer:
         for r in range(count):
             for v, n in tail(columns, lanes):
                 total = cast(typed("float32", n), kernel.load(sums, r * width + v, n))
-                self.finish(kernel.let(total), panel * width + v, start + row + r, n)
+                self.results.finish(kernel.let(total), panel * width + v, start + row + r, n)
 
     def first(self, column: Expr, row: Expr) -> Expr:
         """What the sums of a row start from."""
-        kernel, lanes = self.kernel, self.machine.lanes
-        ranged_wide = self.size.ranged and self.raise_by is None
-        value = spread(int32(0), lanes) if ranged_wide else kernel.load(self.starts, column, lanes)
-        if self.raise_by is not None:
-            value = value * spread(self.raise_by, lanes)
+        value = self.results.first(column)
         if self.row_sums is not None:
-            value = value + spread(kernel.load(self.row_sums, row), lanes)
+            value = value + spread(self.kernel.load(self.row_sums, row), self.machine.lanes)
         return value
-
-    def finish(self, total: Expr, column: Expr, row: Expr, n: int) -> None:
-        """Scale, bias, activation, residual, rounding."""
-        kernel, size = self.kernel, self.size
-        scale = kernel.load(self.scales, column, n)
-        scale = scale if self.scale is None else scale * spread(self.scale, n)
-        value = kernel.let(total * scale + kernel.load(self.bias, column, n))
-        value = kernel.let(apply(kernel, size.activation, value, n))
-        at = row * size.outputs + column
-        if self.residual is not None:
-            value = value + kernel.load(self.residual, at, n)
-        if self.factors is not None:
-            value = value * kernel.load(self.factors, column, n)
-        if size.levels is not None:
-            value = rounded(size.levels, kernel.let(value / float32(size.levels.scale, n)), n)
-        kernel.store(self.y, at, value, n)
 
 
 __all__ = ["Product", "dense_int8", "work_space"]

@@ -70,14 +70,15 @@ def preferred(machine: Machine) -> Dot:
 def dot_for(machine: Machine, codes: Codes) -> Dot:
     """The fastest instruction that is exact for weights [out, in]."""
     found = preferred(machine)
-    if found.instruction == "vpmaddubsw" and not _pairs_fit(codes):
+    if found.instruction == "vpmaddubsw" and not pairs_fit(codes):
         return DOTS[_INSTEAD["vpmaddubsw"]]
     if found.instruction == "relaxed_dot" and codes.size and not -64 <= codes.min() <= codes.max() <= 63:
         return DOTS[_INSTEAD["relaxed_dot"]]
     return found
 
 
-def _pairs_fit(codes: Codes) -> bool:
+def pairs_fit(codes: Codes) -> bool:
+    """Whether `vpmaddubsw` sums neighbours [out, in] without saturating, whatever x is."""
     padded = np.pad(codes.astype(np.int32), ((0, 0), (0, codes.shape[1] % 2))).reshape(len(codes), -1, 2)
     sums = np.maximum(np.maximum(padded, 0).sum(-1), np.maximum(-padded, 0).sum(-1))
     return int(sums.max(initial=0)) * 255 < 1 << 15
@@ -156,5 +157,5 @@ def _two_products(x: Expr, w: Expr) -> Expr:
     return intrinsic("int32x4", "llvm.aarch64.neon.saddlp.v4i32.v8i16", halves[0] + halves[1])
 
 
-__all__ = ["DOTS", "Dot", "column_sums", "dot_for", "in_groups", "load_weights", "multiply", "pack_codes", "preferred",
-           "spread_group", "spread_weight"]  # fmt: skip
+__all__ = ["DOTS", "Dot", "column_sums", "dot_for", "in_groups", "load_weights", "multiply", "pack_codes", "pairs_fit",
+           "preferred", "spread_group", "spread_weight"]  # fmt: skip

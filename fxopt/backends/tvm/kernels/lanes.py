@@ -42,15 +42,23 @@ def transposed_words(kernel: Kernel, rows: Sequence[Expr], count: int) -> list[E
 
 
 def transposed_bytes(kernel: Kernel, rows: Sequence[Expr], size: int) -> list[Expr]:
-    """Sixteen vectors of `size` bytes: in every lane, byte j of result i is byte i of vector j.
+    """Sixteen vectors of `size` bytes: in every lane, byte j of result i is byte i of vector j."""
+    return transposed(kernel, rows, "uint8", size)
 
-    Four rounds of interleaving a vector with the one eight places behind it.
+
+def transposed(kernel: Kernel, rows: Sequence[Expr], dtype: str, count: int = 0) -> list[Expr]:
+    """As many vectors as a lane has elements: in every lane, element j of result i is element i of vector j.
+
+    Rounds of interleaving a vector with the one half of them behind it.
+
+    Args:
+        count: elements of a vector; 0: one lane.
     """
-    current = list(rows)
-    for _ in range(4):
+    current, half = list(rows), len(rows) // 2
+    for _ in range(half.bit_length()):
         current = [
-            interleaved(kernel, current[i], current[i + 8], "uint8", size, high=high)
-            for i in range(8)
+            interleaved(kernel, current[i], current[i + half], dtype, count or len(rows), high=high)
+            for i in range(half)
             for high in (False, True)
         ]
     return current
@@ -77,4 +85,5 @@ def _bits(dtype: str) -> int:
     return int(dtype.lstrip("uint"))
 
 
-__all__ = ["LANE", "as_elements", "exchanged_lanes", "interleaved", "transposed_bytes", "transposed_words"]
+__all__ = ["LANE", "as_elements", "exchanged_lanes", "interleaved", "transposed", "transposed_bytes",
+           "transposed_words"]  # fmt: skip

@@ -12,21 +12,44 @@ import torch
 from torch import fx
 
 from fxopt.backends.tvm.codes import Coded, Levels
+from fxopt.backends.tvm.kernels.bsr import pack_bsr
+from fxopt.backends.tvm.kernels.bsr_int8 import Blocks, pack_blocks
 from fxopt.backends.tvm.kernels.conv import Conv
+from fxopt.backends.tvm.kernels.conv_bsr_int8 import conv_bsr_int8, is_possible, packed_words, patch_space
 from fxopt.backends.tvm.kernels.conv_int8 import conv_int8, pack_conv_codes, pack_per_output, work_spaces
 from fxopt.backends.tvm.kernels.depthwise import depthwise, depthwise_scratch
-from fxopt.backends.tvm.kernels.dot import dot_for, preferred
+from fxopt.backends.tvm.kernels.dot import Dot, dot_for, preferred
 from fxopt.backends.tvm.kernels.gather import gather
 from fxopt.backends.tvm.kernels.pointwise import Tree
 from fxopt.backends.tvm.kernels.pool import pool
 from fxopt.backends.tvm.kernels.reduce import reduce
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule
-from fxopt.backends.tvm.rules.integers import constants, is_sparse, numbers
+from fxopt.backends.tvm.machine import Machine
+from fxopt.backends.tvm.rules.integers import constants, numbers
 from fxopt.backends.tvm.rules.spatial import convolved
 from fxopt.backends.tvm.values import Value
 from fxopt.errors import Unsupported
 
+# Density of blocks below which products in floats that skip the others beat all products of codes: these run at 1.8
+# times (pairs of codes) or 4 times (groups of four) the rate of floats (benchmarks/wasm.py, benchmarks/tvm_kernels.py).
+_EMPTY_ENOUGH = {2: 0.4, 4: 0.18}
+# Density below which a product of the blocks of codes that are kept is faster (benchmarks/sparse_rates.py).
+_WORTHWHILE = {"sdot": 0.6, "smull": 0.6, "relaxed_dot": 0.25, "dot_i16x8": 0.6}
 _MOST_TAPS = 500  # of a depthwise window: 500 * 255 * 127 < 2**24
+
+
+def _is_sparse(matrix: Any, width: int, dot: Dot) -> bool:
+    """Whether skipping the blocks of zeros, in floats, is faster than the machine's products of all codes."""
+    packed = pack_bsr(matrix.astype(np.float32), width)
+    return bool(len(packed.values)) and packed.density < _EMPTY_ENOUGH[dot.group]
+
+
+def _blocks(matrix: Any, size: Conv, dot: Dot, machine: Machine) -> Blocks | None:
+    """The weight's blocks, where a product of them alone is faster."""
+    if not is_possible(size, machine):
+        return None
+    found = pack_blocks(matrix, machine.outputs, dot)
+    return found if found.groups and found.density < _WORTHWHILE[dot.instruction] else None
 
 
 def levels_of(low: Lowering, call: Call, name: str) -> Levels:
@@ -77,7 +100,19 @@ def _general(
     matrix = codes.reshape(codes.shape[0], -1).numpy()
     dot = dot_for(machine, matrix)
     x, y = replace(levels[0], stored=dot.x), levels[1]
-    if size.groups == 1 and is_sparse(matrix, machine.outputs, dot):
+    results = [(_whole_bias(scales, x, bias) + (x.shift - x.zero) * matrix.astype(np.int64).sum(1)).astype(np.int32)]
+    results.append(_requantising(scales, x, y))
+    slots = [program.constant(pack_per_output(values, size.groups, machine.outputs)) for values in results]
+    blocks = _blocks(matrix, size, dot, machine)
+    if blocks is not None:
+        given = (packed_words(blocks, dot), blocks.inputs, blocks.firsts)
+        count = patch_space(size, dot, machine)
+        slots = [*(program.constant(item) for item in given), *slots]
+        slots += [program.slot(count, dot.x.dtype)] if count else []
+        sizes = (size, blocks.groups, x, y, dot)
+        program.call(conv_bsr_int8, sizes, low.codes(source, x).slot, *slots, made.slot)
+        return
+    if size.groups == 1 and _is_sparse(matrix, machine.outputs, dot):
         units = torch.from_numpy(_requantising(scales, x, y))  # the levels of y, as whole numbers
         weight = codes.float() * units.reshape(-1, *(1 for _ in codes.shape[1:]))
         floats = low.program.value(made.shape)
@@ -85,12 +120,7 @@ def _general(
         convolved(low, size, numbers(low, source, x), weight, shift, floats)
         low.emit(("encode", ("load", 0), replace(y, scale=1.0)), (floats,), made)
         return
-    sums = matrix.astype(np.int64).sum(1)
-    start = _whole_bias(scales, x, bias) + (x.shift - x.zero) * sums
-    given = [pack_conv_codes(codes.numpy(), size.groups, machine.outputs, dot)]
-    for values in (start.astype(np.int32), _requantising(scales, x, y)):
-        given.append(pack_per_output(values, size.groups, machine.outputs))
-    slots = [program.constant(item) for item in given]
+    slots.insert(0, program.constant(pack_conv_codes(codes.numpy(), size.groups, machine.outputs, dot)))
     slots += [program.slot(count, kind) for kind, count in work_spaces(size, dot, machine)]
     program.call(conv_int8, (size, x, y, dot), low.codes(source, x).slot, *slots, made.slot)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxopt.backends.tvm.codes import Coded, Levels
-from fxopt.backends.tvm.kernels.bsr import pack_bsr
+from fxopt.backends.tvm.kernels.bsr_int8 import Blocks, bsr_int8, panel_rows, sparse_form
 from fxopt.backends.tvm.kernels.dense import pack_bias
 from fxopt.backends.tvm.kernels.dense_int8 import Product, dense_int8, work_space
 from fxopt.backends.tvm.kernels.dot import Dot, column_sums, dot_for, in_groups, pack_codes, preferred
@@ -19,14 +19,10 @@ from fxopt.backends.tvm.kernels.panels import pack_bits
 from fxopt.backends.tvm.kernels.quantize import find_range, quantize_to_range, round_groups
 from fxopt.backends.tvm.lowering import Call, Lowering, Rule, operator_name
 from fxopt.backends.tvm.rules.arrange import VIEWS
-from fxopt.backends.tvm.rules.products import activation, linear, stored
+from fxopt.backends.tvm.rules.products import activation, stored
 from fxopt.backends.tvm.values import Slot, Value
 from fxopt.errors import Unsupported
 from fxopt.ir.packing import unpack
-
-# Density of blocks below which products in floats that skip the others beat all products of codes: these run at 1.8
-# times (pairs of codes) or 4 times (groups of four) the rate of floats (benchmarks/wasm.py, benchmarks/tvm_kernels.py).
-_EMPTY_ENOUGH = {2: 0.4, 4: 0.18}
 
 
 def constants(low: Lowering, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -90,12 +86,6 @@ def in_rows(low: Lowering, codes: Value, dot: Dot) -> Value:
     return made
 
 
-def is_sparse(matrix: Any, width: int, dot: Dot) -> bool:
-    """Whether skipping the blocks of zeros, in floats, is faster than the machine's products of all codes."""
-    packed = pack_bsr(matrix.astype(np.float32), width)
-    return bool(len(packed.values)) and packed.density < _EMPTY_ENOUGH[dot.group]
-
-
 def numbers(low: Lowering, argument: fx.Node, levels: Levels) -> Value:
     """q - zero as float32: whole numbers."""
     codes = low.codes(argument, levels)
@@ -109,12 +99,9 @@ def linear_w8a8(low: Lowering, call: Call) -> Any:
     codes, scales, bias = constants(low, call)
     dot = dot_for(low.program.machine, codes.numpy())
     levels = Levels(float(call["x_scale"]), int(call["x_zero"]), dot.x)
-    if is_sparse(codes.numpy(), low.program.machine.columns, dot):
-        weight = codes.float() * (scales * levels.scale)[:, None]
-        return linear(low, call.node, numbers(low, call["x"], levels), weight.contiguous(), bias)
     q = in_rows(low, low.codes(call["x"], levels), dot)
-    starts = (levels.shift - levels.zero) * column_sums(codes.numpy(), low.program.machine.columns)
-    return _product(low, call.node, q, codes, scales * levels.scale, bias, dot, [low.program.constant(starts)], None)
+    product = _Product(low, call.node, codes, scales * levels.scale, bias, dot)
+    return product.of(q, levels.shift - levels.zero, None)
 
 
 def linear_w8a8_dynamic(low: Lowering, call: Call) -> Any:
@@ -122,8 +109,7 @@ def linear_w8a8_dynamic(low: Lowering, call: Call) -> Any:
     codes, scales, bias = constants(low, call)
     dot = dot_for(low.program.machine, codes.numpy())
     found, q = _ranged(low, call["x"], dot)
-    sums = low.program.constant(column_sums(codes.numpy(), low.program.machine.columns))
-    return _product(low, call.node, in_rows(low, q, dot), codes, scales, bias, dot, [sums], found)
+    return _Product(low, call.node, codes, scales, bias, dot).of(in_rows(low, q, dot), 1, found)
 
 
 def _ranged(low: Lowering, argument: fx.Node, dot: Dot) -> tuple[Slot, Value]:
@@ -139,28 +125,53 @@ def _ranged(low: Lowering, argument: fx.Node, dot: Dot) -> tuple[Slot, Value]:
     return low.ranged[argument, dot.x]
 
 
-def _product(
-    low: Lowering, node: fx.Node, q: Value, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
-    dot: Dot, starts: list[Slot], found: Slot | None,
-) -> Value | Coded:  # fmt: skip
-    program, machine = low.program, low.program.machine
-    outputs, inner = codes.shape
-    act = activation(low, node)
-    levels, factors = rounding(low, last(low, node), outputs)
-    rows = math.prod(q.shape[:-1])
-    size = Product(rows, inner, outputs, act, found is not None, False, levels, factors is not None)
-    made = program.value((*q.shape[:-1], outputs), "float32" if levels is None else levels.stored.dtype)
-    if made.count:
-        shift = None if bias is None else bias.numpy()
-        slots = [q.slot, program.constant(pack_codes(codes.numpy(), machine.columns, dot)), *starts]
-        slots += [program.constant(pack_bias(array, outputs, machine.columns)) for array in (_floats(scales), shift)]
-        slots += [] if found is None else [found]
-        if factors is not None:
-            slots.append(program.constant(pack_bias(_floats(factors), outputs, machine.columns)))
-        kind, count = work_space(size, dot, machine)
-        slots += [program.slot(count, kind)] if count else []
-        program.call(dense_int8, (size, dot), *slots, made.slot)
-    return made if levels is None else Coded(made, levels)
+@dataclass(frozen=True)
+class _Product:
+    """A linear of codes [outputs, inner]: all of them, or the blocks that are not zero."""
+
+    low: Lowering
+    node: fx.Node
+    codes: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+    dot: Dot
+
+    def of(self, q: Value, factor: int, found: Slot | None) -> Value | Coded:
+        """The product with codes of x; sums start from `factor` times the weight's column sums."""
+        low, program, codes = self.low, self.low.program, self.codes.numpy()
+        outputs, inner = codes.shape
+        act = activation(low, self.node)
+        levels, factors = rounding(low, last(low, self.node), outputs)
+        size = Product(math.prod(q.shape[:-1]), inner, outputs, act, found is not None, levels, factors is not None)
+        made = program.value((*q.shape[:-1], outputs), "float32" if levels is None else levels.stored.dtype)
+        if made.count:
+            blocks = sparse_form(codes, size.rows, self.dot, program.machine)
+            width = program.machine.columns if blocks is None else blocks.width
+            floats = [_floats(self.scales), None if self.bias is None else self.bias.numpy()]
+            results = [program.constant(factor * column_sums(codes, width))]
+            results += [program.constant(pack_bias(array, outputs, width)) for array in floats]
+            results += [] if found is None else [found]
+            if factors is not None:
+                results.append(program.constant(pack_bias(_floats(factors), outputs, width)))
+            if blocks is None:
+                self._dense(q, size, results, made)
+            else:
+                self._sparse(q, size, blocks, results, made)
+        return made if levels is None else Coded(made, levels)
+
+    def _dense(self, q: Value, size: Product, results: list[Slot], made: Value) -> None:
+        program, machine = self.low.program, self.low.program.machine
+        kind, count = work_space(size, self.dot, machine)
+        space = [program.slot(count, kind)] if count else []
+        weights = program.constant(pack_codes(self.codes.numpy(), machine.columns, self.dot))
+        program.call(dense_int8, (size, self.dot), q.slot, weights, *results, *space, made.slot)
+
+    def _sparse(self, q: Value, size: Product, blocks: Blocks, results: list[Slot], made: Value) -> None:
+        program, high = self.low.program, panel_rows(size, self.dot)
+        slots = [program.constant(array) for array in (blocks.weights, blocks.inputs, blocks.firsts)]
+        space = [program.slot(high * q.shape[-1], q.dtype)] if high else []
+        given = (size, blocks.groups, blocks.width, self.dot)
+        program.call(bsr_int8, given, q.slot, *slots, *results, *space, made.slot)
 
 
 def linear_nbits(low: Lowering, call: Call) -> Value:

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxopt.backends.tvm.kernels.pointwise import Tree
 from fxopt.backends.tvm.lowering import Call, Lazy, Lowering, Rule, dtype_of
-from fxopt.backends.tvm.values import DTYPES, Value
+from fxopt.backends.tvm.values import DTYPES, TYPES, Value
 from fxopt.errors import Unsupported
 
 Make = Callable[..., Tree]
@@ -160,9 +160,7 @@ def _cast(low: Lowering, call: Call) -> Lazy:
     target = DTYPES.get(low.metas[call.node].dtype)
     given = low.metas[source].dtype
     if target is None or given not in DTYPES:
-        raise Unsupported(
-            f"converts {given} to {low.metas[call.node].dtype}; the kernels have {', '.join(DTYPES.values())}"
-        )
+        raise Unsupported(f"converts {given} to {low.metas[call.node].dtype}; the kernels have {TYPES}")
     if given == low.metas[call.node].dtype:
         return expression(low, call.node, [source], lambda a: a, given)
     return expression(low, call.node, [source], lambda a: ("cast", a, DTYPES[given], target), given)

@@ -85,6 +85,11 @@ def _softmax(x: Tensor) -> Tensor:
     return exponential / exponential.sum(-1, keepdim=True)
 
 
+def _keeps(precision: Any, dtype: torch.dtype) -> bool:
+    """Whether the softmax is computed in the type of the scores."""
+    return precision is None or dtype in (torch.float64, TO_TORCH[precision])
+
+
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, precision: Any, mode: int
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +108,7 @@ def _explicit(
     if mask is not None:
         scores = scores + mask
     stages.append(scores)
-    wide = scores if precision is None or q.dtype == torch.float64 else scores.to(TO_TORCH[precision])
+    wide = scores if _keeps(precision, q.dtype) else scores.to(TO_TORCH[precision])
     weights = _softmax(wide)
     if mask is not None:
         empty = (mask == -math.inf).all(-1, keepdim=True)
@@ -162,7 +167,7 @@ def attention(
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
     windows = (left_window_size, right_window_size)
-    fused = call.outputs < 4 and not softcap and softmax_precision is None and q.dtype not in _HALF
+    fused = call.outputs < 4 and not softcap and _keeps(softmax_precision, q.dtype) and q.dtype not in _HALF
     plain = mask is None and past_key is None and nonpad_kv_seqlen is None and windows == (-1, -1)
     if fused and plain:  # torch's causal mask is aligned top left, as here where there is no past
         causal, both = bool(is_causal), None
