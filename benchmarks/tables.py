@@ -124,6 +124,8 @@ def attention_forms(result: dict[str, Any]) -> list[str]:
     lines.append(f"|---|{'---|' * len(forms)}")
     for row in result["grouped"]:
         lines.append(f"| {row['shape']} | {' | '.join(_speed(row['speed'].get(form)) for form in forms)} |")
+    lines += ["", "| batch, length, heads, width | Attention with a soft cap |", "|---|---|"]
+    lines += [f"| {row['shape']} | {_speed(row['speed']['Attention'])} |" for row in result["capped"]]
     return lines
 
 

@@ -175,7 +175,7 @@ class Optimizer:
                 raise
         except Exception as error:
             if self.request.samples:
-                self._refuse_sample(sample, error)
+                self.blame_samples(error)
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.ledger.note(f"exact passes were verified by structure only: a made-up sample does not run ({reason})")
@@ -183,16 +183,15 @@ class Optimizer:
         self.ledger.note("exact passes were verified by structure only: a made-up sample does not run")
         return None
 
-    def _refuse_sample(self, sample: Sample, error: Exception) -> None:
-        """Say so where what came in does not run on the user's sample in the backend either.
-
-        Raises:
-            InvalidInput: it does not.
-        """
-        try:
-            self.baseline.run(sample)
-        except Exception:
-            raise InvalidInput(f"the model does not run on the calibration data: {first_line(error)}") from error
+    def blame_samples(self, error: Exception) -> None:
+        """Raise InvalidInput for `error` when what came in does not run on a sample either."""
+        for index, sample in enumerate(self.request.samples):
+            try:
+                self.baseline.run(sample)
+            except Exception:
+                raise InvalidInput(
+                    f"the model does not run on sample {index} of the data given: {first_line(error)}"
+                ) from error
 
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""

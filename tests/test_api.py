@@ -325,6 +325,16 @@ def test_a_torch_graph_for_a_gpu_has_no_onnx_form(on_a100: fxopt.Optimized, work
     assert not list(work.iterdir())
 
 
+def test_an_onnx_file_of_compiled_code_holds_the_graph_alone(model_file: Path, work: Path) -> None:
+    pytest.importorskip("tvm", reason="WebAssembly is written with TVM")
+    compiled = fxopt.optimize(
+        model_file, "wasm-simd", calibration="random", input_shapes={"x": (2, 16)}, buckets={"batch": 2}
+    )
+    with pytest.warns(UserWarning, match=r"out\.onnx holds the graph alone.* for wasm-simd is saved in a folder"):
+        compiled.save(work / "out.onnx")
+    assert compiled(torch.zeros(2, 16)).shape == fxopt.load(work / "out.onnx")(torch.zeros(2, 16)).shape
+
+
 # ---- saving and loading
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -15,10 +16,13 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
+import fxopt
+from fxopt.cli.explain import _check_matches
 from fxopt.cli.options import budget_from, shapes_from
 from fxopt.cli.progress import ProgressReporter
 from fxopt.cli.run import with_command
-from fxopt.errors import InvalidOption
+from fxopt.errors import InvalidOption, UnknownName
+from fxopt.ir.ledger import Ledger, Verdict
 from tests.conftest import ROOT, mlp
 
 Cli = Callable[..., Any]
@@ -62,6 +66,8 @@ def calibration(work: Path) -> Path:
         (["--debug", "dir/model"], ["optimize", "--debug", "dir/model"]),
         (["optimize", "model.onnx"], ["optimize", "model.onnx"]),
         (["optimise", "model.onnx"], ["optimise", "model.onnx"]),
+        (["model.onxn"], ["optimize", "model.onxn"]),
+        (["."], ["optimize", "."]),
         (["--help"], ["--help"]),
         ([], []),
     ],
@@ -203,6 +209,25 @@ def test_explain_one_node(cli: Cli, model_file: Path, calibration: Path) -> None
     assert ran.code == 0 and "act" in ran.out and "Relu" in ran.out and "fc1" not in ran.out
     ran = cli("explain", model_file, "--node", "fc1", "--pass", "quantize_linear", "--calibration", calibration)
     assert ran.code == 0 and "quantize-linear" in ran.out and "fc2" not in ran.out
+
+
+def test_explain_a_pass_with_options_for_size(cli: Cli, model_file: Path, calibration: Path) -> None:
+    wanted = "sparsify{pattern=4x1,sparsity=0.5}"
+    ran = cli("explain", model_file, "-p", wanted, "--objective", "size", "--calibration", calibration, "--json", "-")
+    rows = json.loads(ran.out)["verdicts"]
+    assert ran.code == 0 and {row["pass_name"] for row in rows} == {"sparsify"}
+    assert all(row["setting"].startswith("sparsify{pattern=4x1") for row in rows)
+    assert not any("gives no time" in row["reason"] for row in rows)
+    ran = cli("explain", model_file, "-p", "sparsify{patern=4x1}")
+    assert ran.code == 2 and "unknown option of sparsify 'patern'; did you mean 'pattern'?" in ran.err
+
+
+def test_explain_a_node_that_a_pass_made(model_file: Path) -> None:
+    graph, ledger = fxopt.capture(str(model_file)), Ledger([Verdict("fuse-attention-heads", "attention", "applied", "")])
+    for name in ("^attention$", "^fc1$"):
+        _check_matches(graph, ledger, re.compile(name))
+    with pytest.raises(UnknownName, match="--node atention matches no node: .*did you mean 'attention'"):
+        _check_matches(graph, ledger, re.compile("atention"))
 
 
 def test_inspect(cli: Cli, model_file: Path) -> None:
@@ -371,4 +396,4 @@ def test_a_model_that_does_not_run(work: Path, cli: Cli) -> None:
     path = work / "wrong.onnx"
     onnx.save(made, path)
     ran = cli("optimize", path, "--calibration", "random", "--guard-seconds", "0.1")
-    assert ran.code == 2 and "error: the model does not run on the calibration data: RuntimeError: shape" in ran.err
+    assert ran.code == 2 and "error: the model does not run on sample 0 of the data given: RuntimeError: shape" in ran.err

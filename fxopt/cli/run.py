@@ -83,7 +83,7 @@ def with_command(arguments: list[str]) -> list[str]:
 def _is_model(text: str) -> bool:
     if text.startswith("-"):
         return False
-    return Path(text).suffix == ".onnx" or "/" in text or os.sep in text or Path(text).is_file()
+    return bool(Path(text).suffix) or "/" in text or os.sep in text or text in (".", "..") or Path(text).is_file()
 
 
 def _usage(error: typer.TyperException) -> str:

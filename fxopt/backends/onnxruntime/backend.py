@@ -32,7 +32,10 @@ _SLOW_FUSIONS = {"SkipLayerNormalization": ((1, 32), "slower than Add followed b
 _FAST_FUSIONS = {"Attention": ((1, 32), ("float32",))}
 
 # What was measured to be no faster than what a pass would put it in the place of (benchmarks/attention_forms.py).
-_SLOWER = {"linear_qkv": "one product for queries, keys and values is no faster in ONNX Runtime than three"}
+_SLOWER = {
+    "linear_qkv": "one product for queries, keys and values is no faster in ONNX Runtime than three",
+    "Attention with a soft cap": "with a soft cap, Attention of ONNX Runtime is several times slower than its parts",
+}
 
 _BESIDE_BYTES = 1 << 24  # weights of more bytes lie beside a temporary model: written in a stream, read as a memory map
 
