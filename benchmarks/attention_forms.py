@@ -27,6 +27,7 @@ LAYERS = 4
 SELF = ((1, 16, 12, 32), (1, 128, 12, 32), (1, 128, 12, 64), (4, 32, 12, 32), (1, 512, 12, 64))
 # batch, heads, shared heads, queries, keys, width
 GROUPED = ((1, 32, 8, 1, 128, 64), (1, 32, 8, 1, 1024, 64), (1, 16, 4, 128, 128, 64), (1, 8, 1, 256, 256, 64))
+CAPPED = ((1, 32, 4, 16), (1, 128, 8, 64), (1, 256, 8, 128))  # batch, length, heads, width
 MASKS = ("none", "padding")
 FORMS = ("parts", "Attention", "Attention of one product", "MultiHeadAttention", "com.microsoft.Attention")
 
@@ -136,6 +137,23 @@ def grouped(form: str, shape: tuple[int, int, int, int, int, int]) -> tuple[onnx
     return model(made, feeds, list(sizes["q"])), feeds
 
 
+def capped(form: str, shape: tuple[int, int, int, int]) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Attention whose scores have a soft cap of 50."""
+    batch, length, heads, width = shape
+    generator = np.random.default_rng(0)
+    made, size = Made([], {}), (batch, heads, length, width)
+    feeds = {name: generator.normal(size=size).astype(np.float32) for name in "qkv"}
+    if form == "Attention":
+        made.node("Attention", ["q", "k", "v"], "y", softcap=50.0)
+        return model(made, feeds, list(size)), feeds
+    made.constant("scale", np.float32(width**-0.5 / 50))
+    made.constant("cap", np.float32(50))
+    scores = made.node("MatMul", ["q", made.node("Transpose", ["k"], "kt", perm=[0, 1, 3, 2])], "s")
+    curve = made.node("Tanh", [made.node("Mul", [scores, "scale"], "t")], "c")
+    made.node("MatMul", [made.node("Softmax", [made.node("Mul", [curve, "cap"], "f")], "p"), "v"], "y")
+    return model(made, feeds, list(size)), feeds
+
+
 def repeated(made: Made, x: str) -> str:
     """Each head several times in a row."""
     wide = made.node("Expand", [made.node("Unsqueeze", [x, "two"], f"{x}_u"), "wide"], f"{x}_e")
@@ -175,7 +193,7 @@ def compare(models: dict[str, tuple[onnx.ModelProto, dict[str, Any]]], base: str
 
 def main() -> None:
     """Run, print and write."""
-    found: dict[str, Any] = {"self_attention": [], "grouped": []}
+    found: dict[str, Any] = {"self_attention": [], "grouped": [], "capped": []}
     with tempfile.TemporaryDirectory() as scratch:
         for shape in SELF:
             for mask in MASKS:
@@ -188,6 +206,10 @@ def main() -> None:
             rows = compare({name: grouped(name, sizes) for name in names}, names[0], Path(scratch))
             found["grouped"].append({"shape": list(sizes), "speed": rows})
             show(found["grouped"][-1])
+        for capped_shape in CAPPED:
+            rows = compare({form: capped(form, capped_shape) for form in FORMS[:2]}, "parts", Path(scratch))
+            found["capped"].append({"shape": list(capped_shape), "speed": rows})
+            show(found["capped"][-1])
     print(f"written: {write('attention_forms', found)}")
 
 

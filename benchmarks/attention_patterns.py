@@ -1,21 +1,24 @@
 """Attention that leaves out what heads do not look at: ways to run it, break-even densities, and a whole block.
 
-    python -m benchmarks.attention_patterns
+    python -m benchmarks.attention_patterns [ways] [densities-1] [densities-2] [blocks]
 
 A layer in the shape of a diffusion transformer (hidden size 384, 6 heads, 2,048 and 4,096 tokens, float32). First the
 ways to compute attention at a block density of 0.25, against dense `scaled_dot_product_attention` of torch and against
 what ONNX Runtime runs: dense attention over slices (what fxopt does), over gathered blocks in one call, FlexAttention
-(compiled, where there is a C++ compiler) and the same slices in ONNX Runtime. Then speeds by density, from which
-`fxopt/passes/attention_patterns/measured.py` has its figures. Then a whole block in torch, against what Amdahl's law
-gives with the measured share and speed-up of its attention. One thread, alternating bursts.
-Writes results/attention_patterns.json.
+(compiled, where there is a C++ compiler) and the same slices in ONNX Runtime. Then speeds by density on one thread and
+on two, with one pattern for all heads and with six (`fxopt/cost_model/attention_patterns.py` has its figures from
+them). Then a whole block in torch, against what Amdahl's law gives with the measured share and speed-up of its
+attention.
+One thread where nothing else is said, alternating bursts. Writes results/attention_patterns.json; parts that are not
+asked for stay as they are there.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,18 +29,26 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from benchmarks.bursts import local, race
-from benchmarks.common import write
+from benchmarks.common import RESULTS, write
 from fxopt.backends.onnxruntime.forms import FORMS
 from fxopt.frontends.onnx import load
 from fxopt.ir.onnx.export import to_model
-from fxopt.ir.ops.attention_pattern import attention_pattern, density, diagonal, seen, stripes
+from fxopt.ir.ops.attention_pattern import attention_pattern, diagonal, seen, stripes
+from fxopt.ir.pattern_work import Tile, work_of
 from fxopt.ir.shapes import infer
-from fxopt.ir.sliced_attention import share, sliced_attention
+from fxopt.ir.sliced_attention import sliced_attention
 
 HEADS, WIDTH, LENGTHS = 6, 64, (2048, 4096)
 SECONDS, RUNS = 10.0, 3
-DENSITIES = {2048: (0.125, 0.25, 0.5, 0.7, 0.85), 4096: (0.25, 0.7)}
+CALLS, VISITS = 4, 8  # of every competitor by density
+DENSITIES = {512: (0.1, 0.3, 0.5, 0.65), 1024: (0.1, 0.25, 0.5, 0.65), 2048: (0.125, 0.25, 0.5, 0.7)}
+THREADS, RUN_IN = (1, 2), ("eager", "onnxruntime")
 BLOCK = 128  # of what is gathered
+
+
+def density(patterns: Sequence[int], length: int) -> float:
+    """The share of blocks of 64 x 64 that some head looks at."""
+    return work_of(patterns, length, tile=Tile(64, 64)).share
 
 
 def window(length: int, part: float) -> list[int]:
@@ -87,7 +98,7 @@ def flex(patterns: list[int], length: int) -> Callable[[Tensor, Tensor, Tensor],
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 
-def session(patterns: list[int] | None, length: int) -> Callable[[], object]:
+def session(patterns: list[int] | None, length: int, threads: int = 1) -> Callable[[], object]:
     """ONNX Runtime on dense attention as one operator, or on slices."""
     import onnxruntime
 
@@ -105,7 +116,7 @@ def session(patterns: list[int] | None, length: int) -> Callable[[], object]:
         model = to_model(graph, FORMS)
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     made_session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     given = {name: x.numpy() for name, x in zip("qkv", operands(length), strict=True)}
     return lambda: made_session.run(None, given)
@@ -141,50 +152,62 @@ def ways(length: int) -> dict[str, Any]:
     return {
         "length": length,
         "block_density": density(patterns, length),
-        "work": share(patterns, length),
+        "work": work_of(patterns, length).share,
         "speed": speed,
     }
 
 
-def by_density(length: int) -> list[dict[str, Any]]:
-    """The time over that of dense attention, by the part of the work that is left: windows, and a stripe."""
+def cases(length: int) -> dict[str, list[list[int]]]:
+    """Patterns of all heads: the same window, the same stripe, and one of its own for each head."""
+    parts = DENSITIES[length]
+    own = [[diagonal(int(length * part / 2) + 5 * i, sink=4 * (i % 2)) for i in range(HEADS)] for part in parts]
+    return {
+        "diagonal": [window(length, part) for part in parts],
+        "stripe": [list(stripes(64, int(length * part))) * HEADS for part in parts[1::2]],
+        "six": [[number for pattern in every for number in pattern] for every in own],
+    }
+
+
+def by_density(length: int, threads: int) -> list[dict[str, Any]]:
+    """The time over that of dense attention, by the part of the work that is left and the calls it takes.
+
+    Of the fastest calls, in turns: where another process takes a core for a moment, two threads wait for each other.
+    """
+    torch.set_num_threads(threads)
     q, k, v = operands(length)
-    rows = []
-    cases = [("diagonal", window(length, part)) for part in DENSITIES[length]]
-    cases += [("stripe", list(stripes(64, int(length * part))) * HEADS)
-              for part in (0.25, 0.7)[: len(DENSITIES[length]) // 2]]  # fmt: skip
-    dense_session, runs = session(None, length), RUNS if length < 4096 else 1
-    for name, patterns in cases:
-        torch_speed = race(
-            {
-                "dense": local(lambda: F.scaled_dot_product_attention(q, k, v)),
-                "slices": local(lambda patterns=patterns: sliced_attention(q, k, v, patterns, WIDTH**-0.5)),
-            },
-            "dense", SECONDS / 10, runs,
-        )  # fmt: skip
-        ort_speed = race(
-            {"dense": local(dense_session), "slices": local(session(patterns, length))}, "dense", SECONDS / 10, runs
-        )
-        rows.append(
-            {
-                "length": length,
-                "pattern": name,
-                "block_density": density(patterns, length),
-                "work": share(patterns, length),
-                "eager": 1 / torch_speed["slices"]["ratio_of_medians"],
-                "onnxruntime": 1 / ort_speed["slices"]["ratio_of_medians"],
-            }
-        )
-        print(rows[-1], flush=True)
+    calls: dict[tuple[str, int], Callable[[], object]] = {
+        ("eager", -1): lambda: F.scaled_dot_product_attention(q, k, v),
+        ("onnxruntime", -1): session(None, length, threads),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, every in cases(length).items():
+        for patterns in every:
+            calls["eager", len(rows)] = lambda patterns=patterns: sliced_attention(q, k, v, patterns, WIDTH**-0.5)  # type: ignore[misc]
+            calls["onnxruntime", len(rows)] = session(patterns, length, threads)
+            work = work_of(patterns, length)
+            rows.append(
+                {
+                    "length": length, "threads": threads, "pattern": name, "block_density": density(patterns, length),
+                    "work": work.share, "whole": work.whole, "calls": work.calls,
+                    "dense_macs": 2.0 * HEADS * length**2 * WIDTH,
+                }
+            )  # fmt: skip
+    fastest = dict.fromkeys(calls, float("inf"))
+    for _ in range(VISITS):
+        for key, call in calls.items():
+            fastest[key] = min(fastest[key], *local(call)(1, CALLS))
+    for index, row in enumerate(rows):
+        row |= {name: fastest[name, index] / fastest[name, -1] for name in RUN_IN}
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    torch.set_num_threads(1)
     return rows
 
 
 def fitted(rows: list[dict[str, Any]], backend: str) -> dict[str, float]:
-    """share = fixed + slope * work through the least squares, and the density where it is 1."""
-    work = np.array([row["work"] for row in rows])
-    times = np.array([row[backend] for row in rows])
-    slope, fixed = np.polyfit(work, times, 1)
-    return {"fixed": float(fixed), "slope": float(slope), "break_even": float((1 - fixed) / slope)}
+    """time = sliced * work in slices + whole * other work + call * calls / dense_macs, through the least squares."""
+    columns = [[row["work"] - row["whole"], row["whole"], row["calls"] / row["dense_macs"]] for row in rows]
+    found = np.linalg.lstsq(np.array(columns), np.array([row[backend] for row in rows]), rcond=None)[0]
+    return dict(zip(("sliced", "whole", "call"), map(float, found), strict=True))
 
 
 class Block(nn.Module):
@@ -241,21 +264,31 @@ def block(length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main(parts: list[str]) -> None:
     """Measure and write."""
     torch.set_num_threads(1)
+    path = RESULTS / "attention_patterns.json"
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if parts and path.exists() else {}
+    result.pop("machine", None)
+    result |= {"heads": HEADS, "width": WIDTH}
     with torch.no_grad():
-        result: dict[str, Any] = {"heads": HEADS, "width": WIDTH, "threads": 1}
-        result["ways"] = [ways(length) for length in LENGTHS]
-        for row in result["ways"]:
-            print({name: round(found["ratio_of_medians"], 2) for name, found in row["speed"].items()}, flush=True)
-        result["densities"] = [row for length in LENGTHS for row in by_density(length)]
-        result["fits"] = {name: fitted(result["densities"], name) for name in ("eager", "onnxruntime")}
-        result["blocks"] = [block(length) for length in LENGTHS]
-    for row in result["blocks"]:
-        print({key: round(value, 3) for key, value in row.items() if isinstance(value, float)})
-    print(result["fits"], "written to", write("attention_patterns", result))
+        if not parts or "ways" in parts:
+            result["ways"] = [ways(length) for length in LENGTHS]
+            for row in result["ways"]:
+                print({name: round(found["ratio_of_medians"], 2) for name, found in row["speed"].items()}, flush=True)
+        for threads in THREADS:
+            if not parts or f"densities-{threads}" in parts:
+                rows = [row for length in DENSITIES for row in by_density(length, threads)]
+                others = [row for row in result.get("densities", []) if row.get("threads") != threads]
+                result["densities"] = sorted([*others, *rows], key=lambda row: row["threads"])
+                result.setdefault("fits", {})[str(threads)] = {name: fitted(rows, name) for name in RUN_IN}
+                print(result["fits"])
+        if not parts or "blocks" in parts:
+            result["blocks"] = [block(length) for length in LENGTHS]
+            for row in result["blocks"]:
+                print({key: round(value, 3) for key, value in row.items() if isinstance(value, float)})
+    print("written to", write("attention_patterns", result))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

@@ -32,15 +32,8 @@ from fxopt.backends.triton.ops.linear_sparse24 import linear_sparse24
 from fxopt.backends.triton.ops.linear_sparse24 import packed as packed_24
 from fxopt.backends.triton.ops.pattern_attention import pattern_attention
 from fxopt.backends.triton.ops.registry import KernelOp
-from fxopt.ir.ops.attention_pattern import (
-    Pattern,
-    dense,
-    density,
-    diagonal,
-    diagonals,
-    seen_by,
-    stripes,
-)  # fmt: skip
+from fxopt.ir.ops.attention_pattern import Pattern, dense, diagonal, diagonals, seen_by, stripes
+from fxopt.ir.pattern_work import Tile, work_of
 
 F16 = torch.float16
 GROUP = 128
@@ -176,7 +169,7 @@ def _pattern_of(session: Session, name: str, pattern: Pattern, size: tuple[int, 
         "fxopt": lambda: (call, None),
         "FlexAttention": lambda: peers.flex(q, k, v, pattern),
     }
-    shape = f"{name} ({density(pattern, length):.2f} of blocks) {heads} x {length} x {width}"
+    shape = f"{name} ({work_of(pattern, length, tile=Tile(64, 64)).share:.2f} of blocks) {heads} x {length} x {width}"
     session.compare("attention", shape, makers, truth, "dense, flash")
 
 

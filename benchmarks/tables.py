@@ -124,6 +124,8 @@ def attention_forms(result: dict[str, Any]) -> list[str]:
     lines.append(f"|---|{'---|' * len(forms)}")
     for row in result["grouped"]:
         lines.append(f"| {row['shape']} | {' | '.join(_speed(row['speed'].get(form)) for form in forms)} |")
+    lines += ["", "| batch, length, heads, width | Attention with a soft cap |", "|---|---|"]
+    lines += [f"| {row['shape']} | {_speed(row['speed']['Attention'])} |" for row in result["capped"]]
     return lines
 
 
@@ -153,8 +155,9 @@ def attention_patterns(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Attention with a pattern per head",
         "",
-        f"`python -m benchmarks.attention_patterns` on {where(result)}, one thread, float32,",
-        f"{result['heads']} heads of {result['width']}. Speed over torch's dense attention at a block density of 0.25:",
+        f"`python -m benchmarks.attention_patterns` on {where(result)}, one thread (but for the",
+        f"rows of two), float32, {result['heads']} heads of {result['width']}. Speed over torch's dense attention at a",
+        "block density of 0.25:",
         "",
     ]
     names = list(dict.fromkeys(name for row in result["ways"] for name in row["speed"]))
@@ -162,13 +165,24 @@ def attention_patterns(result: dict[str, Any]) -> list[str]:
     lines += [f"| tokens | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for row in result["ways"]:
         lines.append(f"| {row['length']} | {' | '.join(_speed(row['speed'].get(name)) for name in names)} |")
-    lines += ["", "Time over dense attention of the same runtime, by the part of the work that is left:", ""]
-    lines += ["| tokens | pattern | block density | work | torch | ONNX Runtime |", "|---|---|---|---|---|---|"]
+    lines += ["", "Time over dense attention of the same runtime, by the part of the work that is left and the number"]
+    lines += ["of calls it takes (six: every head has a pattern of its own):", ""]
+    lines += ["| threads | tokens | pattern | block density | work | calls | torch | ONNX Runtime |", f"|{'---|' * 8}"]
     for row in result["densities"]:
-        shown = " | ".join(f"{row[name]:.2f}" for name in ("block_density", "work", "eager", "onnxruntime"))
-        lines.append(f"| {row['length']} | {row['pattern']} | {shown} |")
-    ends = ", ".join(f"{name} {found['break_even']:.2f}" for name, found in sorted(result["fits"].items()))
-    lines += ["", f"Work at which both take equally long, by a line through all rows: {ends}.", ""]
+        shown = " | ".join(f"{row[name]:.2f}" for name in ("block_density", "work"))
+        times = " | ".join(f"{row[name]:.2f}" for name in ("eager", "onnxruntime"))
+        lines.append(
+            f"| {row['threads']} | {row['length']} | {row['pattern']} | {shown} | {row['calls']} | {times} |"
+        )
+    lines += ["", "Prices that fit these rows: the time of a pair of a query and a key over that in dense attention,"]
+    lines += ["in slices and in heads of one call, and what dense attention multiplies in the time of a call.", ""]
+    lines += ["| threads | runtime | in slices | one call | a call |", f"|{'---|' * 5}"]
+    for threads, found in sorted(result["fits"].items()):
+        for name, fit in sorted(found.items()):
+            lines.append(
+                f"| {threads} | {name} | {fit['sliced']:.2f} | {fit['whole']:.2f} | {fit['call'] / 1e6:.1f} million |"
+            )
+    lines.append("")
     lines += ["| tokens | attention's share of the block | its speed-up | block: Amdahl | measured | of Amdahl |"]
     lines.append("|---|---|---|---|---|---|")
     for row in result["blocks"]:
@@ -363,6 +377,7 @@ SECTIONS = (
     ("arm_instructions", lambda result: tables_small.arm_instructions(result, where(result))),
     ("onnx_suite", lambda result: tables_onnx.onnx_suite(result, where(result))),
     ("onnx_large", lambda result: tables_onnx.onnx_large(result, where(result))),
+    ("onnx_convert", lambda result: tables_onnx.onnx_convert(result, where(result))),
     ("onnx_speed", lambda result: tables_onnx.onnx_speed(result, where(result))),
     ("onnx_fuzz", lambda result: tables_onnx.onnx_fuzz(result, where(result))),
 )

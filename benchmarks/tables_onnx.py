@@ -35,6 +35,20 @@ def onnx_large(result: dict[str, Any], where: str) -> list[str]:
     ]
 
 
+def onnx_convert(result: dict[str, Any], where: str) -> list[str]:
+    """The same model at a newer opset."""
+    old, new = result["opsets"]
+    return [
+        "## A model of several gigabytes at a newer opset",
+        "",
+        f"`python -m benchmarks.onnx_large --convert` on {where}.",
+        "",
+        f"{result['bytes'] / 1e9:.2f} GB of external weights from opset {old} to {new}:",
+        f"peak {result['peak'] / 1e9:.2f} GB without file-backed pages,",
+        f"{result['seconds']:.0f} s; {result['ledger']}; {result['written'] / 1e9:.2f} GB written.",
+    ]
+
+
 def onnx_speed(result: dict[str, Any], where: str) -> list[str]:
     """Import and export over what onnx takes to load and save."""
     lines = [

@@ -85,7 +85,7 @@ def optimize(
             ("quantize-linear{bits=8}"): the exact passes and these.
         include, exclude: regular expressions over node names.
         threads: of the backend; None: all cores.
-        force: skip the guard.
+        force: skip the guard: keep the result, whatever is measured or predicted for the whole model.
         require_speedup, require_passes: recorded for the caller; see `Optimized.unmet`.
         guard_seconds: time for measuring.
         dump: a folder for the graph after every pass.

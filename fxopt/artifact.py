@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxopt.catalog import entries, find_backend
 from fxopt.errors import FxoptError, InvalidModel, MissingDependency, OutputError, UnknownName, Unsupported
 from fxopt.ir.folders import MANIFEST, write_folder
 from fxopt.ir.graph import Graph
@@ -50,10 +51,23 @@ def _save_onnx(outcome: Outcome, path: Path) -> None:
             f"{path}: a PyTorch graph optimised for {outcome.report.target} has no ONNX form{hint}; "
             "save it as a folder, or optimise for target 'host'"
         )
+    if _is_compiled(outcome):
+        warnings.warn(
+            f"{path} holds the graph alone, for ONNX Runtime; the code that was compiled for {outcome.report.target} "
+            "is saved in a folder (a path without a suffix)",
+            stacklevel=4,
+        )
     library = _library_of(outcome)
     if library is not None:
         _copy(library, path.with_suffix(SUFFIX))
     save_graph(_signed(outcome, {} if library is None else {LIBRARY: path.with_suffix(SUFFIX).name}), path, FORMS)
+
+
+def _is_compiled(outcome: Outcome) -> bool:
+    """Whether there is code for the target, beside the graph."""
+    name = outcome.report.backend
+    known = name in entries("backend") and find_backend(name).is_compiler
+    return known and outcome.report.outcome in ("optimized", "compiled")
 
 
 def _library_of(outcome: Outcome) -> Path | None:

@@ -49,8 +49,8 @@ _NO_PASSES = frozenset(
 )  # fmt: skip
 _NO_SOURCES = frozenset(
     {
-        "capture", "comparison", "convert_opset", "fxopt_nodes", "infer_types", "input_shapes", "onnx_import",
-        "to_onnx",
+        "capture", "comparison", "convert_graph", "convert_opset", "fxopt_nodes", "infer_types", "input_shapes",
+        "onnx_import", "to_onnx",
     }
 )  # fmt: skip
 _PLACES: dict[Kind, _Place] = {

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fxopt.engine import Optimizer
     from fxopt.passes.base import Candidate
 
+_LEAST_BOUGHT = 1.01  # for less of the whole model's time no error is made
+
 
 class Decision:
     """Decides about the results of one `Optimizer`; what does not pay is rolled back, with the reason."""
@@ -53,6 +55,12 @@ class Decision:
         if request.objective == "size":
             why = f"{why}, {units.size(after.size_bytes)} of constants instead of {units.size(before.size_bytes)}"
             pays = after.size_bytes < before.size_bytes
+        elif lossy is not None and lossy.plan.chosen and pays:
+            alone = self.job.summary(exact).predicted
+            assert alone is not None
+            bought = alone.seconds / max(after.predicted.seconds, 1e-12)
+            if bought < _LEAST_BOUGHT:
+                why, pays = f"{why}, of which lossy changes give {bought:.3f}x: too little", False
         if not pays and not request.force:
             gone = None if lossy is None else self._all_of(lossy, lossy.plan.chosen)
             roll_back(self.job.ledger, gone, f"{why}, for the whole model")

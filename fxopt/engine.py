@@ -15,13 +15,14 @@ from fxopt.backends.base import Executable
 from fxopt.cost_model.roofline import predict, predict_graph
 from fxopt.decisions import Decision
 from fxopt.elsewhere import fastest
-from fxopt.errors import FxoptError, InvalidOption, unknown
+from fxopt.errors import FxoptError, InvalidInput, InvalidOption, unknown
+from fxopt.frontends.comparison import first_line
 from fxopt.guard import Timing
 from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger
-from fxopt.ir.memory import is_large, limit, spilled
+from fxopt.ir.memory import limit, spilled
 from fxopt.ir.shapes import infer, update
 from fxopt.ir.target import Cost, Prediction
 from fxopt.ir.verify import NumericCheck, synthetic_sample
@@ -144,10 +145,14 @@ class Optimizer:
     def _at_opset(self, graph: Graph, wanted: int) -> Graph:
         """The graph of an ONNX model at the wanted version of the standard or a later one, if possible."""
         opset = 0 if graph.model is None else graph.model.opsets.get("", 0)
-        sample = self.any_sample()
-        if not 0 < opset < wanted or sample is None or is_large(graph):
+        if not 0 < opset < wanted:
             return graph
-        from fxopt.frontends.convert_opset import convert_graph
+        sample = self.any_sample()
+        if sample is None:
+            why = "the types of its inputs are not fully known, so a conversion could not be verified"
+            self.ledger.note(f"the model stays at opset {opset}, not {wanted}: {why}; give --input-shape")
+            return graph
+        from fxopt.frontends.convert_graph import convert_graph
 
         try:
             made = convert_graph(graph, wanted, self.ledger)
@@ -169,12 +174,23 @@ class Optimizer:
                 raise
         except Exception as error:
             if self.request.samples:
+                self.blame_samples(error)
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.ledger.note(f"exact passes were verified by structure only: a made-up sample does not run ({reason})")
             return None
         self.ledger.note("exact passes were verified by structure only: a made-up sample does not run")
         return None
+
+    def blame_samples(self, error: Exception) -> None:
+        """Raise InvalidInput for `error` when what came in does not run on a sample either."""
+        for index, sample in enumerate(self.request.samples):
+            try:
+                self.baseline.run(sample)
+            except Exception:
+                raise InvalidInput(
+                    f"the model does not run on sample {index} of the data given: {first_line(error)}"
+                ) from error
 
     def _lossy(self, exact: Graph) -> Lossy | None:
         """The best plan within the budget, applied; None when nothing is chosen."""

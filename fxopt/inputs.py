@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fxopt.errors import InvalidInput, Unsupported, unknown
+from fxopt.frontends.input_shapes import MOST, elements
 from fxopt.ir.graph import Graph
 from fxopt.ir.shapes import infer
 from fxopt.options import Options
@@ -97,9 +98,13 @@ def samples_of(graph: Graph, example_inputs: Any, options: Options, notes: list[
 
 
 def sizes_of(graph: Graph, shapes: Mapping[str, Sequence[Any]] | None) -> dict[str, int]:
-    """Sizes of named dimensions from `--input-shape`."""
+    """Sizes of named dimensions from `--input-shape`.
+
+    Raises:
+        InvalidInput: an input is unknown, a rank or a fixed size differs, or one dimension gets two sizes.
+    """
     sizes: dict[str, int] = {}
-    for name, shape in (shapes or {}).items():
+    for name, shape in _named_shapes(shapes).items():
         spec = next((spec for spec in graph.inputs if spec.name == name), None)
         if spec is None:
             raise unknown("input", name, [spec.name for spec in graph.inputs])
@@ -111,7 +116,11 @@ def sizes_of(graph: Graph, shapes: Mapping[str, Sequence[Any]] | None) -> dict[s
             if not isinstance(size, int):
                 continue
             if isinstance(dim, str):
-                sizes[dim] = size
+                if sizes.setdefault(dim, size) != size:
+                    raise InvalidInput(
+                        f"--input-shape {name}: dimension {dim!r} of the model is {sizes[dim]} by another shape, "
+                        f"not {size}; one name has one size"
+                    )
             elif isinstance(dim, int) and dim != size:
                 raise InvalidInput(f"--input-shape {name}:{list(shape)}: the model fixes {spec}")
     return sizes
@@ -125,7 +134,7 @@ def shaped(graph: Graph, shapes: Mapping[str, Sequence[Any]] | None) -> dict[str
     """
     wanted: dict[str, tuple[Any, ...]] = {}
     known = {spec.name: spec for spec in graph.inputs}
-    for name, shape in (shapes or {}).items():
+    for name, shape in _named_shapes(shapes).items():
         if name not in known:
             raise unknown("input", name, known)
         given = known[name].shape
@@ -138,6 +147,23 @@ def shaped(graph: Graph, shapes: Mapping[str, Sequence[Any]] | None) -> dict[str
 
         override(graph, wanted)
     return {name: tuple(shape) for name, shape in (shapes or {}).items() if all(isinstance(dim, int) for dim in shape)}
+
+
+def _named_shapes(shapes: Any) -> dict[str, tuple[Any, ...]]:
+    """The shapes by input, checked as such."""
+    if not isinstance(shapes or {}, Mapping):
+        raise InvalidInput(
+            f"input_shapes is a {type(shapes).__name__}; expected shapes by input, as in {{'x': (1, 3, 224, 224)}}"
+        )
+    for name, shape in (shapes or {}).items():
+        if isinstance(shape, str) or not isinstance(shape, Sequence):
+            raise InvalidInput(f"input_shapes: {name!r} has {shape!r}; expected a tuple, as in (1, 'n', None)")
+        wrong = [size for size in shape if isinstance(size, int) and size < 1]
+        if wrong:
+            raise InvalidInput(f"input_shapes: {name!r} has a size of {wrong[0]}; expected 1 or more")
+        if elements(shape) > MOST:
+            raise InvalidInput(f"input_shapes: {name!r} has {elements(shape)} elements; expected at most {MOST}")
+    return {name: tuple(shape) for name, shape in (shapes or {}).items()}
 
 
 def bind_sizes(graph: Graph, sample: Sample | None, overrides: dict[str, int] | None = None) -> None:

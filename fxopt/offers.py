@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fxopt.errors import PassError
+from fxopt.errors import FxoptError, PassError
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Refusal
 from fxopt.passes.base import Candidate, LossyPass, Pass
@@ -47,10 +47,16 @@ def offers(job: Optimizer, graph: Graph, passes: Sequence[LossyPass]) -> Offers 
         nodes = {node for step, candidate in legal for node in step.observed(graph, candidate)}
         counted = {node for step, candidate in legal for node in step.clipped(graph, candidate)}
         whole = {node for step, candidate in legal for node in step.whole(graph, candidate)}
-        stats = collect(
-            graph, job.calibration, nodes, evaluator=job.evaluator, progress=job.request.progress,
-            histograms=counted, whole=whole, state=job.state,
-        )  # fmt: skip
+        try:
+            stats = collect(
+                graph, job.calibration, nodes, evaluator=job.evaluator, progress=job.request.progress,
+                histograms=counted, whole=whole, state=job.state,
+            )  # fmt: skip
+        except FxoptError:
+            raise
+        except Exception as error:
+            job.blame_samples(error)
+            raise
         job.state = None
     with job.stage("estimates"):
         candidates, prices = _priced(job, graph, offered, unpaid, stats)

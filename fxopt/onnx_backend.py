@@ -21,8 +21,9 @@ from onnx.backend.base import Backend, namedtupledict
 from onnx.backend.base import BackendRep as OnnxBackendRep
 from torch import fx
 
-from fxopt.errors import InvalidInput, InvalidModel, MissingReference
+from fxopt.errors import FxoptError, InvalidInput, InvalidModel, MissingReference
 from fxopt.frontends.onnx import load
+from fxopt.inputs import misfit
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.onnx.values import from_array, to_array
 
@@ -44,13 +45,22 @@ class BackendRep(OnnxBackendRep):
                 that numpy lacks are those of `ml_dtypes`. Inputs that have an initializer are not given.
 
         Raises:
-            InvalidInput: the number or the names of the inputs are wrong.
+            InvalidInput: the number or the names of the inputs are wrong, or the model does not run on their shapes and
+                types.
             MissingReference: neither torch nor ONNX's evaluators can run an operator.
         """
         _no_options(options, "run takes only the inputs")
         evaluator = Fallback()
         given = [self._placed(from_array(value)) for value in self._ordered(inputs)]
-        results = self.graph.run(given, evaluator=evaluator)
+        try:
+            results = self.graph.run(given, evaluator=evaluator)
+        except FxoptError:
+            raise
+        except Exception as error:
+            fault = misfit(self.graph, given) if len(given) == len(self.graph.inputs) else ""
+            if not fault:
+                raise
+            raise InvalidInput(f"{fault} ({type(error).__name__}: {error})") from error
         self.fallback_nodes = list(evaluator.nodes)
         return self._outputs(*map(to_array, results))
 
@@ -134,7 +144,8 @@ class FxoptBackend(Backend):
         """Run one node; `inputs` are those it names, in order. `opset_version`, of its domain, the newest unless given.
 
         Raises:
-            InvalidInput: the number of inputs is wrong, an option is unknown or the device is not there.
+            InvalidInput: the number of inputs is wrong, the node does not run on them, an option is unknown or the
+                device is not there.
         """
         _supported(cls, device)
         given = options.pop("opset_version", None)
@@ -148,7 +159,14 @@ class FxoptBackend(Backend):
         imports = {"": onnx.defs.onnx_opset_version(), domain: given or _newest(domain)}
         body = helper.make_graph([node], "node", values, outputs)
         model = helper.make_model(body, opset_imports=[helper.make_opsetid(*item) for item in imports.items()])
-        return BackendRep(load(model, check=False), device).run(list(inputs))
+        prepared = BackendRep(load(model, check=False), device)
+        try:
+            return prepared.run(list(inputs))
+        except FxoptError:
+            raise
+        except Exception as error:
+            what = f"node {node.op_type} does not run on these inputs: {type(error).__name__}: {error}"
+            raise InvalidInput(what) from error
 
     @classmethod
     def supports_device(cls, device: str) -> bool:

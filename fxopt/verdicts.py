@@ -62,11 +62,11 @@ def roll_back(
 
 
 def why_nothing(ledger: Ledger) -> str:
-    """The most frequent reason for which nothing was done: of lossy passes, where they have any."""
+    """The most frequent reason for which nothing was done: of lossy passes, and of what was undone, if there is any."""
     undone = [verdict for verdict in ledger.verdicts if verdict.outcome in ("refused", "rolled-back")]
     lossy = [verdict for verdict in undone if verdict.setting.startswith(verdict.pass_name)]
     reasons: dict[str, int] = {}
-    for verdict in lossy or undone:
+    for verdict in [verdict for verdict in lossy if verdict.outcome == "rolled-back"] or lossy or undone:
         reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
     if not reasons:
         return "no pass found anything to do"

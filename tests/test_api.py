@@ -325,6 +325,16 @@ def test_a_torch_graph_for_a_gpu_has_no_onnx_form(on_a100: fxopt.Optimized, work
     assert not list(work.iterdir())
 
 
+def test_an_onnx_file_of_compiled_code_holds_the_graph_alone(model_file: Path, work: Path) -> None:
+    pytest.importorskip("tvm", reason="WebAssembly is written with TVM")
+    compiled = fxopt.optimize(
+        model_file, "wasm-simd", calibration="random", input_shapes={"x": (2, 16)}, buckets={"batch": 2}
+    )
+    with pytest.warns(UserWarning, match=r"out\.onnx holds the graph alone.* for wasm-simd is saved in a folder"):
+        compiled.save(work / "out.onnx")
+    assert compiled(torch.zeros(2, 16)).shape == fxopt.load(work / "out.onnx")(torch.zeros(2, 16)).shape
+
+
 # ---- saving and loading
 
 
@@ -641,3 +651,25 @@ def test_names_of_dimensions_from_outside() -> None:
         old_model(20), calibration="random", input_shapes={"x": (5, 64)}, passes=["remove-identities"]
     )
     assert sized.graph.inputs[0].shape == ("n", 64) and sized.graph.sizes["n"] == 5
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 16)], "input_shapes is a list; expected shapes by input"),
+        ({"x": "1,16"}, "input_shapes: 'x' has '1,16'; expected a tuple"),
+        ({"x": (0, 16)}, "input_shapes: 'x' has a size of 0; expected 1 or more"),
+        ({"x": (1 << 62, 16)}, "input_shapes: 'x' has 73786976294838206464 elements; expected at most"),
+    ],
+)
+def test_input_shapes_that_are_none(shapes: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        fxopt.optimize(mlp(), input_shapes=shapes)
+
+
+def test_one_dimension_has_one_size() -> None:
+    two = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[n, 8] a, float[n, 8] b) => (float[n, 8] y) { y = Add (a, b) }'
+    )
+    with pytest.raises(InvalidInput, match="--input-shape b: dimension 'n' of the model is 2 by another shape, not 3"):
+        fxopt.predict(two, input_shapes={"a": (2, 8), "b": (3, 8)})

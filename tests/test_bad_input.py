@@ -20,6 +20,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import fx
 
+import fxopt
 from fxopt.calibration import load
 from fxopt.errors import InvalidInput, InvalidOption
 from fxopt.ir.graph import Graph, ValueSpec
@@ -228,6 +229,7 @@ def test_calibration(cli: Cli, model_file: Path, work: Path, arrays: dict[str, A
 
 def test_calibration_files(cli: Cli, model_file: Path, work: Path) -> None:
     assert_refused(cli(model_file, "--calibration", work / "absent.npz"), r"absent\.npz: no such file")
+    assert_refused(cli(model_file, "--calibration", "randm"), r"a folder or 'random'; did you mean 'random'\?")
     assert_refused(cli(model_file, "--calibration", work), "the folder holds no .npz, .npy, .jsonl or .json files")
     (work / "data.txt").write_text("1 2 3")
     assert_refused(
@@ -332,6 +334,59 @@ def test_strings_cannot_be_calibrated(cli: Cli, model_file: Path, work: Path) ->
     body = helper.make_graph([node], "s", [value("x", TensorProto.STRING, [2])], [value("y", TensorProto.STRING, [2])])
     onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), model_file)
     assert_refused(cli(model_file, "--calibration", "random"), "input 'x' is not a tensor of numbers")
+
+
+# ---- calibration data that the model cannot take, or that say little
+
+
+def _looks_up(moved: bool) -> Graph:
+    """A table of five rows, indexed by `ids`, whose shape changes on the way where `moved`."""
+    graph = graph_of(spec("ids", torch.int64, "batch", "seq"))
+    table = graph.add_constant(torch.zeros(5, 2), "table")
+    (ids,) = graph.placeholders
+    if moved:
+        ids = graph.call(torch.ops.aten.view.default, (ids, [-1]), before=graph.output, made_by="test")
+        ids = graph.call(torch.ops.aten.unsqueeze.default, (ids, 0), before=graph.output, made_by="test")
+    graph.call(torch.ops.aten.embedding.default, (table, ids), before=graph.output, made_by="test")
+    return graph
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_indices_outside_of_the_table(moved: bool) -> None:
+    assert load([np.array([[0, 4]])], _looks_up(moved), warn=quiet)
+    with pytest.raises(InvalidInput, match="'ids' holds integers from 1 to 5, and the table .* has 5 rows"):
+        load([np.array([[0, 4]]), np.array([[1, 5]])], _looks_up(moved), warn=quiet)
+    assert load("random", _looks_up(moved), warn=quiet)[0]["ids"].max() > 1
+
+
+def test_a_sample_on_which_the_model_fails() -> None:
+    class Doubled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(10, 16))
+            self.linear = torch.nn.Linear(16, 16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.table[ids * 2])
+
+    good, bad = torch.full((4,), 3), torch.full((4,), 7)
+    with pytest.raises(InvalidInput, match="the model does not run on sample 1 of the data given: IndexError: .*14"):
+        fxopt.optimize(Doubled().eval(), example_inputs=(good,), calibration=[good, bad, good], guard_seconds=0.1)
+
+
+def test_data_that_say_little_are_said() -> None:
+    said: list[str] = []
+    load([np.zeros((2, 3)), np.zeros((4, 3))], IMAGE, warn=said.append)
+    assert said == [
+        "calibration: every value of input 'x' is 0: ranges and errors found with it may hold for nothing else"
+    ]
+    said.clear()
+    load([np.eye(3), np.eye(3)], IMAGE, warn=said.append)
+    assert len(said) == 1 and said[0].startswith("calibration: all 2 samples are equal: the error is measured on what")
+    said.clear()
+    load([np.eye(3), 2 * np.eye(3)], IMAGE, warn=said.append)
+    load([(np.array([[1, 2]]), np.array([[True, True]])), (np.array([[1, 3]]), np.array([[True, True]]))], PAIR)
+    assert not said
 
 
 # ---- calibration data that are accepted
@@ -443,7 +498,3 @@ def test_random_shapes_must_fit() -> None:
         load("random", IMAGE, input_shapes={"x": (1, 4)}, warn=quiet)
     with pytest.raises(InvalidInput, match="has no shape; give --input-shape x:1"):
         load("random", graph_of(ValueSpec("x", torch.float32, None)), warn=quiet)
-
-
-def test_weights_need_no_batches() -> None:
-    assert load("weights", IMAGE) == []

@@ -34,6 +34,7 @@ def loaded(source: Any, graph: Graph = BERT) -> tuple[list[dict[str, list[Any]]]
 
 
 ROW = {"input_ids": [[5, 6, 7]], "attention_mask": [[1, 1, 0]]}
+OTHER = {"input_ids": [[8, 9, 7]], "attention_mask": [[1, 1, 1]]}
 CONVERTED = "calibration: input 'input_ids' is converted from int64 to int32; every value fits"
 ONE = "calibration: rows without a batch axis are taken as batches of one"
 
@@ -42,16 +43,16 @@ ONE = "calibration: rows without a batch axis are taken as batches of one"
 
 
 def test_lists_of_lists_and_what_is_converted() -> None:
-    batches, said = loaded([ROW, ROW])
-    assert batches == [ROW, ROW] and said == [CONVERTED]
+    batches, said = loaded([ROW, OTHER])
+    assert batches == [ROW, OTHER] and said == [CONVERTED]
 
 
 @pytest.mark.parametrize(
     "name", ["label", "labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "idx"]
 )
 def test_by_products_are_left_out_and_said(name: str) -> None:
-    batches, said = loaded([{**ROW, name: [[0, 1, 1]]}] * 2)
-    assert batches == [ROW, ROW]
+    batches, said = loaded([{**row, name: [[0, 1, 1]]} for row in (ROW, OTHER)])
+    assert batches == [ROW, OTHER]
     assert said == [f"calibration: {name!r} is left out: the model does not take it", CONVERTED]
 
 
@@ -76,8 +77,8 @@ def test_rows_of_a_data_set_are_batches_of_one() -> None:
     batches, said = loaded(rows)
     assert [batch["input_ids"] for batch in batches] == [[[1, 2]], [[3]]]
     assert said == [ONE, CONVERTED]
-    (image,), said = loaded([np.zeros(3)], IMAGE)
-    assert image == {"x": [[0.0, 0.0, 0.0]]} and said == [ONE]
+    (image,), said = loaded([np.arange(3.0)], IMAGE)
+    assert image == {"x": [[0.0, 1.0, 2.0]]} and said == [ONE]
 
 
 def test_the_rows_of_one_dict_are_samples() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -13,11 +14,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
+import fxopt
+from fxopt.cli.explain import _check_matches
 from fxopt.cli.options import budget_from, shapes_from
 from fxopt.cli.progress import ProgressReporter
 from fxopt.cli.run import with_command
-from fxopt.errors import InvalidOption
+from fxopt.errors import InvalidOption, UnknownName
+from fxopt.ir.ledger import Ledger, Verdict
 from tests.conftest import ROOT, mlp
 
 Cli = Callable[..., Any]
@@ -61,6 +66,8 @@ def calibration(work: Path) -> Path:
         (["--debug", "dir/model"], ["optimize", "--debug", "dir/model"]),
         (["optimize", "model.onnx"], ["optimize", "model.onnx"]),
         (["optimise", "model.onnx"], ["optimise", "model.onnx"]),
+        (["model.onxn"], ["optimize", "model.onxn"]),
+        (["."], ["optimize", "."]),
         (["--help"], ["--help"]),
         ([], []),
     ],
@@ -204,6 +211,25 @@ def test_explain_one_node(cli: Cli, model_file: Path, calibration: Path) -> None
     assert ran.code == 0 and "quantize-linear" in ran.out and "fc2" not in ran.out
 
 
+def test_explain_a_pass_with_options_for_size(cli: Cli, model_file: Path, calibration: Path) -> None:
+    wanted = "sparsify{pattern=4x1,sparsity=0.5}"
+    ran = cli("explain", model_file, "-p", wanted, "--objective", "size", "--calibration", calibration, "--json", "-")
+    rows = json.loads(ran.out)["verdicts"]
+    assert ran.code == 0 and {row["pass_name"] for row in rows} == {"sparsify"}
+    assert all(row["setting"].startswith("sparsify{pattern=4x1") for row in rows)
+    assert not any("gives no time" in row["reason"] for row in rows)
+    ran = cli("explain", model_file, "-p", "sparsify{patern=4x1}")
+    assert ran.code == 2 and "unknown option of sparsify 'patern'; did you mean 'pattern'?" in ran.err
+
+
+def test_explain_a_node_that_a_pass_made(model_file: Path) -> None:
+    graph, ledger = fxopt.capture(str(model_file)), Ledger([Verdict("fuse-attention-heads", "attention", "applied", "")])
+    for name in ("^attention$", "^fc1$"):
+        _check_matches(graph, ledger, re.compile(name))
+    with pytest.raises(UnknownName, match="--node atention matches no node: .*did you mean 'attention'"):
+        _check_matches(graph, ledger, re.compile("atention"))
+
+
 def test_inspect(cli: Cli, model_file: Path) -> None:
     ran = cli("inspect", model_file, "--json", "-")
     assert ran.code == 0, ran.err
@@ -292,3 +318,82 @@ def test_a_state_that_was_not_used_is_said(cli: Cli, model_file: Path, work: Pat
     assert ran.code == 0 and "nothing was calibrated" in ran.out and "state.bin" in ran.out
     ran = cli(model_file, "--resume", work / "state.bin", "--guard-seconds", "0.2", "--calibration", "random")
     assert ran.code == 0 and "nothing was calibrated" not in ran.out
+
+
+HOSTILE = "mm[/b]\x1b[31m\n\u202e<script>"
+SHOWN = r"mm[/b]\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("inspect",), 0),
+        (("explain", "--calibration", "random"), 0),
+        (("optimize", "--dry-run", "--calibration", "random"), 0),
+        (("convert", "-o", "OUT", "--opset", "21"), 0),
+        (("convert", "-o", "OUT", "--input-shape", "z:1"), 2),
+    ],
+)
+def test_names_cannot_steer_the_terminal(arguments: tuple[str, ...], code: int, work: Path, cli: Cli) -> None:
+    """Escapes and marks of direction in a model's names are shown as in Python."""
+    made = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 11]> g (float[n, 8] x) => (float[n, 8] y) <float[8, 8] w = {0}>'
+        " { m = MatMul (x, w) y = Softmax <axis = 0> (m) }"
+    )
+    made.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((8, 8), np.float32), "w"))
+    for node in made.graph.node:
+        node.name = f"{node.op_type}{HOSTILE}"
+    made.graph.node[0].input[0] = made.graph.input[0].name = HOSTILE
+    path = work / "hostile.onnx"
+    onnx.save(made, path)
+    command, *rest = [str(work / "out.onnx") if word == "OUT" else word for word in arguments]
+    ran = cli(command, path, *rest)
+    assert ran.code == code, ran.text
+    assert SHOWN in "".join(line.strip() for line in ran.text.splitlines()).replace(" ", "")
+    assert not set(ran.text) & {"\x1b", "\u202e"}
+
+
+def test_inspect_says_what_does_not_fit(work: Path, cli: Cli) -> None:
+    made = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18, "acme" : 1]> g (float[2, 3] x, float[4, 5] w) => (float[2, 5] y)'
+        " { m = MatMul (x, w) y = acme.Magic (m) }"
+    )
+    made.graph.node[0].name = "first"
+    path = work / "wrong.onnx"
+    onnx.save(made, path)
+    ran = cli("inspect", path, "--json", work / "said.json")
+    assert ran.code == 0, ran.text
+    assert "note: node 'first' does not take its inputs: " in ran.text
+    assert "note: operators of domains that fxopt does not know are kept as they are: acme.Magic" in ran.text
+    assert "note: types do not agree, as ONNX infers them: (op_type:MatMul, node name: first)" in ran.text
+    notes = json.loads((work / "said.json").read_text())["notes"]
+    assert len(notes) == 3
+    ran = cli("convert", path, "-o", work / "newer.onnx", "--opset", "19", "--json", work / "said.json")
+    assert ran.code == 0 and "every operator stays what it is" in ran.text
+    assert json.loads((work / "said.json").read_text())["notes"] == notes[:2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "--input-shape", "x:4611686018427387904,16"), "expected at most 35184372088832, more than memory"),
+        (("convert", "-o", "OUT", "--input-shape", "x:99999999999999999999,16"), "elements; expected at most"),
+        (("optimize", "--calibration", "random", "--input-shape", "x:400000000000,16"), "error: out of memory: "),
+    ],
+)
+def test_absurd_sizes(arguments: tuple[str, ...], message: str, model_file: Path, work: Path, cli: Cli) -> None:
+    command, *rest = [str(work / "out.onnx") if word == "OUT" else word for word in arguments]
+    ran = cli(command, model_file, *rest)
+    assert ran.code == 2 and message in ran.err and "internal" not in ran.err, ran.text
+
+
+def test_a_model_that_does_not_run(work: Path, cli: Cli) -> None:
+    """Sizes that only a run finds wrong, here in every run, are no internal error."""
+    made = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[n, 8] x) => (float[a, b] y) '
+        "<int64[2] s = {3, 7}> { y = Reshape (x, s) }"
+    )
+    path = work / "wrong.onnx"
+    onnx.save(made, path)
+    ran = cli("optimize", path, "--calibration", "random", "--guard-seconds", "0.1")
+    assert ran.code == 2 and "error: the model does not run on sample 0 of the data given: RuntimeError: shape" in ran.err

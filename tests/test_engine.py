@@ -256,6 +256,19 @@ def test_a_large_linear_is_accepted_on_a_gpu_by_prediction() -> None:
     assert after is not None and before is not None and after.seconds < before.seconds
 
 
+def test_no_error_is_made_for_less_than_a_hundredth_of_the_time() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 8192), torch.nn.Linear(8192, 256))
+    data = [torch.randn(512, 256) for _ in range(2)]
+    found = fxopt.optimize(
+        model.eval(), "a100", example_inputs=(data[0],), calibration=data, include="^linear$", passes=["quantize-linear"]
+    )
+    (undone,) = rows(found, outcome="rolled-back")
+    wanted = r"predicted 1\.00x on a100, of which lossy changes give 1\.00\dx: too little, for the whole model"
+    assert undone.node == "linear" and re.fullmatch(wanted, undone.reason)
+    assert found.report.outcome == "nothing paid" and found.report.why.startswith(undone.reason)
+    assert torch.equal(found(data[0]), model(data[0]))
+
+
 # ---- lossy passes on this machine
 
 

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from fxopt.cost_model.attention_patterns import price
 from fxopt.errors import MissingDependency
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Verdict
+from fxopt.ir.pattern_work import Price, Tile
 from fxopt.ir.target import Cost, Prediction, Target
 
 
@@ -102,6 +104,19 @@ class Backend(ABC):
             shape: of the weight, (out, in); None: of any.
         """
         return f"{self.name} multiplies zeros like other numbers"
+
+    def attention_tile(self, dtype: str, width: int, renumbered: bool = False) -> Tile | None:
+        """What its kernel for attention with patterns multiplies at once; None: it takes slices of dense attention.
+
+        Args:
+            width: of a head.
+            renumbered: the kernel for heads whose tokens are renumbered, where that is another one.
+        """
+        return None
+
+    def attention_price(self, threads: int) -> Price:
+        """What slices of dense attention cost on so many threads, as measured; the dearest where nothing was."""
+        return price(self.name, threads)
 
     def with_sizes(self, sizes: Mapping[str, int], name: str) -> Backend:
         """The backend for a model of this name, of which the user fixed some dimensions."""

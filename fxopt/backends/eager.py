@@ -19,20 +19,28 @@ from fxopt.ir.target import Target
 
 
 class EagerExecutable(Executable):
-    """The interpreter over a graph."""
+    """The interpreter over a graph; on so many threads, or on as many as torch has."""
 
     executed_on = "eager (reference)"
 
-    def __init__(self, graph: Graph, evaluator: Evaluator | None = None) -> None:
+    def __init__(self, graph: Graph, evaluator: Evaluator | None = None, threads: int | None = None) -> None:
         eager_cpu.register()
         if torch.cuda.is_available():
             eager_cuda.register()
         self.graph = graph
         self.evaluator = evaluator
+        self.threads = threads
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs on flat inputs."""
-        return self.graph.run(inputs, evaluator=self.evaluator)
+        before = torch.get_num_threads()
+        if self.threads is None or self.threads == before:
+            return self.graph.run(inputs, evaluator=self.evaluator)
+        torch.set_num_threads(self.threads)
+        try:
+            return self.graph.run(inputs, evaluator=self.evaluator)
+        finally:
+            torch.set_num_threads(before)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """The reference has no artifact of its own."""
@@ -66,7 +74,7 @@ class Eager(Backend):
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """An interpreter over a copy of the graph."""
         if graph.origin != "onnx":
-            return EagerExecutable(graph.copy())
+            return EagerExecutable(graph.copy(), threads=threads)
         from fxopt.backends.onnxruntime.evaluator import OnnxEvaluator
 
-        return EagerExecutable(graph.copy(), OnnxEvaluator())
+        return EagerExecutable(graph.copy(), OnnxEvaluator(), threads)

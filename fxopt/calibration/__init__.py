@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxopt.calibration.checks import Sample, Warn
+from fxopt.calibration.checks import Sample, Warn, doubts
 from fxopt.calibration.files import from_mapping, from_path
+from fxopt.calibration.lookups import check_lookups
 from fxopt.calibration.made_up import RANDOM_SAMPLES, random_samples
 from fxopt.calibration.rows import batches
 from fxopt.errors import InvalidInput, InvalidOption
@@ -44,9 +45,8 @@ def load(
     """The batches that `source` gives.
 
     Args:
-        source: "random"; "weights" (no batches: weights alone are judged); a file or folder; a dict of arrays whose
-            rows are samples; or an iterable of batches, each a dict by input name, a tuple in the order of the inputs,
-            or the only input.
+        source: "random"; a file or folder; a dict of arrays whose rows are samples; or an iterable of batches, each a
+            dict by input name, a tuple in the order of the inputs, or the only input.
         batch_size: rows per batch, where the model leaves it open.
         samples: at most so many batches (random: so many, default 16).
         input_shapes: sizes of dynamic dimensions for random data.
@@ -57,18 +57,30 @@ def load(
     """
     if batch_size < 1 or (samples is not None and samples < 1):
         raise InvalidOption(f"batch size {batch_size} and samples {samples} must be 1 or more")
-    if isinstance(source, str) and source == "weights":
-        return []
     if isinstance(source, str) and source == "random":
         return random_samples(graph, samples or RANDOM_SAMPLES, batch_size, seed, input_shapes, warn)
-    say = _once(warn)
+    found = _given(source, graph, batch_size, samples, _once(warn))
+    check_lookups(graph, found, "calibration")
+    for doubt in doubts(found, graph.inputs):
+        warn(doubt)
+    return found
+
+
+def _given(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Iterable[Any],
+    graph: Graph,
+    batch_size: int,
+    samples: int | None,
+    say: Warn,
+) -> list[Sample]:
+    """What was given, as batches of the model."""
     if isinstance(source, (str, os.PathLike)):
         return from_path(Path(source), graph.inputs, batch_size, say)[:samples]
     if isinstance(source, Mapping):
         return from_mapping(source, graph.inputs, batch_size, "calibration", say)[:samples]
     if isinstance(source, (torch.Tensor, np.ndarray)) or not isinstance(source, Iterable):
         raise InvalidInput(
-            f"calibration: expected a path, 'random', 'weights', a dict of arrays or an iterable of batches, got a "
+            f"calibration: expected a path, 'random', a dict of arrays or an iterable of batches, got a "
             f"{type(source).__name__}; put a single batch into a list"
         )
     items = ((f"calibration batch {index}", item) for index, item in enumerate(source))

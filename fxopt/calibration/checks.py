@@ -88,6 +88,36 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
         raise InvalidInput(f"{where} has element type {array.dtype}, which is no tensor of numbers") from error
 
 
+def doubts(samples: Sequence[Sample], inputs: Sequence[ValueSpec]) -> list[str]:
+    """What makes the ranges and errors found on these batches worth little."""
+    found = []
+    for spec in inputs:
+        if spec.dtype is None or not spec.dtype.is_floating_point:
+            continue  # masks may be all ones
+        numbers = {_only_value(sample[spec.name]) for sample in samples}
+        if len(numbers) == 1 and None not in numbers:
+            (number,) = numbers
+            found.append(
+                f"calibration: every value of input {spec.name!r} is {number:g}: ranges and errors found with it may "
+                "hold for nothing else"
+            )
+    first = samples[0] if samples else {}
+    if len(samples) > 1 and all(torch.equal(first[name], other[name]) for other in samples[1:] for name in first):
+        found.append(
+            f"calibration: all {len(samples)} samples are equal: the error is measured on what was calibrated with, "
+            "which flatters it"
+        )
+    return found
+
+
+def _only_value(value: torch.Tensor) -> float | None:
+    """The number that every element is; None when they differ, or there are none."""
+    if not value.numel() or value.numel() == 1:
+        return None
+    first = value.flatten()[0]
+    return float(first) if bool((value == first).all()) else None
+
+
 def _ragged(value: Any) -> str:
     """What is wrong with a list of lists of different lengths."""
     lengths = sorted({len(row) for row in value if hasattr(row, "__len__")}) if isinstance(value, (list, tuple)) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,8 @@ def from_path(path: Path, inputs: Sequence[ValueSpec], batch_size: int, say: War
     if path.is_dir():
         return _from_folder(path, inputs, batch_size, say)
     if not path.exists():
-        raise InvalidInput(f"calibration {path}: no such file; expected {_KINDS}, a folder, 'random' or 'weights'")
+        hint = "; did you mean 'random'?" if difflib.get_close_matches(str(path), ["random"]) else ""
+        raise InvalidInput(f"calibration {path}: no such file; expected {_KINDS}, a folder or 'random'{hint}")
     return _from_file(path, inputs, batch_size, say)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from fxopt.calibration.checks import Sample, Warn, check_shape, is_integer
+from fxopt.calibration.lookups import rows_looked_up
 from fxopt.errors import InvalidInput, InvalidOption, unknown
 from fxopt.ir.graph import Graph, ValueSpec
 
@@ -88,24 +87,11 @@ def _range(graph: Graph, index: int, spec: ValueSpec, warn: Warn) -> tuple[int, 
         raise InvalidInput(f"input {spec.name!r} is not a tensor of numbers; random data cannot be made for it")
     if not is_integer(spec.dtype):
         return _INT_RANGE
-    bound = _lookup_bound(graph, index)
+    bound = rows_looked_up(graph, index)
     low, high = (0, bound) if bound is not None else _INT_RANGE
     found = "rows of the table that it indexes" if bound is not None else "the model shows no bound; give real data"
     warn(f"input {spec.name!r}: random integers from {low} to {high - 1} ({found})")
     return low, high
-
-
-def _lookup_bound(graph: Graph, index: int) -> int | None:
-    """Rows of the smallest constant table that the input indexes directly."""
-    bounds = []
-    for user in graph.placeholders[index].users:
-        name = re.sub(r".*aten\.|\..*", "", str(user.target))
-        gathers = getattr(user.target, "op_type", "") == "Gather" or name == "embedding"
-        table = graph.constant(user.args[0]) if gathers and user.args else None
-        if table is not None and table.dim():
-            axis: Any = user.kwargs.get("axis", 0)
-            bounds.append(table.shape[axis])
-    return min(bounds, default=None)
 
 
 def _random(

@@ -43,11 +43,10 @@ def convert(
     from fxopt.frontends.input_shapes import override, parse
 
     shapes = parse(input_shape or ())
-    import onnx
-
-    from fxopt.frontends.convert_opset import convert as convert_model
+    from fxopt.frontends.convert_graph import converted
     from fxopt.frontends.convert_opset import opset_of
-    from fxopt.frontends.onnx import load
+    from fxopt.frontends.infer_types import type_fault
+    from fxopt.frontends.onnx import foreign_operators, load
     from fxopt.ir.onnx.export import save
 
     graph = load(model)
@@ -56,17 +55,16 @@ def convert(
     changed: tuple[str, ...] = ()
     error: float | None = None
     if opset is not None:
-        external = graph.model is not None and graph.model.external
-        result = convert_model(onnx.load(model), opset)
+        graph, result = converted(graph, opset)
         source, target, changed, error = result.source, result.target, result.changed, result.error
         lines.append(str(result))
-        graph = load(result.model)
-        if graph.model is not None:
-            graph.model.external = external
     if shapes:
         override(graph, shapes)
         lines.append(f"inputs: {'; '.join(map(str, graph.inputs))}")
     save(graph, output)
+    foreign, fault = foreign_operators(graph), type_fault(graph)
+    notes = [foreign, f"types do not agree, as ONNX infers them: {fault}" if fault else ""]
+    notes = [text for text in notes if text]
     out.json(
         {
             "output": str(output),
@@ -74,9 +72,11 @@ def convert(
             "opset": target,
             "changed": list(changed),
             "error": error,
+            "notes": notes,
             "inputs": [str(spec) for spec in graph.inputs],
             "outputs": [str(spec) for spec in graph.outputs],
         }
     )
-    for line in (*lines, *(f"  {entry}" for entry in changed), f"written to {output}"):
+    remarks = (*(f"  {entry}" for entry in changed), *(f"note: {text}" for text in notes))
+    for line in (*lines, *remarks, f"written to {output}"):
         out.print(line)

@@ -16,15 +16,24 @@ from fxopt.errors import UnknownName, unknown
 if TYPE_CHECKING:
     from fxopt.ir.graph import Graph
     from fxopt.ir.ledger import Ledger, Verdict
+    from fxopt.passes.base import Pass
 
 
 def explain(
     model: options.Model,
     node: Annotated[str | None, typer.Option(help="Only nodes whose names match.", metavar="REGEX")] = None,
-    pass_name: Annotated[str | None, typer.Option("--pass", help="Only verdicts of this pass.", metavar="NAME")] = None,
+    pass_name: Annotated[
+        str | None,
+        typer.Option(
+            "--pass", "-p", help="Only verdicts of this pass: NAME or, as in optimize, NAME{option=value,...}.",
+            metavar="PASS",
+        ),
+    ] = None,
     target: options.Target = "host",
     calibration: options.Calibration = None,
     budget: options.Budget = "0.02",
+    objective: options.Objective = "latency",
+    custom_ops: options.CustomOps = False,
     input_shape: options.InputShape = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
@@ -36,31 +45,28 @@ def explain(
     require_model(model)
     passes = None
     if pass_name is not None:
-        from fxopt.catalog import canonical, entries, pass_names
-
-        if canonical(pass_name) not in entries("pass"):
-            raise unknown("pass", pass_name, pass_names())
-        passes = _only(pass_name)
-        pass_name = canonical(pass_name)
+        passes, pass_name = _asked_for(pass_name)
     pattern = options.pattern_from("--node", node)
     shapes, limit = options.shapes_from(input_shape), options.budget_from(budget)
     import fxopt
     from fxopt.report.text import render_verdicts
 
     graph = fxopt.capture(str(model))
-    _check_matches(graph, pattern)
     with ProgressReporter() as progress:
         ledger = fxopt.explain(
             str(model),
             target,
             calibration=calibration,
             budget=limit,
+            objective=objective,
+            custom_ops=custom_ops,
             passes=passes,
             input_shapes=shapes,
             backend=backend,
             threads=options.threads_from(threads),
             progress=progress,
         )
+    _check_matches(graph, ledger, pattern)
     rows = verdicts(graph, ledger, pattern, pass_name)
     out.json({"notes": ledger.notes, "verdicts": [vars(row) for row in rows]})
     out.print(render_verdicts(rows))
@@ -71,23 +77,28 @@ def explain(
         out.print(f"{who} verdict on this model: it holds none of the operators that passes work on")
 
 
-def _only(name: str) -> list[str] | None:
-    """The pass alone, where it is a lossy one that is done only when it is asked for; None: the usual passes."""
-    from fxopt.catalog import find_pass
+def _asked_for(text: str) -> tuple[list[Pass] | None, str]:
+    """The passes to consider, None for the usual ones, and the name under which this one's verdicts are."""
+    from fxopt.catalog import canonical, entries, pass_from_text, pass_names
     from fxopt.passes.base import LossyPass
     from fxopt.passes.pipelines import lossy_passes
 
-    kind = find_pass(name)
-    usual = {type(step) for step in lossy_passes()}
-    return [name] if issubclass(kind, LossyPass) and kind not in usual else None
+    has_options, in_file = "{" in text, ".py" in text
+    if not has_options and not in_file and canonical(text) not in entries("pass"):
+        raise unknown("pass", text, pass_names())
+    step = pass_from_text(text)
+    only_when_asked = isinstance(step, LossyPass) and type(step) not in {type(usual) for usual in lossy_passes()}
+    return ([step] if has_options or in_file or only_when_asked else None), step.name
 
 
-def _check_matches(graph: Graph, pattern: re.Pattern[str] | None) -> None:
+def _check_matches(graph: Graph, ledger: Ledger, pattern: re.Pattern[str] | None) -> None:
+    """Operators of the model, and those that passes made of them."""
     from fxopt.ir.graph import label
 
-    names = [label(node) for node in graph.calls()]
+    names = [*(label(node) for node in graph.calls()), *(row.node for row in ledger.verdicts)]
     if pattern is not None and not any(map(pattern.search, names)):
-        raise UnknownName(f"--node {pattern.pattern} matches no node: {unknown('node', pattern.pattern, names)}")
+        known = list(dict.fromkeys(names))
+        raise UnknownName(f"--node {pattern.pattern} matches no node: {unknown('node', pattern.pattern, known)}")
 
 
 def verdicts(graph: Graph, ledger: Ledger, node: re.Pattern[str] | None, pass_name: str | None) -> list[Verdict]:

@@ -15,8 +15,10 @@ from fxopt.report import units
 
 if TYPE_CHECKING:
     from fxopt.cost_model.roofline import GraphPrediction, NodePrediction
+    from fxopt.ir.graph import Graph
 
 Row = tuple[str, ...]
+_FAILURES = 5  # that are shown
 
 
 def inspect(
@@ -44,6 +46,7 @@ def inspect(
         {
             "inputs": [str(spec) for spec in graph.inputs],
             "outputs": [str(spec) for spec in graph.outputs],
+            "notes": notes(graph),
             "quantized": {label(view.node): str(view) for view in quantised},
         }
         | asdict(found)
@@ -52,6 +55,8 @@ def inspect(
     out.print(table(("operator", "nodes", "time", "share"), by_operator(found), right=(1, 2, 3)))
     for text, count in Counter(map(str, quantised)).items():
         out.print(f"quantised already: {count} operator{'s' if count > 1 else ''} with {text}")
+    for note in notes(graph):
+        out.print(f"note: {note}")
     headers = ("node", "operator", "time", "share", "bound by", "operations", "bytes", "operations/byte")
     ranked = sorted(found.rows, key=lambda row: -row.prediction.seconds)
     shown = ranked[:top] if top else ranked
@@ -64,6 +69,23 @@ def inspect(
         f"{len(ranked)} operators, {units.count(found.macs)} multiply-adds, weights {units.size(found.weight_bytes)}; "
         f"predicted {units.seconds(total.seconds)} on {target} ({interval}), mostly {total.bound}-bound"
     )
+
+
+def notes(graph: Graph) -> list[str]:
+    """What is wrong with the model, or not known of it, as far as the figures depend on it."""
+    from fxopt.frontends.infer_types import type_fault
+    from fxopt.frontends.onnx import foreign_operators
+    from fxopt.ir.graph import label
+
+    failed = [node for node in graph.calls() if "failure" in node.meta]
+    found = []
+    if graph.model is not None:
+        fault = type_fault(graph)
+        found = [foreign_operators(graph), f"types do not agree, as ONNX infers them: {fault}" if fault else ""]
+    found += [f"node {label(node)!r} {node.meta['failure']}" for node in failed[:_FAILURES]]
+    if len(failed) > _FAILURES:
+        found.append(f"... and {len(failed) - _FAILURES} nodes more that do not take their inputs")
+    return [text for text in found if text]
 
 
 def by_operator(found: GraphPrediction) -> list[Row]:

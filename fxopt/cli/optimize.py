@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def optimize(
     passes: options.Passes = None,
     calibration: options.Calibration = None,
     budget: options.Budget = "0.02",
-    objective: Annotated[Literal["latency", "size"], typer.Option(help="What must improve.")] = "latency",
+    objective: options.Objective = "latency",
     evaluate: options.Evaluate = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -38,7 +39,9 @@ def optimize(
     backend: options.Backend = None,
     threads: options.Threads = None,
     guard_seconds: Annotated[float, typer.Option(min=0.0, help="Time for measuring what pays.")] = 10.0,
-    force: Annotated[bool, typer.Option("--force", help="Keep the result even when it does not pay.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep the result, whatever is measured or predicted for the whole model.")
+    ] = False,
     require_speedup: Annotated[
         float | None,
         typer.Option(min=0.0, help="Exit with 1 and write nothing when the result is not so many times faster."),
@@ -57,12 +60,7 @@ def optimize(
         Path | None,
         typer.Option(help="State of the calibration: a run that was cut off goes on from it.", metavar="FILE.npz"),
     ] = None,
-    custom_ops: Annotated[
-        bool,
-        typer.Option(
-            "--custom-ops", help="Use own kernels where faster: writes a library beside the file [fxopt[tvm]]."
-        ),
-    ] = False,
+    custom_ops: options.CustomOps = False,
     buckets: options.Buckets = None,
     weights: Annotated[
         Literal["embedded", "external"] | None,
@@ -147,8 +145,9 @@ def require_model(path: Path) -> None:
     if path.is_dir():
         raise InvalidModel(f"{path} is a folder; expected an ONNX model file")
     if not path.exists():
-        near = [other.name for other in path.parent.glob("*.onnx")] if path.parent.is_dir() else []
-        hint = f"; there is {', '.join(sorted(near)[:5])}" if near else ""
+        there = sorted(other.stem for other in path.parent.glob("*.onnx")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.stem, there, n=3) or there[:5]
+        hint = f"; there is {', '.join(f'{stem}.onnx' for stem in near)}" if near else ""
         raise InvalidModel(f"{path}: no such file; expected an ONNX model{hint}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -37,8 +37,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         help="Sample inputs: an .npz (one array per input, samples along axis 0), an .npy, a .jsonl or .json of rows "
-        "(each an object of numbers by input name), a folder of them, "
-        "`random`, or `weights` (judge weights alone).",
+        "(each an object of numbers by input name), a folder of them, or `random`.",
         metavar="DATA",
         show_default=False,
     ),
@@ -48,6 +47,13 @@ Budget = Annotated[
     typer.Option(
         help="Largest loss: noise to signal of the outputs, or drop of the metric of --evaluate. `none`: no limit.",
         metavar="NUMBER",
+    ),
+]
+Objective = Annotated[Literal["latency", "size"], typer.Option(help="What must improve.")]
+CustomOps = Annotated[
+    bool,
+    typer.Option(
+        "--custom-ops", help=r"Use own kernels where faster: writes a library beside the file; needs fxopt\[tvm]."
     ),
 ]
 Evaluate = Annotated[

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from fxopt.errors import OutputError
+from fxopt.report.printable import printable
 
 _PLAIN_WIDTH = 140  # where there is no terminal whose width counts
 
@@ -30,7 +31,8 @@ class Output:
 
     def print(self, renderable: RenderableType) -> None:
         """Show something to the user."""
-        self.console.print(renderable, markup=False)
+        shown = printable(renderable, keep="\n") if isinstance(renderable, str) else renderable
+        self.console.print(shown, markup=False)
 
     def json(self, data: Any) -> None:
         """Write the data when --json was given."""

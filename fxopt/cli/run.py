@@ -16,8 +16,10 @@ from typer.main import get_command
 from fxopt.cli.app import COMMANDS, app
 from fxopt.config import Config
 from fxopt.errors import FxoptError
+from fxopt.report.printable import printable
 
 _LIBRARIES = r"(torch|onnx|onnxscript|onnx_ir|onnxruntime|copyreg)(\.|$)"
+_NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "std::bad_alloc")  # of torch and ONNX Runtime
 _VALUE_FREE = ("--debug", "--version", "--help", "-h")
 
 
@@ -56,6 +58,8 @@ def _run(given: list[str], debug: bool) -> int:
         return _fail("error: out of memory", 2, debug)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
+        if any(sign in text for sign in _NO_MEMORY):
+            return _fail(f"error: out of memory: {text}", 2, debug)
         return _fail(
             f"internal error: {type(error).__name__}: {text}\nThis is a fault of fxopt; run again with --debug.",
             2,
@@ -79,7 +83,7 @@ def with_command(arguments: list[str]) -> list[str]:
 def _is_model(text: str) -> bool:
     if text.startswith("-"):
         return False
-    return Path(text).suffix == ".onnx" or "/" in text or os.sep in text or Path(text).is_file()
+    return bool(Path(text).suffix) or "/" in text or os.sep in text or text in (".", "..") or Path(text).is_file()
 
 
 def _usage(error: typer.TyperException) -> str:
@@ -94,7 +98,7 @@ def _usage(error: typer.TyperException) -> str:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(printable(message, keep="\n\t"), file=sys.stderr)
     return code
 
 
@@ -108,4 +112,5 @@ def _quiet(debug: bool) -> None:
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     if issubclass(category, UserWarning):
-        print(f"warning: {message}", file=sys.stderr)
+        text = printable(str(message), keep="\n")
+        print(f"warning: {text}", file=sys.stderr)

@@ -85,7 +85,7 @@ def predict(cost: Cost, target: Target, cold_bytes: float = 0.0) -> Prediction:
         cold_bytes: how many of the bytes come from main memory whatever their number, e.g. weights of a model that is
             larger than the cache.
     """
-    cost = without_zeros(cost, target)
+    cost = attention_patterns.priced(without_zeros(cost, target), target)
     compute = cost.flops / rate(cost, target)
     warm, cold = _memory_seconds(cost.bytes, min(cold_bytes, cost.bytes), target)
     busy = _busy(compute, warm, cold, target)
@@ -134,7 +134,7 @@ def efficiency(target: Target, kind: str, dtype: str = "") -> float:
             return target.efficiency[key]
     for key in (f"{family(kind)}.{dtype}", family(kind)):
         if key in target.efficiency:
-            return target.efficiency[key] * attention_patterns.of_dense(kind, target)
+            return target.efficiency[key]
     return _DEFAULT_EFFICIENCY
 
 

@@ -21,14 +21,11 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from fxopt.errors import InvalidModel, InvalidOption, Unsupported, VerificationError
 from fxopt.frontends.comparison import first_line, made_up, noise_to_signal, run
 from fxopt.frontends.onnx import load
-from fxopt.ir.builder import since_version
 from fxopt.ir.graph import Graph
-from fxopt.ir.ledger import Ledger
-from fxopt.ir.onnx.op import OnnxOp
-from fxopt.ir.onnx.records import NodeRecord
+from fxopt.ir.onnx.tensor_bytes import byte_count
 from fxopt.ir.onnx.walk import graphs_of
 
-_SMALL = 1024  # bytes; constants up to here are shown to the converter, which may turn them into attributes or back
+_SMALL = 1024  # bytes; constants below are shown to the converter, which may turn them into attributes or back
 _SAME_MEANING = {"If", "Loop"}  # their versions differ in element types only
 _TOLERANCE = 1e-10  # noise to signal: both are run with the same definitions, so only orders of sums may differ
 
@@ -43,10 +40,13 @@ class Conversion:
     changed: tuple[str, ...]  # "node: Operator-11 became Operator-13", for nodes that were rewritten
     error: float | None = None  # largest noise to signal of an output; None: not compared
     remark: str = ""  # why the two could not be compared
+    unchanged: bool = False  # the operators are the same in both versions, so that nothing had to be compared
 
     def __str__(self) -> str:
         if self.source == self.target:
             return f"the model is at opset {self.target} already"
+        if self.unchanged:
+            return f"converted from opset {self.source} to {self.target}: every operator stays what it is"
         nodes = f"{len(self.changed)} nodes rewritten" if len(self.changed) != 1 else "1 node rewritten"
         proof = f"not verified: {self.remark}" if self.error is None else f"verified, noise to signal {self.error:.1e}"
         return f"converted from opset {self.source} to {self.target}: {nodes}; {proof}"
@@ -97,6 +97,24 @@ def convert(
         Unsupported: a node cannot be converted.
         VerificationError: the result computes something else.
     """
+    result, doubtful = rewritten(model, opset)
+    if result.model is model:
+        return result
+    if verify and not result.changed and not doubtful:
+        result = replace(result, error=0.0, unchanged=True)
+    elif verify:
+        result = verified(load(model, check=False), load(result.model), result, inputs)
+    refuse_doubtful(result, doubtful)
+    return result
+
+
+def rewritten(model: ModelProto, opset: int) -> tuple[Conversion, list[str]]:
+    """The model at `opset`, and the nodes that were kept although their operator changed: only a run can judge them.
+
+    The bytes of initializers of 1 KB or more are not looked at.
+
+    Raises: as `convert`; nothing is run.
+    """
     source = opset_of(model)
     latest = onnx.defs.onnx_opset_version()
     if not source <= opset <= latest:
@@ -105,7 +123,7 @@ def convert(
             f"expected {source} to {latest} (models are converted upwards only)"
         )
     if source == opset:
-        return Conversion(model, source, opset, ())
+        return Conversion(model, source, opset, ()), []
     made = ModelProto()
     made.CopyFrom(model)
     changed: list[str] = []
@@ -125,66 +143,20 @@ def convert(
         if entry.domain in ("", "ai.onnx"):
             entry.version = opset
     made.ir_version = max(made.ir_version, helper.find_min_ir_version_for(list(made.opset_import), ignore_unknown=True))
-    result = Conversion(made, source, opset, tuple(changed))
-    if verify and not changed and not doubtful:
-        result = replace(result, error=0.0)  # the same operators in both versions
-    elif verify:
-        result = _verified(model, result, inputs)
+    return Conversion(made, source, opset, tuple(changed)), doubtful
+
+
+def refuse_doubtful(result: Conversion, doubtful: Sequence[str]) -> None:
+    """Refuse what was not compared, where only a comparison can tell.
+
+    Raises:
+        Unsupported: there are doubtful nodes, and the two models were not compared.
+    """
     if doubtful and result.error is None:
         raise Unsupported(
-            f"opset {source} to {opset}: whether these nodes keep their meaning could not be compared "
+            f"opset {result.source} to {result.target}: whether these nodes keep their meaning could not be compared "
             f"({result.remark or 'verification is off'}): {'; '.join(doubtful)}"
         )
-    return result
-
-
-def convert_graph(graph: Graph, opset: int, ledger: Ledger | None = None) -> Graph:
-    """The graph of an ONNX model at `opset`, which a pass or backend needs; the ledger says so.
-
-    Raises: as `convert`, and Unsupported where the graph is not of ONNX origin or too large for one message.
-    """
-    from fxopt.ir.onnx.export import to_model
-
-    kept = _kept(graph, opset)
-    if kept is not None and graph.model is not None:
-        if ledger is not None:
-            ledger.note(f"converted from opset {graph.model.opsets['']} to {opset}: every operator stays what it is")
-        return kept
-    result = convert(to_model(graph), opset)
-    if ledger is not None:
-        ledger.note(str(result))
-        for line in result.changed:
-            ledger.note(line)
-    return load(result.model)
-
-
-def _kept(graph: Graph, opset: int) -> Graph | None:
-    """A copy of the graph at `opset`, with the same weights, where no node has to be rewritten; else None."""
-    from fxopt.ir.onnx.export import outline
-
-    if graph.model is None or graph.model.proto.functions or any(graph.subgraphs()):
-        return None
-    try:
-        if convert(outline(graph), opset, verify=False).changed:
-            return None
-    except Unsupported:  # only running both can tell
-        return None
-    made = graph.copy()
-    proto = ModelProto.FromString(graph.model.proto.SerializeToString())
-    for entry in proto.opset_import:
-        if entry.domain in ("", "ai.onnx"):
-            entry.version = opset
-    proto.ir_version = max(
-        proto.ir_version, helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
-    )
-    made.model = replace(graph.model, proto=proto)
-    for node in made.calls():
-        old, record = node.target, node.meta.get("onnx")
-        if isinstance(old, OnnxOp) and not old.domain:
-            node.target = OnnxOp("", old.op_type, since_version(old.op_type, opset))
-            if isinstance(record, NodeRecord) and record.target is old:
-                node.meta["onnx"] = replace(record, target=node.target)
-    return made
 
 
 def _scope_of(model: ModelProto, opset: int, changed: list[str], doubtful: list[str]) -> _Scope:
@@ -331,7 +303,9 @@ def _alone(node: NodeProto, scope: _Scope) -> ModelProto:
 
 
 def _is_small(tensor: TensorProto) -> bool:
-    return tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= _SMALL
+    if tensor.data_location == TensorProto.EXTERNAL or tensor.ByteSize() > _SMALL:
+        return False
+    return tensor.data_type == TensorProto.STRING or byte_count(tensor) < _SMALL  # else the bytes may be elsewhere
 
 
 def _typed(name: str, scope: _Scope) -> ValueInfoProto:
@@ -396,9 +370,14 @@ def _constant_node(tensor: TensorProto) -> NodeProto:
     return helper.make_node("Constant", [], [tensor.name], value=tensor)
 
 
-def _verified(model: ModelProto, result: Conversion, inputs: Sequence[torch.Tensor] | None) -> Conversion:
-    """The conversion with the error that was measured, or the reason why none was."""
-    before, after = load(model, check=False), load(result.model)
+def verified(
+    before: Graph, after: Graph, result: Conversion, inputs: Sequence[torch.Tensor] | None = None
+) -> Conversion:
+    """The conversion with the error that was measured, or the reason why none was.
+
+    Raises:
+        VerificationError: the graph at the newer opset computes something else, or does not run.
+    """
     try:
         given = list(inputs) if inputs is not None else made_up(before)
         right = run(before, given)

@@ -6,11 +6,14 @@ where the file declares nothing, ONNX's inference (which knows the standard oper
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
-from fxopt.ir.graph import ValueSpec
+from fxopt.ir.graph import Graph, ValueSpec
 from fxopt.ir.onnx import registry
+from fxopt.ir.onnx.export import outline
 from fxopt.ir.onnx.signature import value_spec
 
 _SMALL = 1024  # bytes; larger initializers are no shapes, and are left out of what the inference sees
@@ -43,8 +46,22 @@ def undeclared_types(proto: ModelProto) -> dict[str, ValueSpec]:
     return {name: spec for name, spec in specs.items() if spec.dtype is not None and spec.shape is not None}
 
 
-def _light(proto: ModelProto) -> ModelProto:
-    """The model with the types of its large initializers, but without their bytes."""
+def type_fault(graph: Graph) -> str:
+    """What ONNX's inference finds wrong with an ONNX graph as it would be written; "" when types and shapes agree.
+
+    Raises:
+        Unsupported: the graph holds an operator without an ONNX form.
+    """
+    proto, weights = outline(graph)
+    try:
+        onnx.shape_inference.infer_shapes(_light(proto, weights), check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        return " ".join(str(error).split()).removeprefix("[ShapeInferenceError] Inference error(s): ")[:300]
+    return ""
+
+
+def _light(proto: ModelProto, elsewhere: Collection[str] = ()) -> ModelProto:
+    """The model with the types of its large initializers, and of those whose bytes are elsewhere, but without bytes."""
     light = ModelProto()
     for entry in proto.opset_import:
         light.opset_import.add().CopyFrom(entry)
@@ -56,7 +73,8 @@ def _light(proto: ModelProto) -> ModelProto:
         getattr(body, field).extend(getattr(proto.graph, field))
     known = {value.name for value in body.input}
     for tensor in proto.graph.initializer:
-        if tensor.ByteSize() <= _SMALL:
+        beside = tensor.name in elsewhere or tensor.data_location == TensorProto.EXTERNAL
+        if tensor.ByteSize() <= _SMALL and not beside:
             body.initializer.add().CopyFrom(tensor)
         elif tensor.name not in known:
             body.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))

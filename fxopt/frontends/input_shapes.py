@@ -5,6 +5,7 @@ A name stands for one size in the whole model, so a size given for one of its pl
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from fxopt.ir.graph import Dim, Graph, ValueSpec
 
 Shapes = Mapping[str, Sequence[Dim]]  # per input: a size, a name, or None to leave the dimension as it is
 
+MOST = 1 << 45  # elements of an input; more than any memory holds
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
 
@@ -23,7 +25,7 @@ def parse(texts: Iterable[str], option: str = "--input-shape") -> dict[str, tupl
     """`x:1,3,224,224` or `ids:batch,?` per input: sizes, names, and `?` for a dimension that stays as it is.
 
     Raises:
-        InvalidOption: a text has another form, a size is not positive, or an input comes twice.
+        InvalidOption: a text has another form, a size is not positive or absurd, or an input comes twice.
     """
     shapes: dict[str, tuple[Dim, ...]] = {}
     for text in texts:
@@ -34,7 +36,14 @@ def parse(texts: Iterable[str], option: str = "--input-shape") -> dict[str, tupl
             raise InvalidOption(f"{option} {text}: the shape of input {name!r} is given twice")
         inner = dims.strip().removeprefix("[").removesuffix("]").strip()
         shapes[name] = tuple(_dim(part.strip(), f"{option} {text}") for part in inner.split(",")) if inner else ()
+        if (count := elements(shapes[name])) > MOST:
+            raise InvalidOption(f"{option} {text}: {count} elements; expected at most {MOST}, more than memory holds")
     return shapes
+
+
+def elements(shape: Iterable[object]) -> int:
+    """The product of the sizes that are given."""
+    return math.prod(dim for dim in shape if isinstance(dim, int))
 
 
 def _dim(part: str, where: str) -> Dim:
@@ -100,6 +109,8 @@ def _joined(spec: ValueSpec, shape: tuple[Dim, ...], changes: dict[str, Dim]) ->
                 f"input {spec.name!r}: dimension {axis} of the given shape is {dim!r}; "
                 "expected a positive integer, a name or None"
             )
+    if elements(shape) > MOST:
+        raise InvalidInput(f"input {spec.name!r}: the given shape {text} has more than {MOST} elements")
     if spec.shape is None:
         return shape
     if len(shape) != len(spec.shape):

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from fxopt.errors import CaptureError
 from fxopt.frontends import fxopt_nodes
 from fxopt.frontends import onnx as onnx_frontend
+from fxopt.frontends.capture.layout import free_of_layouts, is_about_layout
 from fxopt.frontends.capture.program import Examples, Program, export, quiet
 from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
@@ -77,7 +78,7 @@ def onnx_graph_of(
     for version, optimize in forms:
         form = f"opset {version}" if optimize else f"opset {version} without torch's optimiser"
         try:
-            graph = _exported(program, name, version, optimize)
+            graph = _exported_in_any_layout(program, name, version, optimize)
         except Exception as error:
             cause = error
             notes.append(f"torch cannot export {name} to {form}: {_first_line(_root(error))}")
@@ -118,6 +119,16 @@ def _root(error: BaseException) -> BaseException:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def _exported_in_any_layout(program: Program, name: str, opset: int, optimize: bool) -> Graph:
+    try:
+        return _exported(program, name, opset, optimize)
+    except Exception as error:
+        if not is_about_layout(_root(error)):
+            raise
+    free_of_layouts(program.exported)
+    return _exported(program, name, opset, optimize)
 
 
 def _exported(program: Program, name: str, opset: int, optimize: bool) -> Graph:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from fxopt.errors import InvalidOption, unknown
 
 Outcome = Literal["applied", "refused", "no-match", "rolled-back"]
 
@@ -67,15 +69,25 @@ class Ledger:
     def select(
         self, *, node: str | None = None, pass_name: str | None = None, outcome: Outcome | None = None
     ) -> Iterator[Verdict]:
-        """The verdicts whose node matches the regular expression and whose pass and outcome are the given ones."""
-        pattern = re.compile(node) if node else None
-        for verdict in self.verdicts:
-            if pattern is not None and not pattern.search(verdict.node):
-                continue
-            if pass_name is not None and verdict.pass_name != pass_name:
-                continue
-            if outcome is None or verdict.outcome == outcome:
-                yield verdict
+        """The verdicts whose node matches the regular expression and whose pass and outcome are the given ones.
+
+        Raises:
+            UnknownName: there is no such outcome.
+            InvalidOption: `node` is no regular expression.
+        """
+        if outcome is not None and outcome not in get_args(Outcome):
+            raise unknown("outcome", outcome, get_args(Outcome))
+        try:
+            pattern = re.compile(node) if node else None
+        except re.error as error:
+            raise InvalidOption(f"node={node!r} is not a regular expression: {error}") from error
+        return (
+            verdict
+            for verdict in self.verdicts
+            if (pattern is None or pattern.search(verdict.node))
+            and pass_name in (None, verdict.pass_name)
+            and outcome in (None, verdict.outcome)
+        )
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of verdicts per pass and outcome."""

@@ -7,8 +7,8 @@ frame), they are; attention does not depend on the order of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -22,26 +22,43 @@ from fxopt.ir.ops.attention_pattern import (
     check_blocks,
     check_heads,
     patterns_of,
-    seen,
     seen_by,
 )
 
 ROWS = 128  # queries of a piece: of fewer, calls cost more than they leave out
 _GAP = 32  # keys between two ranges that are taken along
+_KEPT = 1 << 20  # elements of a mask that is kept as what is added to scores
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which keys are seen, bool [queries, keys]; [1, keys] where all queries see the same."""
+
+    seen: Tensor
+    _made: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def added(self, dtype: torch.dtype) -> Tensor:
+        """What is added to scores; large negative numbers, not minus infinity: rows without keys are no NaN."""
+        if dtype in self._made:
+            return self._made[dtype]
+        made = torch.zeros(self.seen.shape, dtype=dtype).masked_fill(~self.seen, max(-1e30, torch.finfo(dtype).min))
+        if self.seen.numel() <= _KEPT:
+            self._made[dtype] = made
+        return made
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
     """Queries `start` to `stop` with the keys of `ranges`.
 
-    `mask` is bool [queries, keys], None where all are seen; `empty` is bool [queries, 1], true where a query sees no
-    key, None where each sees some.
+    `mask` is None where all are seen; `empty` is bool [queries, 1], true where a query sees no key, None where each
+    sees some.
     """
 
     start: int
     stop: int
     ranges: tuple[tuple[int, int], ...]
-    mask: Tensor | None
+    mask: Mask | None
     empty: Tensor | None = None
 
     @property
@@ -66,15 +83,9 @@ class HeadGroup:
 
 
 def slices(patterns: Sequence[int], length: int, blocks: Tensor | None = None) -> tuple[HeadGroup, ...]:
-    """The plan of all heads, for so many tokens."""
+    """The plan of all heads, for so many tokens; it is kept."""
     packed = None if blocks is None else bytes(blocks.to(torch.uint8).flatten().tolist())
     return _slices(tuple(map(int, patterns)), length, packed)
-
-
-def share(patterns: Sequence[int], length: int, blocks: Tensor | None = None) -> float:
-    """Of all pairs of a query and a key, those that are multiplied."""
-    groups = slices(patterns, length, blocks)
-    return sum(group.pairs for group in groups) / max(1, groups[-1].stop * length**2) if groups else 0.0
 
 
 def sliced_attention(
@@ -84,9 +95,13 @@ def sliced_attention(
     check_heads(patterns, q.shape[1])
     if blocks is not None:
         check_blocks(blocks, q.shape[1], q.shape[2])
+    return run_slices(slices(patterns, q.shape[2], blocks), q, k, v, scale)
+
+
+def run_slices(groups: Sequence[HeadGroup], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention by a plan for all heads of q, k and v, float [batch, heads, length, width]."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    added: dict[int, Tensor] = {}  # pieces share masks: each is converted once
-    for group in slices(patterns, q.shape[2], blocks):
+    for group in groups:
         heads = slice(group.start, group.stop)
         taken = [x[:, heads] for x in (q, k, v)]
         if group.order is not None:
@@ -96,11 +111,7 @@ def sliced_attention(
         for piece in group.pieces:
             rows = slice(piece.start, piece.stop)
             some_keys, some_values = (_ranges(x, piece.ranges) for x in (keys, values))
-            mask = None
-            if piece.mask is not None:
-                if id(piece.mask) not in added:
-                    added[id(piece.mask)] = _scores(piece.mask, q.dtype)
-                mask = added[id(piece.mask)]
+            mask = None if piece.mask is None else piece.mask.added(q.dtype)
             made = F.scaled_dot_product_attention(queries[:, :, rows], some_keys, some_values, mask, scale=scale)
             result[:, :, rows] = made if piece.empty is None else made.masked_fill(piece.empty, 0.0)
         if group.order is not None:
@@ -113,18 +124,17 @@ def _ranges(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Large negative numbers instead of minus infinity: rows without keys are no NaN."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, max(-1e30, torch.finfo(dtype).min))
-
-
 @lru_cache(maxsize=128)
 def _slices(patterns: tuple[int, ...], length: int, packed: bytes | None) -> tuple[HeadGroup, ...]:
-    every = patterns_of(patterns)
     lists = None
     if packed is not None:
         count = -(-length // BLOCK)
-        lists = torch.tensor(list(packed), dtype=torch.bool).reshape(len(every), count, count)
+        lists = torch.tensor(list(packed), dtype=torch.bool).reshape(len(patterns) // NUMBERS, count, count)
+    return planned(patterns_of(patterns), length, lists)
+
+
+def planned(every: Sequence[Pattern], length: int, lists: Tensor | None = None) -> tuple[HeadGroup, ...]:
+    """The plan of all heads, made anew; `lists` are the blocks of each, bool [heads, n, n]."""
     found: list[HeadGroup] = []
     for head, pattern in enumerate(every):
         last = found[-1] if found else None
@@ -133,13 +143,44 @@ def _slices(patterns: tuple[int, ...], length: int, packed: bytes | None) -> tup
             found[-1] = HeadGroup(last.start, head + 1, last.order, last.pieces)
             continue
         order = renumbered(pattern, length) if lists is None or bool(lists[head].all()) else None
-        if order is None:
-            own = patterns[head * NUMBERS : (head + 1) * NUMBERS]
-            visible = seen(own, length, None if lists is None else lists[head : head + 1])[0]
-        else:
-            visible = seen_by(pattern, order, order)
-        found.append(HeadGroup(head, head + 1, order, _pieces(visible)))
+        numbers = torch.arange(length) if order is None else order
+        listed = None if lists is None or order is not None else lists[head]
+        found.append(HeadGroup(head, head + 1, order, _pieces(_Rows(pattern, numbers, listed))))
     return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Which keys some queries see: all pairs at once would not fit for long sequences."""
+
+    pattern: Pattern
+    numbers: Tensor
+    listed: Tensor | None
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Bool [queries, keys]."""
+        queries = self.numbers[rows]
+        if self.pattern[3] >= self.pattern[2]:
+            found = torch.ones(len(queries), len(self.numbers), dtype=torch.bool)
+        else:
+            found = seen_by(self.pattern, queries, self.numbers)
+        if self.listed is None:
+            return found
+        wide = self.listed[queries // BLOCK].repeat_interleave(BLOCK, 1)
+        return found & wide[:, : len(self.numbers)]
+
+    @property
+    def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Queries `start` to `stop` with what they see: all at once, as one row, where all see the same."""
+        length = len(self.numbers)
+        steps = [slice(start, min(start + ROWS, length)) for start in range(0, length, ROWS)]
+        first = self[slice(0, 1)]
+        same = self.pattern[0] == 0 and self.listed is None
+        if same or all(bool((self[step] == first).all()) for step in steps):
+            yield 0, length, first
+            return
+        for step in steps:
+            yield step.start, step.stop, self[step]
 
 
 def renumbered(pattern: Pattern, length: int) -> Tensor | None:
@@ -150,21 +191,13 @@ def renumbered(pattern: Pattern, length: int) -> Tensor | None:
     return torch.arange(length).reshape(length // period, period).t().flatten()
 
 
-def _pieces(visible: Tensor) -> tuple[Piece, ...]:
-    """One piece where everything is seen, else some queries at a time."""
-    length = len(visible)
-    if not length:
+def _pieces(visible: _Rows) -> tuple[Piece, ...]:
+    """One piece where all queries see the same, else some queries at a time."""
+    if not len(visible.numbers):
         return ()
-    if bool(visible.all()):
-        return (Piece(0, length, ((0, length),), None),)
-    if bool((visible == visible[:1]).all()):
-        steps = [(0, length)]
-    else:
-        steps = [(start, min(start + ROWS, length)) for start in range(0, length, ROWS)]
-    masks: dict[bytes, Tensor] = {}
+    masks: dict[bytes, Mask] = {}
     made = []
-    for start, stop in steps:
-        rows = visible[start:stop]
+    for start, stop, rows in visible.pieces:
         ranges = _runs(rows.any(0))
         if not ranges:
             continue
@@ -172,7 +205,7 @@ def _pieces(visible: Tensor) -> tuple[Piece, ...]:
         mask = empty = None
         if not bool(kept.all()):
             key = bytes(kept.shape[1].to_bytes(8, "little")) + kept.contiguous().numpy().tobytes()
-            mask = masks.setdefault(key, kept)
+            mask = masks.setdefault(key, Mask(kept))
             hidden = ~kept.any(-1, keepdim=True)
             empty = hidden if bool(hidden.any()) else None
         made.append(Piece(start, stop, ranges, mask, empty))

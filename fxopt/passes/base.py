@@ -21,6 +21,7 @@ from torch import fx
 from fxopt.errors import InvalidOption, unknown
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger, Refusal
+from fxopt.ir.pattern_work import Price, Tile
 from fxopt.ir.target import Cost, Target
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ __all__ = [
     "Setting",
     "parse_pass",
 ]
+
+_UNKNOWN = 0.5  # break-even of attention with patterns, where no backend is known
 
 
 class Capabilities(Protocol):
@@ -59,6 +62,14 @@ class Capabilities(Protocol):
         Args:
             shape: of one weight, (out, in); None: of any.
         """
+        ...
+
+    def attention_tile(self, dtype: str, width: int, renumbered: bool = False) -> Tile | None:
+        """What the backend's kernel for attention with patterns multiplies at once; None: it takes slices."""
+        ...
+
+    def attention_price(self, threads: int) -> Price:
+        """What slices of dense attention cost on so many threads."""
         ...
 
 
@@ -91,6 +102,16 @@ class Context:
         if reason or any(not kernel.custom_ops for kernel in known):
             return reason
         return f"{self.target.name} lists no kernel that skips {pattern} in {dtype}"
+
+    def attention_tile(self, dtype: str, width: int, renumbered: bool = False) -> Tile | None:
+        """The tile of the backend's kernel for attention with patterns; None: slices of dense attention."""
+        backend = self.capabilities
+        return None if backend is None else backend.attention_tile(dtype, width, renumbered)
+
+    def attention_price(self) -> Price:
+        """What slices of dense attention cost in the backend, on the cores of the target."""
+        backend = self.capabilities
+        return Price.of_break_even(_UNKNOWN) if backend is None else backend.attention_price(self.target.cores)
 
     def inside(self, path: str) -> Context:
         """The context of a pass in a body, with a ledger of its own (see `merge`)."""

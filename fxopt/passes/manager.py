@@ -15,6 +15,7 @@ from fxopt.ir.ledger import Verdict
 from fxopt.ir.masks import marks, verify_masks
 from fxopt.ir.verify import (
     NumericCheck,
+    Snapshot,
     changed_nodes,
     check_output_types,
     first_divergence,
@@ -131,17 +132,19 @@ class PassManager:
                 raise VerificationError(f"pass {step.name} (after {done}) broke the graph{at}: {error}") from error
             said = any(row.outcome == "applied" for row in ctx.ledger.verdicts[rows:])
             if isinstance(step, ExactPass) and not said:
-                self._record(step, graph, ctx, changes, [node for node in changed if node not in before])
+                self._record(step, graph, ctx, changes, before)
         return PassRun(step.name, changes, middle - begin, time.perf_counter() - middle)
 
-    def _record(self, step: Step, graph: Graph, ctx: Context, changes: int, made: Sequence[fx.Node]) -> None:
-        mine = [node for node in made if step.name in (node.meta.get("provenance") or ())[1:]]
-        for node in mine:
-            if node.op != "call_function":
-                continue
-            ctx.ledger.add(Verdict(step.name, label(node), "applied", "exact rewrite"))
-        if not mine:
-            ctx.ledger.add(Verdict(step.name, graph.name, "applied", f"{changes} changes"))
+    def _record(self, step: Step, graph: Graph, ctx: Context, changes: int, before: Snapshot) -> None:
+        """A row for each operator that the pass made or removed; one for the graph where it did neither."""
+        left = set(graph.fx.nodes)
+        made = [node for node in graph.fx.nodes if node not in before and _is_made_by(node, step.name)]
+        rows = {label(node): "exact rewrite" for node in made if node.op == "call_function"}
+        for node in before:
+            if node not in left and node.op == "call_function":
+                rows.setdefault(label(node), "removed; the result is the same")
+        for name, reason in (rows or {graph.name: f"{changes} changes"}).items():
+            ctx.ledger.add(Verdict(step.name, name, "applied", reason))
 
     def _check(self, start: Graph, graph: Graph, ctx: Context, done: list[Step], check: NumericCheck) -> None:
         difference = check.difference(graph)
@@ -161,6 +164,10 @@ class PassManager:
 
         save_text(graph, self.dump, f"{self.dumped:02d}-{name}", title=name, share=True)
         self.dumped += 1
+
+
+def _is_made_by(node: fx.Node, name: str) -> bool:
+    return name in (node.meta.get("provenance") or ())[1:]
 
 
 def first_bad_pass(start: Graph, steps: Sequence[Step], ctx: Context, good: Callable[[Graph], bool]) -> str:

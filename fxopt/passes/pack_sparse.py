@@ -36,14 +36,14 @@ class PackSparse(ExactPass):
     def run(self, graph: Graph, ctx: Context) -> int:
         """Returns how many layers are stored without their zeros; the ledger says why others are not."""
         refused, changes = [], 0
-        for layer, mark in list(_marked(graph)):
+        for layer, mark in reversed(list(_marked(graph))):  # users first: what they use is then still there
             refusal = _refusal(graph, ctx, layer, mark)
             if refusal is None:
                 _pack(graph, layer, mark, self.name)
                 changes += 1
             else:
                 refused.append(Verdict(self.name, label(layer.node), "refused", str(refusal)))
-        record_once(ctx, refused)
+        record_once(ctx, refused[::-1])
         return changes
 
 

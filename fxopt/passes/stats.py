@@ -1,7 +1,8 @@
 """Calibration statistics: one run of the graph over the samples serves every pass.
 
 Memory is bounded: of each observed value ranges and a sample of at most `ROWS` rows (or `ITEMS` whole items of an
-image-like value, `SEQUENCES` where a pass wants whole ones of others) are kept, never the value itself.
+image-like value, one of four axes that no linear takes; `SEQUENCES` where a pass wants whole ones of others) are kept,
+never the value itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import fx
 from fxopt.errors import InvalidInput
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
+from fxopt.ir.views.conv import Conv, convs
+from fxopt.ir.views.linear import Linear, linears
 from fxopt.passes.histogram import Histogram
 
 _STATE_SECONDS = 5.0  # between two writings of the state
@@ -67,6 +70,7 @@ class ValueStats(Extremes):
     histogram: Histogram | None = None  # where a pass asked for it
     _rows: int = field(default=0, repr=False)
     _share: int = field(default=ROWS, repr=False)
+    is_rows: bool = False  # features are on the last axis, whatever the number of axes: the input of a linear
     is_whole: bool = False  # a pass asked for whole items
     items: torch.Tensor | None = None  # these: [items, ...]
 
@@ -89,7 +93,7 @@ class ValueStats(Extremes):
 
     def _channels(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Extremes of each feature; their mean is kept."""
-        if not 0 < value.dim() < 4:
+        if not value.dim() or self._is_image(value):
             return None
         rows = value.reshape(-1, value.shape[-1]).float()
         mean = rows.mean(0)
@@ -99,6 +103,9 @@ class ValueStats(Extremes):
             self.channel_mean = self.channel_mean + (mean - self.channel_mean) * (len(rows) / (self._rows + len(rows)))
         self._rows += len(rows)
         return rows.amin(0), rows.amax(0)
+
+    def _is_image(self, value: torch.Tensor) -> bool:
+        return value.dim() >= 4 and not self.is_rows
 
     def _more_items(self, items: torch.Tensor) -> torch.Tensor:
         """What is kept, with as many more as there is room for."""
@@ -111,7 +118,7 @@ class ValueStats(Extremes):
         if self.is_whole:
             items = value[:SEQUENCES]
             self.items = items.clone() if self.items is None else self._more_items(items)
-        if value.dim() >= 4:
+        if self._is_image(value):
             limit, taken = ITEMS, value[:ITEMS]
         else:
             rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
@@ -153,6 +160,12 @@ def _name(node: fx.Node) -> str:
     """The name under which the value was observed, also when a pass has replaced the node since."""
     name: str = node.meta.get("stands_for", node.name)
     return name
+
+
+def _inputs_of_linears(graph: Graph) -> set[str]:
+    """Values that linears take, and no convolution."""
+    taken = {view.x.name for view in linears(graph) if isinstance(view, Linear)}
+    return taken - {view.x.name for view in convs(graph) if isinstance(view, Conv)}
 
 
 def collect(
@@ -198,6 +211,8 @@ def collect(
         stats.samples, stats.values = earlier
     for name in kept_whole & wanted:
         stats.values[name].is_whole = True
+    for name in _inputs_of_linears(graph) & wanted:
+        stats.values[name].is_rows = True
     written = time.monotonic()
     for index, sample in enumerate(samples):
         if index < stats.samples:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fxopt.ir.ledger import Ledger, Verdict
 from fxopt.report import units
+from fxopt.report.printable import printable
 from fxopt.report.reasons import group_by_reason
 from fxopt.report.report import Measurement, Report, Summary
 
@@ -27,7 +28,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence
     for index, header in enumerate(headers):
         made.add_column(header, overflow="fold", justify="right" if index in right else "left")
     for row in rows:
-        made.add_row(*(Text(cell, style=_COLOURS.get(cell, "")) for cell in row))
+        made.add_row(*(Text(printable(cell), style=_COLOURS.get(cell, "")) for cell in row))
     return made
 
 
@@ -115,8 +116,9 @@ def render_report(report: Report, ledger: Ledger | None = None) -> RenderableTyp
     notes = ledger.notes if ledger is not None else []
     if ledger is not None:
         parts += render_reasons(ledger)
-    parts += [Text(f"warning: {text}", style="yellow") for text in dict.fromkeys(report.warnings) if text not in notes]
-    parts.append(Text(f"{report.outcome}: {report.why}" if report.why else report.outcome, style="bold"))
+    warnings = [text for text in dict.fromkeys(report.warnings) if text not in notes]
+    parts += [Text(f"warning: {printable(text)}", style="yellow") for text in warnings]
+    parts.append(Text(printable(f"{report.outcome}: {report.why}" if report.why else report.outcome), style="bold"))
     return Group(*parts)
 
 
@@ -132,7 +134,7 @@ def render_reasons(ledger: Ledger) -> list[RenderableType]:
         parts.append(table(("verdict", "pass", "nodes", "reason", "for example"), rows, right=(2,)))
     if len(groups) > _SHOWN_REASONS:
         parts.append(Text(f"... and {len(groups) - _SHOWN_REASONS} more reasons; `fxopt explain` shows all"))
-    return parts + [Text(f"note: {note}") for note in ledger.notes]
+    return parts + [Text(f"note: {printable(note)}") for note in ledger.notes]
 
 
 def render_verdicts(verdicts: Iterable[Verdict]) -> RenderableType:

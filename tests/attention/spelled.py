@@ -32,6 +32,7 @@ BLOCKS = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool()
 PADDED = (torch.arange(S) < 4).reshape(1, 1, 1, S)
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625]).reshape(1, H, 1, 1)
 ALIBI = SLOPES * DISTANCE
+CAUSAL = torch.zeros(B, 1, L, S).masked_fill(~TRIL, LOWEST)
 SINKS = torch.tensor([0.5, -1.0, 0.0, 2.0])
 
 
@@ -286,6 +287,15 @@ def folded(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return torch.bmm(found, v3).view(B, H, L, D)
 
 
+def folded_with_constants(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As in Bloom: slopes per head meet the scores before batch and heads are apart, the causal mask behind."""
+    q3, k3, v3 = (x.reshape(B * H, -1, D) for x in (q, k, v))
+    slopes = (SLOPES * torch.arange(S)).expand(B, H, 1, S).reshape(B * H, 1, S)
+    scores = torch.baddbmm(slopes, q3, k3.transpose(1, 2), alpha=0.5).view(B, H, L, S)
+    found = torch.softmax(scores + CAUSAL, -1)
+    return torch.bmm(found.view(B * H, L, S), v3).view(B, H, L, D)
+
+
 def added_product(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return torch.bmm(torch.softmax(torch.baddbmm(m, q, k.transpose(1, 2), beta=1.0, alpha=0.3), -1), v)
 
@@ -302,6 +312,7 @@ PRODUCTS = [
     Entry("einsum with keys and values first", einsum_in_another_order, heads(*BY_POSITION), (Expected(scale=0.5),)),
     Entry("values first", values_first, heads((B, D, L), (B, D, S), (B, D, S)), (Expected(scale=0.5),)),
     Entry("heads folded into the batch", folded, with_mask(lambda: torch.randn(B, 1, L, S)), (Expected("general", 0.5),)),
+    Entry("heads folded into the batch, with constants", folded_with_constants, heads(), (Expected("general", 0.5),)),
     Entry("baddbmm", added_product, with_mask(lambda: torch.randn(B, L, S), *THREE), (Expected("general", 0.3),)),
     Entry("baddbmm that adds nothing", nothing_added, with_mask(lambda: torch.randn(B, L, S), *THREE),
           (Expected(scale=0.3),), only=("torch",)),  # exporters add 0 times it

@@ -15,7 +15,7 @@ from fxopt.backends.onnxruntime import OnnxRuntime
 from fxopt.backends.onnxruntime.backend import version
 from fxopt.cost_model.targets import get_target
 from fxopt.frontends import onnx as onnx_frontend
-from fxopt.frontends.convert_opset import convert_graph
+from fxopt.frontends.convert_graph import convert_graph
 from fxopt.frontends.to_onnx import to_onnx
 from fxopt.ir.graph import Graph
 from fxopt.ir.ledger import Ledger

@@ -17,7 +17,7 @@ from fxopt.backends.onnxruntime.backend import version
 from fxopt.cost_model.targets import get_target
 from fxopt.frontends import onnx as onnx_frontend
 from fxopt.frontends.capture.program import export
-from fxopt.frontends.convert_opset import convert_graph
+from fxopt.frontends.convert_graph import convert_graph
 from fxopt.frontends.to_onnx import onnx_graph_of
 from fxopt.frontends.torch_export import graph_of
 from fxopt.ir.graph import Graph

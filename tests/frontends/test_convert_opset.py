@@ -15,7 +15,8 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fxopt.errors import InvalidOption, Unsupported, VerificationError
-from fxopt.frontends.convert_opset import convert, convert_graph, opset_of
+from fxopt.frontends.convert_graph import convert_graph
+from fxopt.frontends.convert_opset import convert, opset_of
 from fxopt.frontends.onnx import load
 from fxopt.ir.ledger import Ledger
 from fxopt.ir.onnx.export import to_model

@@ -23,15 +23,15 @@ from fxopt.ir.ops.attention_pattern import (
     attention_pattern,
     blocks_seen,
     dense,
-    density,
     diagonal,
     diagonals,
     nothing,
     seen,
     stripes,
 )
+from fxopt.ir.pattern_work import Tile, tiles_seen, work_of
 from fxopt.ir.shapes import infer
-from fxopt.ir.sliced_attention import share, sliced_attention, slices
+from fxopt.ir.sliced_attention import sliced_attention, slices
 
 CASES: list[list[Pattern]] = [
     [diagonal(20), diagonal(20), dense()],
@@ -78,8 +78,10 @@ def test_many_diagonals_are_one_band_after_renumbering() -> None:
     pattern = diagonals(32, frame)
     elements = float(seen(pattern, length).double().mean())
     assert elements == pytest.approx(65 / 256)
-    assert density(pattern, length) >= 0.75, "blocks of the tokens as they are"
-    assert share(pattern, length) <= 1.2 * elements
+    frame_by_frame = blocks_seen(pattern, *(torch.arange(0, length, BLOCK)[:, None] + torch.tensor([[0, BLOCK - 1]]),) * 2)
+    assert float(frame_by_frame[0].double().mean()) >= 0.75, "blocks of the tokens as they are"
+    for tile in (None, Tile(BLOCK, BLOCK)):
+        assert elements <= work_of(pattern, length, tile=tile).share <= 1.2 * elements
 
 
 def onnx_model(length: int, heads: int) -> onnx.ModelProto:
@@ -153,7 +155,7 @@ def test_slices_of_any_patterns_are_the_masked_dense_attention(
     wanted = torch.nan_to_num(torch.softmax(scores, -1), nan=0.0) @ v
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert not found[:, ~visible.any(-1)].any()
-    multiplied = share(numbers, length, blocks) * len(every) * length**2
+    multiplied = work_of(numbers, length, blocks).share * len(every) * length**2
     assert round(multiplied) >= int(visible.sum()), "nothing that is seen is left out"
 
 
@@ -173,6 +175,75 @@ def test_blocks_are_skipped_only_where_nothing_is_seen(pattern: Pattern, length:
 def test_heads_that_see_nothing_cost_nothing() -> None:
     q, k, v = operands(200)
     numbers = [*nothing(), *nothing(), *nothing()]
-    assert share(numbers, 200) == 0.0
+    assert work_of(numbers, 200).share == 0.0
     assert torch.equal(sliced_attention(q, k, v, numbers, 0.4), torch.zeros_like(q))
     assert torch.equal(attention_pattern(q, k, v, numbers, 0.4), torch.zeros_like(q))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    every=st.lists(PATTERNS, min_size=1, max_size=3),
+    length=LENGTHS,
+    seed=st.none() | st.integers(0, 99),
+    pairs=st.integers(1, 9000),
+)
+def test_the_definition_is_the_same_in_rows(every: list[Pattern], length: int, seed: int | None, pairs: int) -> None:
+    """Sequences of which not all pairs fit are computed some rows at a time."""
+    numbers = [number for pattern in every for number in pattern]
+    q, k, v = operands(length, len(every), torch.float64)
+    count = -(-length // BLOCK)
+    generator = torch.Generator().manual_seed(seed or 0)
+    blocks = None if seed is None else torch.rand(len(every), count, count, generator=generator) < 0.5
+    whole = attention_pattern.function(q, k, v, numbers, 0.4, blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxopt.ir.ops.attention_pattern._PAIRS", pairs)
+        found = attention_pattern.function(q, k, v, numbers, 0.4, blocks)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    every=st.lists(PATTERNS, min_size=1, max_size=4),
+    length=LENGTHS.filter(bool),
+    tile=st.builds(Tile, st.sampled_from([16, 32, 64]), st.sampled_from([16, 32, 64])),
+)
+def test_tiles_cover_what_is_seen(every: list[Pattern], length: int, tile: Tile) -> None:
+    """The work in tiles is at least that of the pairs that are seen, and no more than everything."""
+    numbers = [number for pattern in every for number in pattern]
+    found = work_of(numbers, length, tile=tile)
+    pairs = (-(-length // tile.queries) * tile.queries) * (-(-length // tile.keys) * tile.keys)
+    visible = seen(numbers, length)
+    assert found.share * pairs * len(every) >= int(visible.sum()) - 1e-6
+    assert found.share <= 1.0 and found.calls == 1
+    for head, pattern in enumerate(every):
+        tiles = tiles_seen(pattern, length, tile)
+        u = torch.arange(length)
+        order = u % tiles.frames * tiles.frame + u // tiles.frames
+        own = visible[head][order][:, order]
+        rows = [part.any(0) for part in own.split(tile.queries)]
+        wanted = torch.stack([torch.stack([part.any() for part in row.split(tile.keys)]) for row in rows])
+        assert not (wanted & ~tiles.some).any()
+
+
+def test_tiles_take_no_lists_of_blocks() -> None:
+    with pytest.raises(InvalidInput, match="kernels that take tiles have no lists of blocks"):
+        work_of(dense(), 128, torch.ones(1, 2, 2, dtype=torch.bool), Tile(64, 64))
+
+
+def test_the_cost_counts_copies_and_what_lists_leave_out() -> None:
+    q = torch.zeros(2, 1, 256, 8)
+    plain = attention_pattern.cost_of(q, q, q, list(diagonal(8)), 0.4)
+    assert plain.bytes == 4 * q.nbytes
+    renumbered = attention_pattern.cost_of(q, q, q, list(diagonals(0, 64)), 0.4)
+    assert renumbered.bytes == 4 * q.nbytes + 2 * 4 * q.nbytes, "q, k, v and the result are read and written"
+    joined = attention_pattern.cost_of(q, q, q, list(diagonal(8, sink=4)), 0.4)
+    (group,) = slices(diagonal(8, sink=4), 256)
+    copied = sum(high - low for piece in group.pieces if len(piece.ranges) > 1 for low, high in piece.ranges)
+    assert copied and joined.bytes == 4 * q.nbytes + 2 * 2 * copied * q.nbytes / 256
+    blocks = torch.eye(4, dtype=torch.bool)[None]
+    listed = attention_pattern.cost_of(q, q, q, list(dense()), 0.4, blocks)
+    whole = attention_pattern.cost_of(q, q, q, list(dense()), 0.4)
+    assert listed.bytes == whole.bytes + blocks.numel()
+    assert listed.flops == whole.flops / 2, "of 128 queries the keys of two blocks"
+    unknown = attention_pattern.cost_of(q, q, q, list(dense()), 0.4, blocks.to("meta"))
+    assert unknown.flops == whole.flops

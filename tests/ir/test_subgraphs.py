@@ -245,8 +245,8 @@ def test_exact_passes_enter_bodies_and_say_where() -> None:
     assert [label(call) for call in other.calls()] == ["again"]
     assert [label(call) for call in graph.calls()] == ["scale", "choose"]  # nothing crossed the boundary
     rows = {(row.pass_name, row.node) for row in ctx.ledger.verdicts}
-    assert ("remove-identities", "choose/else_branch/other") in rows
-    assert ("eliminate-dead-code", "choose/then_branch/then") in rows
+    assert ("remove-identities", "choose/else_branch/same") in rows
+    assert ("eliminate-dead-code", "choose/then_branch/unused") in rows
 
 
 def test_untouched_nodes_of_a_changed_body_stay_as_they_were() -> None:

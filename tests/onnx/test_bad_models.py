@@ -226,12 +226,17 @@ def _replaced_opset(version: int) -> Damage:
         (lambda made: made.opset_import.pop(), "imports only the operator sets .*; add it to opset_import"),
         (_replaced_opset(0), "version 0 of the operator set 'ai.onnx'; expected 1 to"),
         (_replaced_opset(-3), "version -3"),
-        (_replaced_opset(999), "version 999 of the operator set 'ai.onnx'; expected 1 to 2., the newest"),
+        (_replaced_opset(999), "version 999 of the operator set 'ai.onnx'; expected 1 to 2., the newest .*; install a newer one"),
         (_opset(13), "imports the operator set 'ai.onnx' twice: 20 and 13"),
         (_opset(13, "ai.onnx"), "'ai.onnx' twice: 20 and 13"),
         (lambda made: setattr(made.graph.node[1], "domain", "acme"), "'second' is a Relu of the domain 'acme'"),
         (lambda made: setattr(made.graph.node[1], "op_type", ""), "'second' of the graph 'g' has no operator"),
         (lambda made: made.ClearField("graph"), "holds no graph"),
+        (lambda made: made.graph.output.pop(), "the graph 'g' has no outputs, so it computes nothing"),
+        (
+            lambda made: setattr(made.graph.input[0].type.tensor_type, "elem_type", 77),
+            "the value 'x' has the element type 77, which ONNX does not define",
+        ),
         (_function("A"), "the function f::A calls itself: f::A -> f::A"),
         (_function("B"), "f::A -> f::B -> f::A|f::B -> f::A -> f::B"),
         (_deep(40), "is inside 30 nested sub-graphs; at most 30 are supported"),
@@ -263,6 +268,45 @@ def test_what_is_no_model_is_not_read_whole(folder: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(InvalidModel, match="huge.onnx holds 1099511627776 bytes, and a protobuf message at most"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "model.onnx is not an ONNX model: the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "but a pointer of Git LFS; fetch .*`git lfs pull`"),
+        (b"PK\x03\x04\x14\0\0\0", "a zip archive; .*, if PyTorch saved it"),
+        (b"<!DOCTYPE html>", "perhaps the page of a failed download"),
+        (b"\x18\0\0\0TFL3", "a TensorFlow Lite model; convert it to ONNX with tf2onnx"),
+        (b"hello", r"is not an ONNX model, or is truncated \(5 bytes\)"),
+        (model().SerializeToString()[:900], r"is not an ONNX model, or is truncated \(900 bytes\)"),
+    ],
+)
+def test_files_of_other_kinds(folder: Path, content: bytes, message: str) -> None:
+    """The error says what it is, and what to do."""
+    path = folder / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(InvalidModel, match=message):
+        load(path)
+
+
+def test_a_name_that_no_file_has() -> None:
+    with pytest.raises(InvalidModel, match=r"'a\\x00b.onnx' holds a zero byte"):
+        load("a\0b.onnx")
+
+
+@pytest.mark.parametrize(
+    ("op_type", "message"),
+    [
+        ("Rellu", "No Op registered for Rellu .* Did you mean Relu"),
+        ("RotaryEmbedding", "RotaryEmbedding is an operator since version 23 of its operator set"),
+    ],
+)
+def test_operators_that_the_standard_lacks(op_type: str, message: str) -> None:
+    made = model()
+    made.graph.node[1].op_type = op_type
+    with pytest.raises(InvalidModel, match=message):
+        load(made)
 
 
 @pytest.mark.parametrize("levels", [40, 1000])

@@ -12,6 +12,7 @@ import pytest
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from fxopt import onnx_backend
+from fxopt.frontends.convert_graph import convert_graph
 from fxopt.frontends.onnx import load
 from fxopt.ir.onnx.export import save, to_model
 
@@ -134,3 +135,18 @@ def test_four_bit_weights_beside_the_model_stay_there(place: Place, tmp_path: Pa
     assert target.stat().st_size < 1000 and Path(f"{target}.data").stat().st_size == COUNT // 2
     (y,) = onnxruntime.InferenceSession(target).run(None, {})
     assert np.array_equal(y, FOURS * np.float32(0.5))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_model_at_a_newer_opset_takes_its_data_along(
+    kind: Callable[[Place], ModelProto], place: Place, tmp_path: Path
+) -> None:
+    plain = kind(lambda tensor, _: tensor)
+    (expected,) = onnx_backend.run_model(plain, [])
+    (tmp_path / "in.onnx").write_bytes(kind(place).SerializeToString())
+    made = convert_graph(load(tmp_path / "in.onnx"), 23)
+    (tmp_path / "elsewhere").mkdir()
+    save(made, tmp_path / "elsewhere" / "out.onnx")
+    onnx.checker.check_model(tmp_path / "elsewhere" / "out.onnx")
+    (found,) = onnx_backend.run_model(tmp_path / "elsewhere" / "out.onnx", [])
+    assert np.array_equal(found, expected)

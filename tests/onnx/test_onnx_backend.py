@@ -129,6 +129,14 @@ def test_the_opset_of_a_node_is_that_of_its_domain() -> None:
         onnx_backend.run_node(helper.make_node("Scaler", ["x"], ["y"], domain="ai.onnx.ml"), [X], opset_version=-1)
 
 
+def test_inputs_that_do_not_fit() -> None:
+    made = model("g (float[n, 3] x, float[3, 4] w) => (float[n, 4] y) { y = MatMul(x, w) }")
+    with pytest.raises(InvalidInput, match=r"input 'x' has shape \[2, 2\], expected \[n, 3\] \(RuntimeError: "):
+        onnx_backend.run_model(made, [X, np.ones((3, 4), np.float32)])
+    with pytest.raises(InvalidInput, match="node MatMul does not run on these inputs: RuntimeError"):
+        onnx_backend.run_node(made.graph.node[0], [X, np.ones((3, 4), np.float32)])
+
+
 def test_the_inputs_of_a_node_are_those_it_names() -> None:
     with pytest.raises(InvalidInput, match=r"2 inputs given, node Relu takes 1: \['x'\]"):
         onnx_backend.run_node(helper.make_node("Relu", ["x"], ["y"]), [X, X])

@@ -234,6 +234,12 @@ def test_reasons_of_the_backend_and_of_the_user() -> None:
         "{ s = MatMul (q, k)  p = Softmax (s)  t = Transpose <perm = [0, 2, 1]> (k)  y = MatMul (p, t) }"
     )
     assert "Attention of ONNX Runtime is fast in float32, not in float64" in reasons(wide)
+    capped = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> attend (float[2, 6, 8] q, float[2, 8, 6] k) => (float[2, 6, 6] y) '
+        "<float low = {0.02}, float cap = {50.0}> { s = MatMul (q, k)  l = Mul (s, low)  c = Tanh (l)  m = Mul (c, cap)"
+        "  p = Softmax (m)  t = Transpose <perm = [0, 2, 1]> (k)  y = MatMul (p, t) }"
+    )
+    assert "with a soft cap, Attention of ONNX Runtime is several times slower than its parts" in reasons(capped)
     assert "excluded by --exclude weights" in reasons(network("none", opset=23), exclude=re.compile("weights"))
     assert "excluded by --exclude yh" in reasons(network("none", opset=23), exclude=re.compile("yh"))
 

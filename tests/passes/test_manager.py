@@ -19,16 +19,18 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import fxopt.ir.shapes as shapes
-from fxopt.errors import InvalidModel, PassError, VerificationError
+from fxopt.errors import InvalidModel, InvalidOption, PassError, UnknownName, VerificationError
 from fxopt.frontends.onnx import load
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.shapes import infer
 from fxopt.ir.verify import NumericCheck
 from fxopt.passes.base import Context, ExactPass
+from fxopt.passes.fold_constants import FoldConstants
 from fxopt.passes.manager import PassManager
 from fxopt.testing import PLAIN_CPU
 from tests.conftest import ROOT
+from tests.passes.helpers import onnx_graph
 
 RELU, ADD, MUL, RESHAPE = (
     OnnxOp("", "Relu", 14),
@@ -598,3 +600,26 @@ def test_getitem_is_an_operator_that_may_be_dropped() -> None:
     with pytest.raises(VerificationError, match="pass swap .*changed what the model computes"):
         run(graph, Swap("add", change))
     assert [node.target for node in graph.fx.nodes].count(operator.getitem) == 1
+
+
+# ---- the ledger
+
+
+def test_what_is_folded_away_has_a_row_of_its_own() -> None:
+    made = onnx_graph(
+        "g (float[3, 2] x) => (float[3, 3] y) { a = Neg(w) b = Exp(a) y = MatMul(x, b) }", w=np.ones((2, 3), np.float32)
+    )
+    ctx = context()
+    PassManager([FoldConstants()]).run(made, ctx)
+    rows = {(row.pass_name, row.node, row.outcome, row.reason) for row in ctx.ledger.verdicts}
+    assert rows == {
+        ("fold-constants", name, "applied", "removed; the result is the same") for name in ("n_a", "n_b")
+    }
+
+
+def test_asking_the_ledger_for_what_does_not_exist() -> None:
+    ledger = context().ledger
+    with pytest.raises(UnknownName, match="unknown outcome 'refuse'; did you mean 'refused'"):
+        ledger.select(outcome="refuse")  # type: ignore[arg-type]
+    with pytest.raises(InvalidOption, match=r"node='\(' is not a regular expression"):
+        ledger.select(node="(")

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+import fxopt
 from fxopt.cost_model.targets import get_target
 from fxopt.errors import InvalidOption
 from fxopt.frontends.onnx import load
+from fxopt.frontends.to_onnx import to_onnx
+from fxopt.ir.error import noise_to_signal
 from fxopt.ir.graph import Graph
 from fxopt.ir.op import all_ops
 from fxopt.ir.shapes import infer
@@ -170,6 +173,58 @@ def test_refuses_a_weight_that_is_computed_at_run_time() -> None:
     found = list(QuantizeLinear().candidates(load(model), Context(VNNI)))
     assert [row.anchor for row in found] == ["gemm"]
     assert "computed at run time" in str(found[0].refusal)
+
+
+def test_an_input_that_is_one_number_has_no_range() -> None:
+    step = QuantizeLinear(smooth="off")
+    graph, candidates, _ = prepared(mlp(), step)
+    first = [found for found in candidates if found.anchor == "fc1_bias" and found.refusal is None]
+    nodes = {node for found in first for node in step.observed(graph, found)}
+    stats = collect(graph, [[torch.zeros(3, 16)]] * 2, nodes)
+    said = {found.setting["activations"]: str(step.estimate(graph, found, stats).refusal) for found in first}
+    assert said["static"] == "its input is 0 everywhere in every calibration sample: that is no range"
+    assert said["dynamic"] == "None"
+
+
+class Channels(torch.nn.Module):
+    """A convolution, and linears over its channels with positions on two axes, as in ConvNeXt and Swin."""
+
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.shared = shared
+        self.conv = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.up, self.down = torch.nn.Linear(16, 64), torch.nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, 3, h, w] -> [n, h, w, 16]; `shared`: the linear takes what the convolution takes."""
+        if self.shared:
+            first: torch.Tensor = self.up(x).sum() + self.conv(x).sum()
+            return first
+        down: torch.Tensor = self.down(torch.relu(self.up(self.conv(x).permute(0, 2, 3, 1))))
+        return down
+
+
+@pytest.mark.parametrize(
+    "step",
+    [QuantizeLinear(), QuantizeLinear(smooth="on"), QuantizeLinear(bits=4, group=16), QuantizeLinear(rounding="gptq")],
+)
+def test_linears_over_images_are_calibrated_by_rows(step: QuantizeLinear) -> None:
+    data = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(index)) for index in range(4)]
+    model = Channels().eval()
+    found = fxopt.optimize(
+        model, "host", example_inputs=(data[0],), calibration=data, passes=[step], budget=None, objective="size",
+        guard_seconds=0.1,
+    )  # fmt: skip
+    done = {row.node for row in found.ledger.select(outcome="applied", pass_name="quantize-linear")}
+    assert {"up/Add", "down/Add"} <= {name.replace("MatMul", "Add") for name in done}
+    assert noise_to_signal(model(data[3]), found(data[3])) < 0.02
+
+
+def test_a_linear_that_shares_its_input_with_a_convolution_is_refused() -> None:
+    x = torch.randn(1, 3, 16, 16)
+    graph, _ = to_onnx(Channels(shared=True).eval(), (x,), verify=False)
+    said = {str(found.refusal) for found in QuantizeLinear().candidates(graph, Context(VNNI))}
+    assert "a convolution takes its input too: their features lie on different axes" in said
 
 
 def test_excluded_nodes_are_refused() -> None:

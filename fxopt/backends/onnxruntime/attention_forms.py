@@ -17,7 +17,6 @@ from fxopt.ir.ops.attention_pattern import attention_pattern
 from fxopt.ir.sliced_attention import HeadGroup, Piece, slices
 
 _HEADS, _TOKENS = 1, 2  # axes
-_HIDDEN = -1e30
 
 
 def _attention(emitter: Emitter, node: fx.Node) -> str:
@@ -106,8 +105,8 @@ class _Writer:
         scale = self.constant(("scale", self.scale, self.dtype), torch.tensor(self.scale, dtype=self.dtype), "scale")
         scores = self.step("MatMul", [self.step("Mul", [q, scale]), self.step("Transpose", [k], perm=[0, 1, 3, 2])])
         if piece.mask is not None:
-            hidden = torch.zeros(piece.mask.shape, dtype=self.dtype).masked_fill(~piece.mask, _HIDDEN)
-            scores = self.step("Add", [scores, self.constant(_key(piece.mask), hidden, "pattern_mask")])
+            hidden = piece.mask.added(self.dtype)
+            scores = self.step("Add", [scores, self.constant(_key(piece.mask.seen), hidden, "pattern_mask")])
         made = self.step("MatMul", [self.step("Softmax", [scores], axis=-1), v])
         if piece.empty is not None:
             seen = ~piece.empty

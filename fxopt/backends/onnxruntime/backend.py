@@ -14,10 +14,10 @@ from torch import fx
 from fxopt.backends.base import Backend, Executable
 from fxopt.backends.onnxruntime.providers import CPU, PROVIDERS, find_provider, others
 from fxopt.backends.onnxruntime.session import OnnxExecutable
-from fxopt.backends.onnxruntime.sparse_forms import opening_bytes
+from fxopt.backends.onnxruntime.sparse_forms import opening_bytes, opening_notes
 from fxopt.errors import Unsupported
 from fxopt.ir.graph import Graph
-from fxopt.ir.memory import is_large, limit
+from fxopt.ir.memory import give_back_freed, is_large, limit
 from fxopt.ir.onnx.op import OnnxOp
 from fxopt.ir.ops.linear_u8s8 import linear_u8s8
 from fxopt.ir.ops.sparse_linear_u8s8 import sparse_linear_u8s8
@@ -32,7 +32,10 @@ _SLOW_FUSIONS = {"SkipLayerNormalization": ((1, 32), "slower than Add followed b
 _FAST_FUSIONS = {"Attention": ((1, 32), ("float32",))}
 
 # What was measured to be no faster than what a pass would put it in the place of (benchmarks/attention_forms.py).
-_SLOWER = {"linear_qkv": "one product for queries, keys and values is no faster in ONNX Runtime than three"}
+_SLOWER = {
+    "linear_qkv": "one product for queries, keys and values is no faster in ONNX Runtime than three",
+    "Attention with a soft cap": "with a soft cap, Attention of ONNX Runtime is several times slower than its parts",
+}
 
 _BESIDE_BYTES = 1 << 24  # weights of more bytes lie beside a temporary model: written in a stream, read as a memory map
 
@@ -107,7 +110,9 @@ class OnnxRuntime(Backend):
 
     def open(self, path: Path, threads: int | None) -> Executable:
         """A model file as it is."""
-        return OnnxExecutable(path, threads, provider=self.provider)
+        made = OnnxExecutable(path, threads, provider=self.provider)
+        give_back_freed()  # of constants that were folded
+        return made
 
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Write the graph to a temporary file and open it; what exceeds half of the memory is never loaded whole.
@@ -124,7 +129,7 @@ class OnnxRuntime(Backend):
         if is_large(graph) or opening + graph.size_bytes() > limit() // 2:
             from fxopt.backends.onnxruntime.streamed import Streamed
 
-            return Streamed(graph.copy(), opening)
+            return Streamed(graph.copy(), opening_notes(graph))
         scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
         path = Path(scratch.name) / "model.onnx"
         save(graph, path, FORMS, external=graph.size_bytes() > _BESIDE_BYTES)
@@ -133,7 +138,9 @@ class OnnxRuntime(Backend):
 
             build_library(onnx.load(path, load_external_data=False), path.with_suffix(SUFFIX))
         made = OnnxExecutable(path, threads, scratch, self.provider)
-        made.opening = opening
+        if opening:
+            give_back_freed()
+        made.opening = opening_notes(graph)
         return made
 
 

@@ -14,7 +14,6 @@ import torch
 from fxopt.backends.base import Executable
 from fxopt.backends.onnxruntime.library import library_of
 from fxopt.backends.onnxruntime.providers import CPU, Provider
-from fxopt.backends.onnxruntime.sparse_forms import opening_notes
 from fxopt.errors import InvalidInput, InvalidModel, OutputError
 from fxopt.ir.onnx.dtypes import from_numpy, to_numpy
 
@@ -52,6 +51,8 @@ def make_session(
     except Exception as error:  # onnxruntime's exceptions share no public base class
         reason = " ".join(str(error).split())
         name = f"{Path(path).name}{where}"
+        if "NOT_IMPLEMENTED" in reason:
+            reason += " (the backend eager, --backend eager, runs operators in torch)"
         raise InvalidModel(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {reason}") from error
     if session.get_providers()[0] != provider.full_name:
         raise InvalidModel(f"ONNX Runtime {onnxruntime.__version__} fell back from {provider.title} to its own kernels")
@@ -61,7 +62,7 @@ def make_session(
 class OnnxExecutable(Executable):
     """A model file in an ONNX Runtime session; the artifact is the file."""
 
-    opening = 0  # bytes that opening it took beside the weights
+    opening: Sequence[str] = ()  # what the report says of the memory that opening it takes
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class OnnxExecutable(Executable):
 
     def notes(self) -> Sequence[str]:
         """What opening the file takes."""
-        return opening_notes(self.opening)
+        return self.opening
 
     def close(self) -> None:
         """Drop the session and the temporary file."""

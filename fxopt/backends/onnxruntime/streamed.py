@@ -8,7 +8,6 @@ from typing import Any
 
 from fxopt.backends.base import Executable
 from fxopt.backends.onnxruntime.evaluator import OnnxEvaluator
-from fxopt.backends.onnxruntime.sparse_forms import opening_notes
 from fxopt.ir.graph import Graph
 
 
@@ -18,10 +17,10 @@ class Streamed(Executable):
     executed_on = "torch, node by node (a session would need more than half of the memory)"
     is_timed = False
 
-    def __init__(self, graph: Graph, opening: int = 0) -> None:
+    def __init__(self, graph: Graph, opening: Sequence[str] = ()) -> None:
         self.graph = graph
         self.evaluator = OnnxEvaluator()
-        self.opening = opening  # bytes
+        self.opening = opening
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs on flat inputs."""
@@ -29,7 +28,7 @@ class Streamed(Executable):
 
     def notes(self) -> Sequence[str]:
         """What opening the file will take."""
-        return opening_notes(self.opening)
+        return self.opening
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model and its weights, tensor by tensor."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from fxopt.backends.triton import worth
+from fxopt.backends.triton.block_plan import may_renumber
 from fxopt.backends.triton.formats import SHIFT4, layout_for, refusal
+from fxopt.ir.pattern_work import Tile, work_of
 from fxopt.ir.target import Cost, Prediction, Target
 
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.bfloat16}
 _MANY = 1 << 30  # inputs: a group of all has a layout anyway
 _NOT_MEASURED = {"linear_qkv": "one product for queries, keys and values was not measured on a GPU"}
+_PLAIN_TILE = Tile(64, 64)
 _EVERYWHERE = (
     *("linear_w8a8", "linear_w8a8_dynamic", "linear_fp8"),
     *("scaled_dot_product_attention", "attention", "Attention"),  # torch has fast ones
@@ -46,14 +49,29 @@ def answer(target: Target | None, op: str, dtype: str, pattern: str) -> str:
         return worth.shift_refusal(target, *sizes, int(asked.get("group", 128)), element)
     if op == "attention_pattern":
         heads, length, width = sizes
-        return worth.density_refusal(target, float(asked.get("density", 1.0)), heads, length, width, element)
+        density, renumbered = float(asked.get("density", 1.0)), "renumbered" in asked
+        return worth.density_refusal(target, density, heads, length, width, element, renumbered)
     return _no_kernel(op)
 
 
+def attention_tile(target: Target | None, dtype: str, width: int, renumbered: bool) -> Tile:
+    """The tile of pattern-sparse attention; a plain one where no kernel is known."""
+    element = _TYPES.get(dtype, torch.float16)
+    if target is None or target.kind != "cuda":
+        return _PLAIN_TILE
+    known = worth.pattern_choice(target, width, element, renumbered)
+    return _PLAIN_TILE if known is None else Tile(known["BQ"], known["BK"])
+
+
 def predicted(cost: Cost, target: Target) -> Prediction | None:
-    """The time of a linear with packed weights, from the static report of its kernel; None for everything else."""
+    """The time of a linear with packed weights or of attention with patterns, from the static report of its kernel.
+
+    None for everything else.
+    """
     form = dict(cost.form)
     element = _TYPES.get(cost.dtype)
+    if form.get("op") == "attention_pattern" and target.kind == "cuda" and element is not None:
+        return _predicted_patterns(form, target, element)
     layout = SHIFT4 if form.get("op") == "linear_shift" else layout_for(form.get("bits", 0))
     if target.kind != "cuda" or form.get("op") not in ("linear_nbits", "linear_shift"):
         return None
@@ -67,6 +85,19 @@ def predicted(cost: Cost, target: Target) -> Prediction | None:
     bound: Literal["compute", "memory"] = "memory" if found.bound in ("bandwidth", "latency") else "compute"
     shares = (max(0.0, 1 - target.interval), 1 + target.interval)
     return Prediction(seconds, seconds * shares[0], seconds * shares[1], bound)
+
+
+def _predicted_patterns(form: dict[str, Any], target: Target, element: torch.dtype) -> Prediction | None:
+    """The time of pattern-sparse attention; None where no kernel takes it."""
+    batch, heads, length, width = form["sizes"]
+    renumbered = may_renumber(form["patterns"], length)
+    if form["lists"] or worth.pattern_choice(target, width, element, renumbered) is None:
+        return None
+    tile = attention_tile(target, str(element).removeprefix("torch."), width, renumbered)
+    share = work_of(form["patterns"], length, tile=tile).share
+    seconds = share * worth.pattern_seconds(target, batch * heads, length, width, element, renumbered)
+    seconds += target.launch_seconds
+    return Prediction(seconds, seconds * max(0.0, 1 - target.interval), seconds * (1 + target.interval), "compute")
 
 
 def _sizes(asked: dict[str, str]) -> tuple[int, int, int] | None:

@@ -9,6 +9,7 @@ from torch import fx
 from fxopt.backends.base import Backend, Executable
 from fxopt.ir.graph import Graph
 from fxopt.ir.onnx.op import OnnxOp
+from fxopt.ir.pattern_work import Tile
 from fxopt.ir.target import Cost, Prediction, Target
 
 
@@ -34,14 +35,20 @@ class Triton(Backend):
 
         Args:
             pattern: `key=value` pairs: group, activations; for a prediction rows, out, in (or heads, length, width,
-                density) and type.
+                density, renumbered) and type.
         """
         from fxopt.backends.triton.asked import answer
 
         return answer(self.target, op, dtype, pattern)
 
+    def attention_tile(self, dtype: str, width: int, renumbered: bool = False) -> Tile | None:
+        """The tile that the kernel is launched with on the target; 64 x 64 where none is known."""
+        from fxopt.backends.triton.asked import attention_tile
+
+        return attention_tile(self.target, dtype, width, renumbered)
+
     def predicted(self, cost: Cost, target: Target) -> Prediction | None:
-        """Of linears with packed weights: from the static report of the kernel that would be launched."""
+        """From the static report of the kernel that would be launched: linears with packed weights, patterns."""
         from fxopt.backends.triton.asked import predicted
 
         return predicted(cost, target)

@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fxopt.ir.ops.attention_pattern import Pattern, blocks_seen, patterns_of
+from fxopt.ir.ops.attention_pattern import patterns_of
+from fxopt.ir.pattern_work import Tile, has_frames, tiles_seen
 
 NUMBERS = 8  # of a head, as the kernel reads them
 
@@ -40,28 +41,21 @@ def block_plan(patterns: tuple[int, ...], length: int, queries: int, keys: int, 
 
     A head of many diagonals is renumbered where that leaves fewer blocks.
     """
-    parameters, lists = [], []
-    for pattern in patterns_of(patterns):
-        some, whole = _seen(pattern, length, queries, keys, length, 1)
-        frames, frame = length, 1
-        if _has_frames(pattern, length):
-            renumbered = _seen(pattern, length, queries, keys, length // pattern[2], pattern[2])
-            if int(renumbered[0].sum()) < int(some.sum()):
-                (some, whole), frames, frame = renumbered, length // pattern[2], pattern[2]
-        parameters.append([*pattern, frames, frame, 0])
-        lists.append((some, whole))
+    found = [(pattern, tiles_seen(pattern, length, Tile(queries, keys))) for pattern in patterns_of(patterns)]
+    parameters = [[*pattern, tiles.frames, tiles.frame, 0] for pattern, tiles in found]
     blocks = -(-length // queries)
     first, partial, columns = [0], [], []
-    for some, whole in lists:
+    for _, tiles in found:
         for row in range(blocks):
-            full, rest = whole[row].nonzero().flatten(), (some[row] & ~whole[row]).nonzero().flatten()
+            full = tiles.whole[row].nonzero().flatten()
+            rest = (tiles.some[row] & ~tiles.whole[row]).nonzero().flatten()
             partial.append(first[-1] + len(full))
             first.append(partial[-1] + len(rest))
             columns += [full, rest]
     counts = torch.tensor(first)
     work = torch.argsort(counts[1:] - counts[:-1], descending=True, stable=True)
     listed = torch.cat(columns) if columns else torch.zeros(0)
-    pairs = len(lists) * blocks * -(-length // keys)
+    pairs = len(found) * blocks * -(-length // keys)
 
     def stored(numbers: Tensor) -> Tensor:
         return numbers.to(torch.int32).to(device)
@@ -80,31 +74,5 @@ def block_plan(patterns: tuple[int, ...], length: int, queries: int, keys: int, 
 
 def may_renumber(patterns: tuple[int, ...], length: int) -> bool:
     """Whether some head could be renumbered: which kernel is used must not depend on the sizes of blocks."""
-    return any(_has_frames(pattern, length) for pattern in patterns_of(patterns))
+    return any(has_frames(pattern, length) for pattern in patterns_of(patterns))
 
-
-def _has_frames(pattern: Pattern, length: int) -> bool:
-    return pattern[0] == 1 and pattern[2] < length and length % pattern[2] == 0
-
-
-def _seen(pattern: Pattern, length: int, queries: int, keys: int, frames: int, frame: int) -> tuple[Tensor, Tensor]:
-    """Which blocks of numbers see each other at all, and which whole; blocks that are not filled are never whole.
-
-    With frames, number u is at place u // frames of some frame, and the pattern's period is a frame: places decide.
-    Sinks are in the first frame; a block that may hold one counts as seen.
-    """
-    rows, columns = _ranges(length, queries), _ranges(length, keys)
-    filled = columns[:, 1] - columns[:, 0] == keys - 1
-    if frame == 1:
-        some, whole = blocks_seen(pattern, rows, columns)
-    else:
-        slope, offset, period, width, sink = pattern
-        places, among = rows // frames, columns // frames
-        some, whole = blocks_seen((slope, offset, period, width, 0), places, among)
-        some = some | (among[None, :, 0] < sink)
-    return some, whole & filled[None]
-
-
-def _ranges(length: int, block: int) -> Tensor:
-    starts = torch.arange(0, length, block)
-    return torch.stack([starts, (starts + block - 1).clamp(max=length - 1)], 1)

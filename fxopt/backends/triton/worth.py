@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxopt.backends.triton.chips import Chip, chip_of
+from fxopt.backends.triton.chips import chip_of
 from fxopt.backends.triton.configs import Choice, choice_of, linear_key, padded, pattern_key, splits_for
 from fxopt.backends.triton.cost import Work, estimate
 from fxopt.backends.triton.formats import COLUMNS, ROWS, SHIFT4, Layout, Packed, layout_for
@@ -135,24 +135,36 @@ def sparse_24_refusal(target: Target, rows: int, outputs: int, columns: int, ele
 def break_even_density(
     target: Target, heads: int, length: int, width: int, element: torch.dtype, renumbered: bool
 ) -> float:
-    """The share of blocks below which pattern-sparse attention is predicted to be faster than dense; 0: never."""
-    chip = chip_of(target)
-    choice = choice_of(chip, pattern_key(element, width, renumbered))
-    if choice is None or choice.report is None:
+    """The share of tiles below which pattern-sparse attention is predicted to be faster than dense; 0: never."""
+    if pattern_choice(target, width, element, renumbered) is None:
         return 0.0
-    best = 4.0 * heads * length * length * width / peak(target, str(element).removeprefix("torch."))
-    whole = max(best / _TRITON_ATTENTION, _pattern_seconds(target, chip, choice, heads, length, width))
-    return _LEAST * best / _DENSE_ATTENTION / whole
+    dense = _least_attention(target, heads, length, width, element) / _DENSE_ATTENTION
+    return _LEAST * dense / pattern_seconds(target, heads, length, width, element, renumbered)
 
 
-def _pattern_seconds(target: Target, chip: Chip, choice: Choice, heads: int, length: int, width: int) -> float:
-    """Of the kernel over all blocks."""
-    assert choice.report is not None
+def pattern_choice(target: Target, width: int, element: torch.dtype, renumbered: bool) -> Choice | None:
+    """How the kernel of pattern-sparse attention is launched; None: there is none."""
+    choice = choice_of(chip_of(target), pattern_key(element, width, renumbered))
+    return None if choice is None or choice.report is None else choice
+
+
+def pattern_seconds(
+    target: Target, heads: int, length: int, width: int, element: torch.dtype, renumbered: bool
+) -> float:
+    """Predicted seconds of the kernel over all tiles; it must exist."""
+    choice = pattern_choice(target, width, element, renumbered)
+    assert choice is not None and choice.report is not None
     programs = heads * -(-length // choice["BQ"])
     adds = 2.0 * choice["BQ"] * choice["BK"] * padded(width)
     moved = 8.0 * heads * length * width
     work = Work(programs, length / choice["BK"], adds, moved, choice.stages)
-    return estimate(choice.report, chip, target, work).seconds
+    found = estimate(choice.report, chip_of(target), target, work).seconds
+    return max(_least_attention(target, heads, length, width, element) / _TRITON_ATTENTION, found)
+
+
+def _least_attention(target: Target, heads: int, length: int, width: int, element: torch.dtype) -> float:
+    """Seconds of dense attention at the peak rate."""
+    return 4.0 * heads * length * length * width / peak(target, str(element).removeprefix("torch."))
 
 
 def density_refusal(
@@ -163,6 +175,6 @@ def density_refusal(
     if density <= limit and not math.isclose(limit, 0.0):
         return ""
     return (
-        f"predicted not to pay on {target.name} (not measured): {density:.2f} of the blocks are looked at; dense "
+        f"predicted not to pay on {target.name} (not measured): {density:.2f} of the tiles are looked at; dense "
         f"attention is as fast from {limit:.2f} on"
     )

@@ -35,7 +35,7 @@ def node_cost(graph: Graph, node: fx.Node) -> Cost:
         return NOTHING
     declared = declaration(node.target)
     if declared is not None:
-        return _with_zeros(graph, node, _declared_cost(node, declared))
+        return _with_zeros(graph, node, _declared_cost(graph, node, declared))
     call = Call(graph, node)
     cost = onnx_cost(call) if isinstance(node.target, OnnxOp) else aten_cost(call)
     return _with_zeros(graph, node, cost)
@@ -69,11 +69,18 @@ def _weight(graph: Graph, node: fx.Node) -> Tensor | None:
     return view.weight(graph).flatten(1)
 
 
-def _declared_cost(node: fx.Node, declared: Any) -> Cost:
-    """What the fxopt operator declares; only the launch when an operand is unknown."""
+def _declared_cost(graph: Graph, node: fx.Node, declared: Any) -> Cost:
+    """What the fxopt operator declares; only the launch when an operand is unknown.
+
+    Of constants it is given the types, of those that say what is left out (booleans) the values.
+    """
     if any("val" not in used.meta for used in node.all_input_nodes) or tensor_value(node) is None:
         return Cost(0.0, 0.0, "float32", "other", 1)
-    args = fx.map_arg(node.args, lambda used: used.meta["val"])
-    kwargs = fx.map_arg(node.kwargs, lambda used: used.meta["val"])
+
+    def given(used: fx.Node) -> Any:
+        constant = graph.constant(used)
+        return constant if constant is not None and constant.dtype == torch.bool else used.meta["val"]
+
+    args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
     cost: Cost = declared.cost_of(*args, **kwargs)
     return cost

@@ -155,7 +155,7 @@ class Importer:
         return node
 
     def initializer(self, tensor: TensorProto) -> fx.Node:
-        if tensor.name in self.model.weights:
+        if tensor.name in self.model.weights and not self.model.depth:
             record = ConstantRecord(tensor.name, "initializer", tensors.without_data(tensor), None, True)
             return self.constant(tensor.name, self.model.weights[tensor.name], record)
         value, kept, stripped = tensors.imported(tensor, self.model.folder)

@@ -16,6 +16,7 @@ from fxopt.ir.onnx.dtypes import to_numpy
 from fxopt.ir.onnx.emitter import Emitter, Form, Forms, drop_stale_types
 from fxopt.ir.onnx.external_writer import write_external
 from fxopt.ir.onnx.marks import IR_VERSION, has_marks
+from fxopt.ir.onnx.message_writer import write_message
 from fxopt.ir.onnx.tensor_bytes import external_bytes
 from fxopt.ir.onnx.walk import inner_tensors
 
@@ -66,13 +67,24 @@ def to_model(graph: Graph, forms: Forms | None = None) -> ModelProto:
     return proto
 
 
-def outline(graph: Graph) -> ModelProto:
-    """The graph as a `ModelProto` of which only small tensors have their bytes: for what looks at operators alone."""
+def outline(graph: Graph) -> tuple[ModelProto, dict[str, torch.Tensor]]:
+    """The graph as a `ModelProto` without the bytes of its large initializers, and these, by name.
+
+    External tensors of the source stay references to its files.
+
+    Raises:
+        Unsupported: an operator has no ONNX form.
+    """
     proto, pending = _emit(graph, {})
+    weights = {}
     for tensor, value in pending:
-        if tensor.data_location != TensorProto.EXTERNAL and value.nbytes < _SMALL:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            continue
+        if value.nbytes < _SMALL:
             tensor.raw_data = to_numpy(value).tobytes()
-    return proto
+        else:
+            weights[tensor.name] = value
+    return proto, weights
 
 
 def save(
@@ -85,6 +97,7 @@ def save(
     Raises:
         OutputError: the path is a folder, its folder does not exist, writing fails, or a file that holds the weights of
             the model that came in would be overwritten.
+        Unsupported: an operator has no ONNX form, or the model is too large for one file and `external` is False.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,10 +117,12 @@ def save(
             large = [item for item in pending if external and item[1].nbytes >= _SMALL]
             if large:
                 write_external(large, Path(scratch), data.name)
-            for tensor, value in pending:
-                if not external or value.nbytes < _SMALL:
-                    _fill(tensor, to_numpy(value).tobytes())
-            written.write_bytes(proto.SerializeToString(deterministic=True))
+            inside = {tensor.name: value for tensor, value in pending if not external or value.nbytes < _SMALL}
+            for tensor, _ in pending:
+                if tensor.name in inside:
+                    tensor.ClearField("external_data")
+                    tensor.ClearField("data_location")
+            write_message(proto, inside, written)
             if data.exists():
                 os.replace(data, path.parent / data.name)
             os.replace(written, path)

@@ -20,6 +20,7 @@ from fxopt.ir.onnx.walk import all_nodes, graphs_of, tensors_of
 
 DEPTH_LIMIT = 30  # nested sub-graphs; protobuf reads 100 nested messages, three for each sub-graph
 _MOST_ELEMENTS = 1 << 59  # of at most 16 bytes
+_ELEMENT_TYPES = frozenset(TensorProto.DataType.values())
 _Key = tuple[str, str, str]  # domain, name, overload
 
 
@@ -42,6 +43,8 @@ def check_message(model: ModelProto, folder: Path | None, elsewhere: Collection[
     walk = _Walk(folder, frozenset(elsewhere))
     _check_functions(model.functions)
     walk.graph(model.graph, frozenset(), opsets)
+    if not model.graph.output:
+        raise InvalidModel(f"the graph {model.graph.name!r} has no outputs, so it computes nothing")
     for function in model.functions:
         walk.function(function, _opsets(function.opset_import, f"the function {function.name!r}"))
     return walk.files
@@ -74,10 +77,16 @@ def _opsets(entries: Iterable[onnx.OperatorSetIdProto], where: str) -> dict[str,
         if entry.version < 1 or (not domain and entry.version > newest):
             raise InvalidModel(
                 f"{where} imports version {entry.version} of the operator set {domain or 'ai.onnx'!r}; "
-                f"expected 1 {f'to {newest}, the newest that is known' if not domain else 'or more'}"
+                f"expected 1 {'or more' if domain else _newest(entry.version)}"
             )
         found[domain] = entry.version
     return found
+
+
+def _newest(version: int) -> str:
+    known = onnx.defs.onnx_opset_version()
+    advice = "; install a newer one, or export the model at an older version" if version > known else ""
+    return f"to {known}, the newest that is known to the installed onnx {onnx.__version__}{advice}"
 
 
 def _check_functions(functions: Sequence[FunctionProto]) -> None:
@@ -210,6 +219,9 @@ def _check_shape(value: ValueInfoProto) -> None:
     """Declared sizes are numbers that a tensor can have; -1 counts as unknown."""
     dims = value.type.tensor_type.shape.dim
     _check_text(f"the type of {value.name!r}", *(dim.dim_param for dim in dims))
+    kind = value.type.tensor_type.elem_type
+    if kind not in _ELEMENT_TYPES:
+        raise InvalidModel(f"the value {value.name!r} has the element type {kind}, which ONNX does not define")
     sizes = [dim.dim_value for dim in dims if dim.HasField("dim_value")]
     if any(size < -1 for size in sizes) or math.prod(max(size, 1) for size in sizes) >= _MOST_ELEMENTS:
         raise InvalidModel(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxopt.errors import InvalidInput
 from fxopt.ir.op import op
@@ -20,7 +21,8 @@ from fxopt.ir.target import Cost
 
 NUMBERS = 5  # of a pattern
 EVER = 1 << 28  # a period or width that no length reaches
-BLOCK = 64  # in which the work is counted, and of which `blocks` has lists
+BLOCK = 64  # of which `blocks` has lists
+_PAIRS = 1 << 25  # of queries and keys that are multiplied at once
 Pattern = tuple[int, int, int, int, int]  # slope, offset, period, width, sink
 
 
@@ -113,20 +115,22 @@ def blocks_seen(pattern: Pattern, queries: Tensor, keys: Tensor) -> tuple[Tensor
     return some, whole & some
 
 
-def seen(patterns: Sequence[int], length: int, blocks: Tensor | None = None) -> Tensor:
-    """Which keys each query of every head sees, bool [heads, length, length].
+def seen(
+    patterns: Sequence[int], length: int, blocks: Tensor | None = None, rows: tuple[int, int] | None = None
+) -> Tensor:
+    """Which keys each query of every head sees, bool [heads, length, length]; of queries `rows[0]` to `rows[1]` only.
 
     Raises:
         InvalidInput: the patterns are not legal, or `blocks` has another shape than they ask for.
     """
     every = patterns_of(patterns)
     places = torch.arange(length, device=None if blocks is None else blocks.device)
-    found = torch.stack([seen_by(pattern, places, places) for pattern in every])
+    queries = places if rows is None else places[rows[0] : rows[1]]
+    found = torch.stack([seen_by(pattern, queries, places) for pattern in every])
     if blocks is None:
         return found
     check_blocks(blocks, len(every), length)
-    wide = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
-    return found & wide[:, :length, :length]
+    return found & blocks[:, queries // BLOCK].repeat_interleave(BLOCK, 2)[:, :, :length]
 
 
 @op
@@ -143,33 +147,46 @@ def attention_pattern(
     """
     check_heads(patterns, q.shape[1])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    visible = seen(patterns, q.shape[2], blocks).to(q.device)
-    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
-    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
-    weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    return torch.matmul(weights, v.to(wide)).to(q.dtype)
-
-
-def density(patterns: Sequence[int], length: int, block: int = BLOCK) -> float:
-    """The share of pairs of blocks that are not skipped, over all heads."""
-    starts = torch.arange(0, length, block)
-    blocks = torch.stack([starts, (starts + block - 1).clamp(max=length - 1)], 1)
-    every = patterns_of(patterns)
-    if not every or not length:
-        return 0.0
-    return sum(float(blocks_seen(pattern, blocks, blocks)[0].double().mean()) for pattern in every) / len(every)
+    heads, length = q.shape[1:3]
+    whole = not isinstance(length, int) or length * length * heads <= _PAIRS
+    step = max(1, length if whole else _PAIRS // (length * heads))
+    parts = []
+    for start in range(0, 1 if whole else length, step):
+        rows = None if whole else (start, min(start + step, length))
+        visible = seen(patterns, length, blocks, rows).to(q.device)
+        queries = q if rows is None else q[:, :, start : start + step]
+        scores = torch.matmul(queries.to(wide), k.to(wide).transpose(-1, -2)) * scale
+        weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+        parts.append(torch.matmul(weights, v.to(wide)).to(q.dtype))
+    return parts[0] if whole else torch.cat(parts, 2)
 
 
 @attention_pattern.cost
 def _(
     q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[int], scale: float, blocks: Tensor | None = None
 ) -> Cost:
+    """The work in slices of dense attention.
+
+    Bytes are those of operands, result and lists of blocks, and of what is copied to bring keys together or to renumber
+    tokens. Masks are not in it: how long their slices take was measured with them. Lists of which only the shape is
+    known leave nothing out.
+    """
     from fxopt.ir.graph import hint
+    from fxopt.ir.pattern_work import work_of
 
     batch, heads, length, width = (hint(dim) for dim in q.shape)
-    macs = 2.0 * batch * heads * length * length * width * density(patterns, length)
-    moved = 4 * batch * heads * length * width * q.dtype.itemsize
-    return Cost(2 * macs, moved, str(q.dtype).removeprefix("torch."), "attention.pattern", 1, macs)
+    known = None if blocks is None or blocks.is_meta or isinstance(blocks, FakeTensor) else blocks
+    work = work_of(patterns, length, known)
+    dense_macs = 2.0 * batch * heads * length * length * width
+    moved = (4 * heads * length + 2 * work.copied) * batch * width * q.dtype.itemsize
+    moved += 0 if blocks is None else blocks.numel()
+    form = (
+        ("op", "attention_pattern"), ("patterns", tuple(map(int, patterns))), ("lists", blocks is not None),
+        ("sizes", (batch, heads, length, width)), ("work", work), ("dense_macs", dense_macs),
+    )  # fmt: skip
+    macs = dense_macs * work.share
+    return Cost(2 * macs, moved, str(q.dtype).removeprefix("torch."), "attention.pattern", 1, macs, form=form)
 
 
 @attention_pattern.samples

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,12 +13,10 @@ from fxopt.errors import InvalidOption
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.ledger import Refusal
 from fxopt.ir.ops.attention import attention
-from fxopt.ir.ops.attention_pattern import BLOCK
-from fxopt.ir.sliced_attention import share
 from fxopt.ir.target import Cost
 from fxopt.ir.views.attention import Attention, attentions
-from fxopt.passes.attention_patterns.measured import break_even
 from fxopt.passes.attention_patterns.modes import Choice, cheapest, choices
+from fxopt.passes.attention_patterns.pricing import Pricing, pricing_of
 from fxopt.passes.attention_patterns.rewrite import arranged, rewrite
 from fxopt.passes.attention_patterns.site import Site, find_site, site_of
 from fxopt.passes.base import Candidate, Context, Estimate, LossyPass, Setting
@@ -28,7 +25,7 @@ from fxopt.passes.stats import Stats
 __all__ = ["AttentionPatterns"]
 
 _TOLERANCES = (1e-5, 1e-4, 1e-3, 1e-2)
-_STEP = 0.02  # of densities that a backend is asked about
+_LEAST_GAIN = 0.95  # of the time of dense attention: what gains less is within the error of predictions
 _SEQUENCES = 2  # of calibration, at least
 
 
@@ -64,13 +61,13 @@ class AttentionPatterns(LossyPass):
             if not isinstance(view, Attention) or self.tolerance == 0:
                 continue
             site = ctx.excluded(label(view.node)) or site_of(graph, view)
-            terms = _terms(ctx, site) if isinstance(site, Site) else site
-            if isinstance(site, Site) and not isinstance(terms, Refusal):
-                terms = self._mismatch(site) or terms
-            refusal = terms if isinstance(terms, Refusal) else None
+            pricing = pricing_of(ctx, site, self.frames > 0) if isinstance(site, Site) else site
+            if isinstance(site, Site) and not isinstance(pricing, Refusal):
+                pricing = self._mismatch(site) or pricing
+            refusal = pricing if isinstance(pricing, Refusal) else None
             size = f"{site.heads}x{site.length}x{site.width}" if isinstance(site, Site) else ""
             for tolerance in _TOLERANCES if self.tolerance is None else (self.tolerance,):
-                setting = Setting.of(self.name, tolerance=tolerance, **({} if isinstance(terms, Refusal) else terms))
+                setting = Setting.of(self.name, tolerance=tolerance, **({} if refusal else {"kernel": pricing}))
                 yield Candidate(
                     self.name, view.node.name, label(view.node), setting, refusal, f"attention_pattern {size}"
                 )
@@ -94,7 +91,7 @@ class AttentionPatterns(LossyPass):
         return self.observed(graph, candidate)
 
     def estimate(self, graph: Graph, candidate: Candidate, stats: Stats) -> Estimate:
-        """The sum of the heads' errors, and the work by what the slices were measured to take."""
+        """The sum of the heads' errors, and the time that the backend's slices or tiles are predicted to take."""
         site = find_site(graph, candidate.node)
         before = _dense(site)
         items = stats[site.observed[0]].items
@@ -104,24 +101,27 @@ class AttentionPatterns(LossyPass):
             text = "calibrated on {} sequence of {} tokens; expected at least {}: give more samples"
             return Estimate(0.0, before, before, refusal=Refusal(text, sequences, site.length, _SEQUENCES))
         chosen = self._chosen(graph, site, candidate, stats)
-        work = _work(site, chosen)
-        part = work / float(candidate.setting["break_even"])
+        pricing: Pricing = candidate.setting["kernel"]
+        plan = arranged([found.mode for found in chosen], site.folds)
+        work, left = pricing.work(plan.numbers, plan.blocks(site.length)), len(plan.heads) / site.heads
+        time = pricing.over_dense(plan.numbers, work) * left
         error = sum(found.error for found in chosen)
-        after = replace(before, flops=before.flops * part, bytes=before.bytes * part)
+        after = replace(before, flops=before.flops * time, bytes=before.bytes * time)
         folded = "their order folded into the projections" if site.folds else "in their order"
-        detail = f"{described(chosen)}, {folded}; {100 * work:.0f} % of the work left"
-        refusal = self._refusal(chosen, work, candidate)
-        return Estimate(error, before, after, refusal=refusal, detail=detail)
+        tile = pricing.kernel_for(plan.numbers).tile
+        counted = f"in {work.calls} slices" if tile is None else f"in tiles of {tile}"
+        share = f"{100 * work.share * left:.0f} % of the work left, {counted}"
+        refusal = self._refusal(chosen, share, time, candidate)
+        return Estimate(error, before, after, refusal=refusal, detail=f"{described(chosen)}, {folded}; {share}")
 
-    def _refusal(self, chosen: list[Choice], work: float, of: Candidate) -> Refusal | None:
+    def _refusal(self, chosen: list[Choice], share: str, time: float, of: Candidate) -> Refusal | None:
         hint = "" if self.frames else "; many diagonals were not tried: the layout (frames, height, width) is not given"
         if all(found.mode.name == "full" for found in chosen):
-            text = "no head has a pattern that changes the output by at most {:.0e}{}"
+            text = "no head has a pattern that changes the output by at most {:.0e} and takes less time{}"
             return Refusal(text, of.setting["tolerance"], hint)
-        least = float(of.setting["break_even"])
-        if work >= least:
-            text = "{:.0f} % of the work is left ({}), the break-even is {:.0f} %{}"
-            return Refusal(text, 100 * work, described(chosen), 100 * least, hint)
+        if time >= _LEAST_GAIN:
+            text = "{}, {}: predicted to take {:.0f} % of the time of dense attention on {} threads{}"
+            return Refusal(text, described(chosen), share, 100 * time, of.setting["kernel"].threads, hint)
         return None
 
     def apply(self, graph: Graph, candidate: Candidate, stats: Stats) -> None:
@@ -141,42 +141,15 @@ class AttentionPatterns(LossyPass):
                 if value is not None
             )
             frame = self.height * self.width or None
-            stats.cache[key] = choices(q, k, v, float(site.view.factor or 0.0), site.projection(graph), frame)
-        every: list[list[Choice]] = stats.cache[key]
-        if not candidate.setting.get("lists", True):
-            every = [[found for found in row if found.mode.blocks is None] for row in every]
-        return cheapest(every, float(candidate.setting["tolerance"]))
-
-
-def _terms(ctx: Context, site: Site) -> dict[str, Any] | Refusal:
-    """The break-even of the backend and whether it takes lists of blocks, or why it has nothing for this attention."""
-    dtype = str(site.dtype).removeprefix("torch.")
-    unsupported = ctx.supports("attention_pattern", dtype)
-    if unsupported:
-        return Refusal(unsupported)
-    most = break_even("" if ctx.capabilities is None else ctx.capabilities.name)
-    sizes = f"heads={site.heads},length={site.length},width={site.width},type={dtype}"
-    while most > 0 and (unsupported := ctx.supports("attention_pattern", dtype, f"{sizes},density={most:.2f}")):
-        most = round(most - _STEP, 2)
-    if most <= 0:
-        return Refusal(unsupported)
-    lists = {"lists": False} if ctx.supports("attention_pattern", dtype, f"blocks={BLOCK}") else {}
-    return {"break_even": most, **lists}
+            factor, pricing = float(site.view.factor or 0.0), candidate.setting["kernel"]
+            stats.cache[key] = choices(q, k, v, factor, site.projection(graph), frame, pricing)
+        return cheapest(stats.cache[key], float(candidate.setting["tolerance"]))
 
 
 def described(chosen: list[Choice]) -> str:
     """`3 heads diagonal, 1 skip, 2 full`."""
     counts = Counter(found.mode.name for found in chosen)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
-
-
-def _work(site: Site, chosen: list[Choice]) -> float:
-    """The share of dense work that is left, over all heads of the site."""
-    modes = [found.mode for found in chosen]
-    plan = arranged(modes, site.folds)
-    if not plan.modes:
-        return 0.0
-    return share(plan.numbers, site.length, plan.blocks(site.length)) * len(plan.modes) / len(modes)
 
 
 def _dense(site: Site) -> Cost:

@@ -19,7 +19,7 @@ from fxopt.ir.views.linear import Linear, linear
 from fxopt.passes.fuse_attention_heads.plan import HEADS_FIRST, is_flat, materialised
 
 LEAST_BLOCKS = 4
-MOST = 8192  # tokens: the search holds all pairs of them
+MOST = 16384  # tokens: the search looks at all pairs of them, some rows at a time
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -97,7 +97,8 @@ def site_of(graph: Graph, view: Attention) -> Site | Refusal:
     if length < LEAST_BLOCKS * BLOCK:
         return Refusal("its {} tokens are fewer than {} blocks of {}", length, LEAST_BLOCKS, BLOCK)
     if length > MOST:
-        return Refusal("its {} tokens are more than the {} of which all pairs are looked at", length, MOST)
+        text = "its {} tokens are more than {}: looking at all pairs of them would take hours; give a shorter sequence"
+        return Refusal(text, length, MOST)
     value = tensor_value(view.q.node)
     if value is None or value.dtype not in FLOATS:
         dtype = "unknown" if value is None else value.dtype

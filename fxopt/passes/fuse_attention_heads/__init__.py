@@ -93,6 +93,8 @@ def _planned(graph: Graph, view: Attention, ctx: Context) -> Plan | Refusal | No
             return None
         return plan if (simplifies_torch if is_torch else simplifies_onnx)(graph, plan) else None
     operator = "attention" if bands else "scaled_dot_product_attention" if is_torch else "Attention"
+    if view.softcap and not is_torch:
+        operator = "Attention with a soft cap"
     unsupported = ctx.supports(operator, str(value.dtype).removeprefix("torch."))
     if unsupported:
         return Refusal(unsupported)

@@ -124,6 +124,7 @@ def _constant(graph: Graph, view: Attention, terms: list[Term], alone: bool) -> 
     for term in terms:
         constant = graph.constant(term.node)
         assert constant is not None, "the caller has looked"
+        constant = _separated(constant, term, view)
         if term.form == "added":
             value = value + constant.double() * term.factor
         else:
@@ -139,6 +140,14 @@ def _constant(graph: Graph, view: Attention, terms: list[Term], alone: bool) -> 
     if empty or (not alone and bool(value.isinf().any()) and view.empty_rows_are_zero):
         return Refusal("its mask mixes rows without keys with finite numbers")
     return Part(value.clamp(min=HIDDEN).float())
+
+
+def _separated(constant: torch.Tensor, term: Term, view: Attention) -> torch.Tensor:
+    """[batch, heads, ...] of a constant [batch * heads, ...], where the scores are [batch, heads, ...]."""
+    shape = view.q.shape or ()
+    if len(term.frame or ()) != 3 or len(shape) != 4 or constant.dim() != 3 or constant.shape[0] == 1:
+        return constant
+    return constant.reshape(-1, shape[1], *constant.shape[1:])
 
 
 def _replacing(hidden: float) -> float:

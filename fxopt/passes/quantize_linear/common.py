@@ -33,6 +33,8 @@ def unfit(graph: Graph, ctx: Context, view: Linear | Conv) -> Refusal | None:
         return Refusal("the weight is empty")
     if not bool(torch.isfinite(weight).all()):
         return Refusal("the weight holds infinite or NaN values")
+    if isinstance(view, Linear) and any(isinstance(conv(graph, user), Conv) for user in view.x.users):
+        return Refusal("a convolution takes its input too: their features lie on different axes")
     return None
 
 

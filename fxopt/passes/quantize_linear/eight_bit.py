@@ -187,7 +187,15 @@ class EightBit:
             sums = candidate.setting["sums"]
             result = linear_on_kept(x, some, weight[::every], stats[view.x], smoothing, sums)
             reference = reference[:, ::every]
-        return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel())
+        refusal = self._constant(view, candidate.setting, stats)
+        return Estimate(noise_to_signal(reference, result), before, after, 3 * weight.numel(), refusal=refusal)
+
+    def _constant(self, view: Linear | Conv, setting: Setting, stats: Stats) -> Refusal | None:
+        """Why there is no range to calibrate."""
+        found = stats[_ranged(view)]
+        if setting["activations"] != "static" or found.minimum < found.maximum:
+            return None
+        return Refusal("its input is {:.3g} everywhere in every calibration sample: that is no range", found.minimum)
 
     def _sample(self, view: Linear | Conv, stats: Stats) -> Tensor:
         sample = stats[view.x].sample

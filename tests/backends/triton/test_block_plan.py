@@ -12,7 +12,6 @@ from fxopt.ir.ops.attention_pattern import (
     attention_pattern,
     blocks_seen,
     dense,
-    density,
     diagonal,
     diagonals,
     nothing,
@@ -20,6 +19,7 @@ from fxopt.ir.ops.attention_pattern import (
     seen_by,
     stripes,
 )  # fmt: skip
+from fxopt.ir.pattern_work import Tile, work_of
 
 PATTERNS = [
     dense(), nothing(), diagonal(0), diagonal(9), diagonal(5, sink=3), diagonals(2, 16), diagonals(1, 7), stripes(3, 4),
@@ -72,7 +72,6 @@ def test_intervals_find_exactly_the_blocks(pattern: Pattern) -> None:
 def test_renumbering_joins_diagonals() -> None:
     """Many diagonals touch every block; with neighbours at one place of all frames, a band is left."""
     pattern, length = diagonals(2, 64), 512
-    assert density(pattern, length, 64) == 1.0
     assert may_renumber(pattern, length) and not may_renumber(pattern, 500) and not may_renumber(diagonal(3), length)
     plan = block_plan(pattern, length, 64, 64)
     assert plan.parameters[0, 5:7].tolist() == [8, 64]
@@ -82,7 +81,7 @@ def test_renumbering_joins_diagonals() -> None:
 def test_no_heads() -> None:
     plan = block_plan((), 64, 16, 16)
     assert plan.density == 0.0 and not len(plan.columns)
-    assert density((), 64) == density(dense(), 0) == 0.0
+    assert work_of((), 64, tile=Tile(64, 64)).share == work_of(dense(), 0, tile=Tile(64, 64)).share == 0.0
 
 
 def test_wrong_patterns() -> None:
@@ -114,3 +113,4 @@ def test_renumbered_diagonals_look_at_few_blocks_more_than_they_see(
     elements = (2 * window + 1) / frame
     found = block_plan(diagonals(window, frame), length, 64, 64)
     assert elements <= found.density <= 1.2 * elements
+    assert found.density == work_of(diagonals(window, frame), length, tile=Tile(64, 64)).share

@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from fxopt.backends.triton import Triton, asked, library, worth
+from fxopt.backends.triton.block_plan import block_plan
 from fxopt.backends.triton.formats import PLANAR4
 from fxopt.cost_model.roofline import predict
 from fxopt.cost_model.targets import get_target
+from fxopt.ir.ops.attention_pattern import attention_pattern, diagonal, diagonals
 from fxopt.ir.ops.linear_nbits import linear_nbits
 from fxopt.ir.target import Cost
+from fxopt.passes.attention_patterns.pricing import Pricing, pricing_of
+from fxopt.passes.attention_patterns.site import Site
+from fxopt.passes.base import Context
 
 F16 = torch.float16
 TARGETS = ("a100", "h200", "rtx4090", "b200")
@@ -89,6 +94,38 @@ def test_what_passes_ask() -> None:
     assert backend.supports("attention_pattern", "float16", f"{sizes},density=0.05") == ""
     assert "shift-add" in backend.supports("linear_shift", "float16", "rows=1,out=4096,in=4096,group=128")
     assert backend.supports("linear_24", "float16") == ""
+
+
+@pytest.mark.parametrize(("name", "width"), [("h200", 128), ("a100", 128), ("a100", 64), ("rtx4090", 256)])
+@pytest.mark.parametrize("frames", [False, True])
+def test_the_pass_counts_the_tiles_that_the_kernel_takes(name: str, width: int, frames: bool) -> None:
+    """What it decides by is the density of the plan that is launched, renumbered or not."""
+    backend = Triton()
+    backend.target = get_target(name)
+    ctx = Context(backend.target, capabilities=backend)
+    site = Site(None, 2, 1024, width, None, None, None)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Site, "dtype", F16)
+        pricing = pricing_of(ctx, site, frames=True)
+    assert isinstance(pricing, Pricing) and not pricing.lists
+    numbers = [*diagonal(40), *(diagonals(3, 64) if frames else diagonal(90))]
+    known = worth.pattern_choice(backend.target, width, F16, frames)
+    if known is None:
+        assert pricing.over_dense(numbers, pricing.work(numbers)) > 1e6, "there is no kernel to offer"
+        return
+    plan = block_plan(tuple(numbers), 1024, known["BQ"], known["BK"])
+    assert pricing.work(numbers).share == plan.density
+    assert str(pricing.kernel_for(numbers).tile) == f"{known['BQ']}x{known['BK']}"
+
+
+def test_patterns_are_predicted_by_their_tiles() -> None:
+    backend, target = Triton(), get_target("h200")
+    q = torch.empty(1, 24, 8192, 128, dtype=F16, device="meta")
+    half, tenth = (attention_pattern.cost_of(q, q, q, list(diagonal(window)) * 24, 0.1) for window in (1200, 200))
+    times = [found.seconds for found in (backend.predicted(cost, target) for cost in (half, tenth)) if found]
+    assert len(times) == 2 and times[1] < 0.3 * times[0]
+    blocks = torch.ones(24, 128, 128, dtype=torch.bool)
+    assert backend.predicted(attention_pattern.cost_of(q, q, q, list(diagonal(9)) * 24, 0.1, blocks), target) is None
 
 
 def nbits_cost(rows: int, bits: int = 4, dtype: torch.dtype = F16, group: int = 128) -> Cost:

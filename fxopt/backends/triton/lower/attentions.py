@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.backends.triton.asked import attention_tile
 from fxopt.backends.triton.block_plan import may_renumber
 from fxopt.backends.triton.lower.job import Job
 from fxopt.backends.triton.ops import decode_attention as decode
 from fxopt.backends.triton.ops import pattern_attention as pattern
 from fxopt.backends.triton.worth import density_refusal
 from fxopt.ir.graph import hint, tensor_value
-from fxopt.ir.ops.attention_pattern import NUMBERS, attention_pattern, dense, density, patterns_of
+from fxopt.ir.ops.attention_pattern import NUMBERS, attention_pattern, dense, patterns_of
+from fxopt.ir.pattern_work import work_of
 from fxopt.ir.views.common import argument
 
 _ATEN = torch.ops.aten
@@ -96,15 +98,17 @@ def patterned(job: Job, node: fx.Node) -> None:
         made.kwargs = {"scale": scale}
         job.substitute(node, made)
         return
-    seen = density(numbers, length)
+    renumbered = may_renumber(numbers, length)
+    tile = attention_tile(job.target, str(value.dtype).removeprefix("torch."), width, renumbered)
+    seen = work_of(numbers, length, tile=tile).share
     arguments = (q, k, v, list(numbers), scale)
     reason = pattern.refusal(width, value.dtype) or job.uncompilable(pattern.pattern_attention, arguments)
     if reason:
         job.refused(node, reason, "the reference")
         return
-    renumbered = may_renumber(numbers, length)
     doubt = density_refusal(job.target, seen, heads, length, width, value.dtype, renumbered)
-    job.kernel(node, f"{len(numbers) // NUMBERS} heads in one launch, {seen:.2f} of the blocks{doubt and f'; {doubt}'}")
+    text = f"{len(numbers) // NUMBERS} heads in one launch, {seen:.2f} of the tiles of {tile}"
+    job.kernel(node, f"{text}{doubt and f'; {doubt}'}")
     job.substitute(node, job.call(pattern.pattern_attention.target, arguments, node))
 
 

@@ -34,7 +34,7 @@ from fxopt.errors import Unsupported
 # times (pairs of codes) or 4 times (groups of four) the rate of floats (benchmarks/wasm.py, benchmarks/tvm_kernels.py).
 _EMPTY_ENOUGH = {2: 0.4, 4: 0.18}
 # Density below which a product of the blocks of codes that are kept is faster (benchmarks/sparse_rates.py).
-_WORTHWHILE = {"sdot": 0.6, "smull": 0.6, "relaxed_dot": 0.6, "dot_i16x8": 0.6}
+_WORTHWHILE = {"sdot": 0.6, "smull": 0.6, "relaxed_dot": 0.25, "dot_i16x8": 0.6}
 _MOST_TAPS = 500  # of a depthwise window: 500 * 255 * 127 < 2**24
 
 
