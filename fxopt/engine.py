@@ -18,13 +18,12 @@ from fxopt.elsewhere import fastest
 from fxopt.errors import FxoptError, InvalidInput, InvalidOption, unknown
 from fxopt.frontends.comparison import first_line
 from fxopt.guard import Timing
-from fxopt.inputs import bind_sizes
 from fxopt.ir.error import OutputError, output_error
 from fxopt.ir.graph import Graph, label
 from fxopt.ir.interpreter import Evaluator
 from fxopt.ir.ledger import Ledger
 from fxopt.ir.memory import limit, spilled
-from fxopt.ir.shapes import update
+from fxopt.ir.shapes import infer, update
 from fxopt.ir.target import Cost, Prediction
 from fxopt.ir.verify import NumericCheck, synthetic_sample
 from fxopt.offers import NO_DATA, offers
@@ -160,7 +159,7 @@ class Optimizer:
         except FxoptError as error:
             self.ledger.note(f"the model stays at opset {opset}: {error}")
             return graph
-        bind_sizes(made, sample, self.original.sizes)
+        infer(made, self.original.sizes)  # those of the costs before
         return made
 
     def _numeric_check(self) -> NumericCheck | None:

@@ -155,7 +155,8 @@ def test_a_missing_model_suggests_its_neighbours(cli: Cli, model_file: Path) -> 
         (("--dry-run", "--report", "x.html"), "--dry-run .* writes nothing; leave --report out"),
         (("-o", "x.txt"), "--output x.txt: expected a name that ends in .onnx"),
         (("--dump", "{metrics}"), "--dump .* is a file; expected a folder"),
-        (("second.onnx",), "(?i)unexpected extra argument.*second"),
+        (("second.onnx",), "(?i)unexpected extra argument.*second.*one model at a time, so run it for each"),
+        (("--weights", "extern"), "'--weights': 'extern' is not one of 'embedded', 'external'"),
     ],
 )
 def test_options(

@@ -89,7 +89,9 @@ def _is_model(text: str) -> bool:
 def _usage(error: typer.TyperException) -> str:
     context: Any = getattr(error, "ctx", None)
     command = "fxopt" if context is None else context.command_path
-    message = error.format_message()
+    message = error.format_message().replace("Value error, ", "")
+    if "unexpected extra argument" in message and ".onnx" in message:
+        message += ": one model at a time, so run it for each"
     if type(error).__name__ == "NoArgsIsHelpError":
         return message
     return f"error: {message}\nTry '{command} --help'."
