@@ -101,14 +101,14 @@ class Tvm(Backend):
         return predicted(cost, target)
 
     def skips_zeros(self, target: Target, dtype: str, pattern: str, shape: tuple[int, int] | None = None) -> str:
-        """Blocks of at least a vector of outputs, in floats."""
+        """Blocks of at least a vector of outputs."""
         found, machine = Pattern.parse(pattern), machine_for(target)
         if found.is_counted or found.outputs % machine.lanes:
             return (
                 f"{pattern} gives no time on {target.name}: kernels skip blocks of outputs, a multiple of "
                 f"{machine.lanes} (such as {machine.columns}x1)"
             )
-        return "" if dtype == "float32" else f"kernels that skip zeros take float32, not {dtype}"
+        return "" if dtype in ("float32", "int8") else f"kernels that skip zeros take float32 and int8, not {dtype}"
 
     def compile(self, graph: Graph, target: Target, *, threads: int | None = None) -> Executable:
         """Compile the graph for each bucket; on this machine, what has no kernel runs in torch.

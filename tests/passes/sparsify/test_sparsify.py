@@ -257,9 +257,9 @@ def test_blocks_on_webassembly() -> None:
     (first, *_) = offered(Sparsify(sparsity=0.8), graph, wasm)
     assert first.setting["pattern"] == "8x1" and first.setting.get("kernel") is None
     before, after = Sparsify().work(graph, first)
-    assert 3.5 < predict(before, wasm.target).seconds / predict(after, wasm.target).seconds < 4
+    assert 3.5 < predict(before, wasm.target).seconds / predict(after, wasm.target).seconds < 4.5
     assert_refuses(Sparsify("2:4"), graph, "2:4 gives no time on wasm-simd: kernels skip blocks of outputs, a multiple of 4", wasm)
-    assert_refuses(Sparsify("8x1"), prepared(linears(256, 512, np.float16), 256), "take float32, not float16", wasm)
+    assert_refuses(Sparsify("8x1"), prepared(linears(256, 512, np.float16), 256), "take float32 and int8, not float16", wasm)
 
 
 # ---- refusals
