@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxopt.catalog import read_by_plugin
-from fxopt.errors import FxoptError, InvalidInput, NotReady, unknown
+from fxopt.errors import FxoptError, InvalidInput, NotReady, Unsupported, unknown
 from fxopt.inputs import Bound, bound, flat_inputs, misfit, samples_of, shaped, sizes_of, structured
 from fxopt.ir.graph import Graph
 from fxopt.ir.interpreter import Evaluator
@@ -202,6 +202,12 @@ class Optimized(torch.nn.Module):
         return f"a speed-up of {wanted:g} was required; " + (
             f"measured {measured.ratio:.2f}" if measured else f"nothing was measured ({self.report.why})"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Compiled results are no pickles: neither `torch.save` nor `copy.deepcopy` takes them."""
+        if self._outcome is None:
+            return super().__reduce_ex__(protocol)
+        raise Unsupported("a result cannot be pickled or copied; write it with .save(path), fxopt.load reads it")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model: `*.onnx`, or a folder with a manifest, the graph and its constants.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import re
@@ -341,6 +342,12 @@ def test_an_onnx_file_of_compiled_code_holds_the_graph_alone(model_file: Path, w
 @pytest.fixture
 def fast(model_file: Path) -> fxopt.Optimized:
     return fxopt.optimize(model_file, passes=[])
+
+
+def test_results_are_no_pickles(fast: fxopt.Optimized, work: Path) -> None:
+    for attempt in (lambda: torch.save(fast, work / "out.pt"), lambda: copy.deepcopy(fast)):
+        with pytest.raises(Unsupported, match=r"cannot be pickled or copied; write it with \.save\(path\)"):
+            attempt()
 
 
 def test_a_file(fast: fxopt.Optimized, work: Path) -> None:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
+from fxopt.backends.eager import Eager, EagerExecutable
+from fxopt.backends.onnxruntime import OnnxRuntime
 from fxopt.cost_model.attention_patterns import price
 from fxopt.errors import InvalidOption
 from fxopt.frontends import torch_export
@@ -28,6 +30,7 @@ from fxopt.passes.attention_patterns.modes import FULL, SKIP, Mode, cheapest, ch
 from fxopt.passes.attention_patterns.pricing import Kernel, Pricing
 from fxopt.passes.attention_patterns.rewrite import rewrite
 from fxopt.passes.attention_patterns.site import Site, site_of
+from fxopt.passes.base import Context
 from tests.passes.helpers import Calls, context
 from tests.passes.planted import WIDTH, Planted
 
@@ -396,3 +399,43 @@ def test_what_the_backend_says_counts() -> None:
         assert str(pricing) == "tiles of 64x32"
     (refused,) = list(AttentionPatterns().candidates(graph, context(capabilities=Asked(0.0))))
     assert str(refused.refusal) == "does not pay"
+
+
+def test_what_two_threads_make_slower_is_refused_for_them_only() -> None:
+    """Six patterns over 512 tokens: measured faster than dense attention on one thread, slower on two."""
+    row = {}
+    for threads in (1, 2):
+        same = [row for row in ROWS if (row["length"], row["threads"], row["calls"]) == (512, threads, 24)]
+        row[threads] = next(row for row in same if row["work"] > 0.6)
+    assert row[1]["onnxruntime"] < 0.95 and row[2]["onnxruntime"] > 1.05
+    x = torch.randn(1, 6, 512, 64)
+    graph = torch_export.load(Calls(sdpa()), (x,) * 3)
+    infer(graph)
+    backend = OnnxRuntime()
+    times = []
+    for threads in (1, 2):
+        target = replace(context().target, cores=threads)
+        candidates = list(AttentionPatterns().candidates(graph, Context(target, capabilities=backend)))
+        pricing = candidates[0].setting["kernel"]
+        every = [diagonal(int(512 * 0.5 / 2) + 5 * head, sink=4 * (head % 2)) for head in range(6)]
+        numbers = [number for pattern in every for number in pattern]
+        times.append(pricing.over_dense(numbers, pricing.work(numbers)))
+    assert times[0] < 0.95 < times[1]
+
+
+def test_the_reference_runs_on_as_many_threads_as_it_is_told() -> None:
+    seen: list[int] = []
+
+    class Counted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    graph = torch_export.load(Counted().eval(), (torch.zeros(2),))
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        executable = Eager().compile(graph, context().target, threads=threads)
+        assert isinstance(executable, EagerExecutable)
+        executable.graph.run = lambda *_, **__: seen.append(torch.get_num_threads()) or []  # type: ignore
+        executable.run([torch.zeros(2)])
+        assert torch.get_num_threads() == before
+    assert seen == [1, 2]

@@ -59,9 +59,9 @@ def _weight(graph: Graph, node: fx.Node) -> Tensor | None:
         x, weight = (*node.args, None, None)[:2]
         found = graph.constant(weight) if isinstance(weight, fx.Node) else None
         given = shape_of(x) if isinstance(x, fx.Node) else None
-        if found is None or given is None or found.dtype != torch.int8 or found.dim() < 2:
+        if found is None or not given or found.dtype != torch.int8 or found.dim() < 2:
             return None
-        inner = given[1] if found.dim() > 2 and len(given) > 1 else given[-1]
+        inner = given[1 if found.dim() > 2 and len(given) > 1 else len(given) - 1]
         return found.flatten(1) if hint(inner) == found.shape[1] else None
     view = linear(graph, node) or conv(graph, node)
     if not isinstance(view, (Linear, Conv)) or (isinstance(view, Conv) and view.groups > 1):
