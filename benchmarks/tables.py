@@ -375,6 +375,7 @@ SECTIONS = (
     ("attention_patterns", attention_patterns),
     ("embeddings", embeddings),
     ("wasm", lambda result: tables_small.wasm(result, where(result))),
+    ("sparse_rates", lambda result: tables_small.sparse_rates(result, where(result))),
     ("arm_instructions", lambda result: tables_small.arm_instructions(result, where(result))),
     ("onnx_suite", lambda result: tables_onnx.onnx_suite(result, where(result))),
     ("onnx_large", lambda result: tables_onnx.onnx_large(result, where(result))),

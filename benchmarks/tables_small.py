@@ -42,6 +42,25 @@ def _rows(group: dict[str, Any]) -> list[str]:
     return lines
 
 
+def sparse_rates(result: dict[str, Any], where: str) -> list[str]:
+    """What zeros give, of every form on every target."""
+    shares = [float(share) for share in result["shares"]]
+    lines = [
+        "## Blocks of zeros in compiled code",
+        "",
+        f"`python -m benchmarks.sparse_rates` on {where}. One layer over the same without zeros, by the share of zero",
+        "blocks (outputs x inputs): WebAssembly timed in Node, Arm counted in instructions. The cost model's figures.",
+        "",
+        f"| target | layer | {' | '.join(f'{share:.0%}' for share in shares)} |",
+        f"|---|---|{'---|' * len(shares)}",
+    ]
+    for target, found in result["targets"].items():
+        for form, ratios in found["speedups"].items():
+            shown = " | ".join(f"{ratios[str(share)]:.2f}x" for share in shares)
+            lines.append(f"| {target} | {form} | {shown} |")
+    return lines
+
+
 def arm_instructions(result: dict[str, Any], where: str) -> list[str]:
     """Counts, for there is no Arm processor here."""
     lines = [

@@ -181,6 +181,22 @@ def float_model(
             "expected": dense, "facts": facts}  # fmt: skip
 
 
+def sparse_model(
+    name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], width: int, density: float, place: Path
+) -> Case:
+    """A pruned model in float32 and in 8 bits, which both skip the zeros."""
+    torch.manual_seed(1)
+    model, x = make(), (torch.randn(shape),)
+    wasm_models.prune(model, width, density)
+    competitors: Case = {"onnxruntime-web": {"kind": "onnxruntime", "file": exported(model, x, place / "m.onnx")}}
+    with torch.no_grad():
+        exact = save(place, "y.bin", copy.deepcopy(model).double()(x[0].double()))
+    facts = eight_bits(model, x, [(torch.randn(shape),) for _ in range(16)], place, competitors)
+    title = f"{name}; {1 - density:.0%} zeros in blocks of {width} outputs x 1 input"
+    return {"title": title, "inputs": given(place, [("x", x[0])]), "competitors": competitors, "expected": exact,
+            "facts": facts}  # fmt: skip
+
+
 def minilm_model(place: Path) -> Case:
     """all-MiniLM-L6-v2 on 128 tokens: float32 and 8 bits, with and without relaxed SIMD."""
     model, tokenizer = minilm()
@@ -229,11 +245,13 @@ def eight_bits(model: nn.Module, x: Any, samples: Any, place: Path, competitors:
     return facts
 
 
+_MODELS: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], int, float]] = [
+    ("MobileNetV2 224", wasm_models.mobilenet, (1, 3, 224, 224), 4, 0.2),
+    ("encoder d256 ff1024, 64 tokens", wasm_models.encoder, (1, 64, 256), 8, 0.2),
+]
 GROUPS: dict[str, list[Callable[[Path], Case]]] = {
     "products": [*(partial(linear, shape) for shape in LINEARS), *(partial(conv, shape) for shape in CONVS)],
-    "models": [
-        partial(float_model, "MobileNetV2 224", wasm_models.mobilenet, (1, 3, 224, 224), 4, 0.2),
-        partial(float_model, "encoder d256 ff1024, 64 tokens", wasm_models.encoder, (1, 64, 256), 8, 0.2),
-    ],
+    "models": [partial(float_model, *each) for each in _MODELS],
     "int8": [minilm_model, digits_model],
+    "sparse": [partial(sparse_model, *each) for each in _MODELS],
 }

@@ -312,7 +312,8 @@ PRODUCTS = [
     Entry("einsum with keys and values first", einsum_in_another_order, heads(*BY_POSITION), (Expected(scale=0.5),)),
     Entry("values first", values_first, heads((B, D, L), (B, D, S), (B, D, S)), (Expected(scale=0.5),)),
     Entry("heads folded into the batch", folded, with_mask(lambda: torch.randn(B, 1, L, S)), (Expected("general", 0.5),)),
-    Entry("heads folded into the batch, with constants", folded_with_constants, heads(), (Expected("general", 0.5),)),
+    Entry("heads folded into the batch, with constants", folded_with_constants, heads(), (Expected("general", 0.5),),
+          only=("torch", "script")),  # as dynamo exports it, it is refused: batch and heads are not apart again
     Entry("baddbmm", added_product, with_mask(lambda: torch.randn(B, L, S), *THREE), (Expected("general", 0.3),)),
     Entry("baddbmm that adds nothing", nothing_added, with_mask(lambda: torch.randn(B, L, S), *THREE),
           (Expected(scale=0.3),), only=("torch",)),  # exporters add 0 times it

@@ -124,12 +124,18 @@ def fused_alike(graph: Graph, sample: list[torch.Tensor], origin: str) -> None:
         infer(graph, SIZES)
     before = graph.copy()
     infer(before, SIZES)
-    spelled = [view for view in attentions(graph) if isinstance(view, Attention) and view.kind == "spelled-out"]
+    spelled = to_fuse(graph, origin)
     changes = PassManager([FuseAttentionHeads()]).run(graph, ctx)
     assert changes >= len(spelled)
-    assert not [view for view in attentions(graph) if isinstance(view, Attention) and view.kind == "spelled-out"]
+    assert not to_fuse(graph, origin)
     assert_no_worse(before, graph, [sample])
     if origin != "torch":
         results: Any = [OnnxRuntime().compile(each, TARGET, threads=1).run(sample) for each in (before, graph)]
         for was, now in zip(*results, strict=True):
             assert np.allclose(was.numpy(), now.numpy(), atol=2e-5, rtol=1e-4, equal_nan=True)
+
+
+def to_fuse(graph: Graph, origin: str) -> list[Attention]:
+    """What is spelled out; with a soft cap, ONNX Runtime is slower fused (benchmarks/attention_forms.py)."""
+    found = [view for view in attentions(graph) if isinstance(view, Attention) and view.kind == "spelled-out"]
+    return [view for view in found if origin == "torch" or not view.softcap]
