@@ -8,6 +8,7 @@ _TITLES = {
     "products": "Single layers in float32",
     "models": "Models in float32, dense and block-sparse",
     "int8": "Models in 8 bits",
+    "sparse": "Pruned models in float32 and in 8 bits",
 }
 
 
