@@ -83,14 +83,15 @@ _CONVERSION = 4.0
 def with_conversions(graph: Graph, view: Conv, result: fx.Node, cost: Cost) -> Cost:
     """The work of a narrow float convolution together with the conversions where it lies between other convolutions.
 
-    Those around it pay on their own; left in floats, it would have its input dequantised and its output quantised.
+    Those around it pay on their own; left in floats, it would have its input dequantised and its output quantised. Of
+    those with blocks of zeros that is not known: in floats they may be faster.
     """
     if cost.kind != "conv.narrow":
         return cost
     elements = 0
     if _comes_from_conv(graph, source(view.x)):
         elements += _count(shape_of(view.x) or ())
-    if any(isinstance(conv(graph, user), Conv) for user, _ in takers(result)):
+    if any(_pays_alone(graph, user) for user, _ in takers(result)):
         elements += _count(shape_of(result) or ())
     return replace(cost, flops=cost.flops + _CONVERSION * elements, macs=cost.multiply_adds)
 
@@ -100,7 +101,13 @@ def _comes_from_conv(graph: Graph, node: fx.Node) -> bool:
     before = node.args[0] if node.op == "call_function" and node.args else None
     if isinstance(before, fx.Node) and saturated(graph, before) is node:
         node = before
-    return isinstance(conv(graph, node), Conv)
+    return _pays_alone(graph, node)
+
+
+def _pays_alone(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node is a convolution that is expected to be computed in 8 bits."""
+    view = conv(graph, node)
+    return isinstance(view, Conv) and zeros_of(view, view.weight(graph)) is None
 
 
 def _count(shape: tuple[Any, ...]) -> int:

@@ -167,7 +167,7 @@ class ConvWriter:
         pixels = rows * size.out_width
         with kernel.loop(size.channels // size.groups, "c") as c:
             plane = kernel.let(start + c * (size.height * size.width))
-            for i in range(kh):
+            with kernel.loop(kh, "i") as i:
                 for j in range(kw):
                     to = kernel.let(((c * kh + i) * kw + j) * pixels)
                     with kernel.loop(rows, "r") as r:
