@@ -44,6 +44,8 @@ def within_budget(
         spent: the loss of `base` itself, where an earlier stage made it.
     """
     first = plan(offers.candidates, None, offers.prices, objective=job.request.objective)
+    if first.chosen and not job.request.target.is_host:  # nothing will be measured
+        first = _with_conversions(job, base, first, offers)
     if not first.chosen:
         record(job.ledger, first, offers.prices)
         return None
@@ -66,6 +68,28 @@ def within_budget(
     found = _search(job, path, budget, spent, lossy.loss, of)
     record(job.ledger, _plan({}, first, path, prices) if found is None else found.plan, prices)
     return found
+
+
+def _with_conversions(job: Optimizer, base: Graph, first: Plan, offers: Offers) -> Plan:
+    """The plan without convolutions that are predicted to gain less than converting between codes and floats takes."""
+    found = _crossings(job, base, [item for item in first.chosen if _gives_levels(base, item, offers)], offers)
+    path = Path(first.chosen, offers.prices, job.request.objective, found)
+    best = max(path.states, key=path.gain)
+    if path.crossings is None or path.gain(best) <= path.gain(path.start):
+        return first
+    refused = [
+        (item, Refusal("converting its values takes longer than it gains: some around it are not in 8 bits"))
+        for item in first.chosen
+        if best.get(item.node) != item
+    ]
+    chosen = tuple(best[item.node] for item in first.chosen if item.node in best)
+    gain = sum(offers.prices[item].gain for item in chosen)
+    return Plan(chosen, (*first.refused, *refused), path.error(best), gain)
+
+
+def _gives_levels(base: Graph, item: Candidate, offers: Offers) -> bool:
+    levels = offers.owners[item].fixed_levels(base, item)
+    return levels is not None and levels[1] is not None
 
 
 def _search(

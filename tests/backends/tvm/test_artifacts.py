@@ -399,7 +399,6 @@ def test_compiling_takes_seconds(tmp_path: Path) -> None:
 
 def test_large_windows_compile_in_seconds(tmp_path: Path) -> None:
     """The patches of a vision transformer: code must not grow with the window (it took 29 s of processor time)."""
-    from torch import nn
 
     from fxopt.backends.tvm.compile import build
     from fxopt.backends.tvm.source import sources
@@ -409,4 +408,3 @@ def test_large_windows_compile_in_seconds(tmp_path: Path) -> None:
     begin = time.process_time()
     build(sources(graph, {}, "patches"), harness.machine("wasm-simd"), tmp_path, "patches")
     assert time.process_time() - begin < 8
-

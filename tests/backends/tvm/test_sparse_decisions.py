@@ -72,3 +72,24 @@ def test_zeros_that_a_pass_made_are_counted() -> None:
     result = optimized(perceptron(0.0), "cortex-a53", passes=sparse, budget=None)
     steps = result._ready.executable.steps
     assert sum("bsr (" in step for step in steps) == 1 and not any("int8" in step for step in steps)
+
+
+def test_convolutions_between_floats_stay_in_floats() -> None:
+    """A depthwise convolution gains less in 8 bits than converting its values takes, where its neighbours do not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(32, 64, 1), nn.ReLU6(), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.ReLU6(), nn.Conv2d(64, 32, 1)
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 32, 28, 28)
+    chosen = {}
+    for zeros in (0.0, 0.8):
+        with torch.no_grad():
+            for layer in (model[0], model[4]):
+                kept = torch.rand(layer.weight.shape[0] // 4, layer.weight.shape[1]) >= zeros
+                layer.weight.mul_(kept.repeat_interleave(4, 0)[..., None, None])
+        data = [(torch.randn_like(x),) for _ in range(2)]
+        found = fxopt.optimize(model, "wasm-relaxed", example_inputs=(x,), calibration=data, budget=None)
+        chosen[zeros] = len(list(found.ledger.select(pass_name="quantize-linear", outcome="applied")))
+        refused = [row.reason for row in found.ledger.select(pass_name="quantize-linear", outcome="refused")]
+        assert any("converting its values takes longer" in reason for reason in refused) == (zeros > 0)
+    assert chosen == {0.0: 3, 0.8: 0}
