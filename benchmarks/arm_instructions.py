@@ -25,6 +25,7 @@ from benchmarks.tvm_kernels import arrays, block_sparse, shared_pattern
 from fxopt.backends.tvm import Tvm, qemu
 from fxopt.backends.tvm.executable import TvmExecutable
 from fxopt.backends.tvm.kernels.bsr import bsr, pack_bsr
+from fxopt.backends.tvm.kernels.bsr_int8 import bsr_int8, pack_blocks, panel_rows
 from fxopt.backends.tvm.kernels.dense import dense, pack_bias, pack_dense
 from fxopt.backends.tvm.kernels.dense_int8 import Product, dense_int8, work_space
 from fxopt.backends.tvm.kernels.dot import column_sums, in_groups, pack_codes, preferred
@@ -77,6 +78,15 @@ def kernels(shape: tuple[int, int, int], machine: Machine) -> tuple[dict[str, An
         space = [np.zeros(count, kind)] if count else []
         given[name] = [q, pack_codes(codes, width, dot), starts, ones, none, *space, y]
         expected[name] = q[:, :inner].astype(np.int64) @ codes.astype(np.int64).T
+    dot, size = preferred(machine), Product(rows, inner, outputs)
+    q, high = given["int8"][0], panel_rows(size, dot)
+    for kept in (30, 20, 10):
+        name, sparse = f"int8_bsr8x1_{kept}", codes * (block_sparse(w, 8, kept / 100) != 0)
+        blocks = pack_blocks(sparse.astype(np.int8), 8, dot)
+        functions[name] = bsr_int8(name, size, blocks.groups, 8, dot, machine)
+        panel = np.zeros(high * q.shape[1], q.dtype)
+        given[name] = [q, blocks.weights, blocks.inputs, blocks.firsts, 0 * column_sums(codes, 8), ones, none, panel, y]
+        expected[name] = q[:, :inner].astype(np.int64) @ sparse.astype(np.int64).T
     return functions, given, expected, 1e-5
 
 

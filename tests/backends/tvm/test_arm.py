@@ -30,6 +30,9 @@ LIMITS = {
     "nm24_shared8": 0.52,
     "nm24_shared4": 0.65,
     "int8": 0.22,
+    "int8_bsr8x1_30": 0.13,
+    "int8_bsr8x1_20": 0.095,
+    "int8_bsr8x1_10": 0.06,
 }
 
 
