@@ -91,8 +91,13 @@ def resolve_target(target: str | Target, threads: int | None) -> Target:
 
         return detect_host(threads)
     from fxopt.catalog import find_target
+    from fxopt.config import Config
 
-    return find_target(target)
+    found = find_target(target)
+    is_asked = threads is not None and threads > 1 and threads != Config.from_environment().threads
+    if is_asked and found.backend == "tvm":
+        raise InvalidOption(f"threads={threads}; code for {found.name} runs on one thread: leave it out")
+    return found
 
 
 def resolve_backend(

@@ -499,3 +499,9 @@ def test_random_shapes_must_fit() -> None:
         load("random", IMAGE, input_shapes={"x": (1, 4)}, warn=quiet)
     with pytest.raises(InvalidInput, match="has no shape; give --input-shape x:1"):
         load("random", graph_of(ValueSpec("x", torch.float32, None)), warn=quiet)
+
+
+def test_threads_of_code_that_runs_on_one() -> None:
+    with pytest.raises(InvalidOption, match="threads=2; code for cortex-a76 runs on one thread: leave it out"):
+        fxopt.optimize(torch.nn.Linear(4, 4), "cortex-a76", example_inputs=(torch.zeros(1, 4),), threads=2)
+

@@ -232,3 +232,11 @@ def test_a_cast_is_no_view() -> None:
 
     (cost,) = costs(torch_graph(Cast(), torch.zeros(64))).values()
     assert (cost.bytes, cost.launches) == (64 * 6, 1)
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(torch.nn.LSTM, 4), (torch.nn.GRU, 3), (torch.nn.RNN, 1)])
+def test_recurrent_layers_of_torch(kind: Any, gates: int) -> None:
+    graph = torch_graph(kind(6, 8, 2, batch_first=True), torch.zeros(3, 5, 6))
+    (cost,) = (node_cost(graph, node) for node in graph.calls() if kind.__name__.lower() in str(node.target))
+    assert cost.macs is None and cost.flops == 2 * 3 * 5 * gates * 8 * (6 + 8 + 8 + 8)
+

@@ -133,6 +133,13 @@ def _einsum(call: Call) -> Cost:
     return call.cost(flops, "attention" if len(operands) > 1 else "shape")
 
 
+def _recurrent(call: Call) -> Cost:
+    """LSTM, GRU and RNN: every step multiplies with the input and recurrence weights of all layers and directions."""
+    x = call.shape(0) or ()
+    weights = [tensor for tensor in map(tensor_of, call.argument(2) or ()) if tensor is not None and tensor.dim() == 2]
+    return call.cost(2.0 * math.prod(x[:-1]) * sum(map(count, weights)), "linear")
+
+
 def _norm(call: Call) -> Cost:
     return call.cost(NORMALISATION * count(call.tensor(0)), "norm", moved=call.read + nbytes(call.output))
 
@@ -166,6 +173,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     **dict.fromkeys(_ATTENTION, _attention),
     "einsum": _einsum,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"), _softmax),
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"), _affine),
