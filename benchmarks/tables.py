@@ -174,7 +174,6 @@ def attention_patterns(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {row['threads']} | {row['length']} | {row['pattern']} | {shown} | {row['calls']} | {times} |"
         )
-    lines += ["", str(result.get("densities_note", ""))] if "densities_note" in result else []
     lines += ["", "Prices that fit these rows: the time of a pair of a query and a key over that in dense attention,"]
     lines += ["in slices and in heads of one call, and what dense attention multiplies in the time of a call.", ""]
     lines += ["| threads | runtime | in slices | one call | a call |", f"|{'---|' * 5}"]
