@@ -128,7 +128,7 @@ def test_from_onnx(tmp_path: Path) -> None:
     torch.onnx.export(layer, (layer.samples(1)[0],), str(path), dynamo=True, verbose=False)
     samples = layer.samples(4)
     result = fxopt.optimize(
-        path, "host", calibration=[(x,) for x in samples], budget=0.01, force=True,
+        path, "host", calibration=[(x,) for x in samples], budget=0.01, force=True, threads=1,
         passes=[f"attention-patterns{{{LAYOUT},tolerance=1e-5}}"],
     )  # fmt: skip
     check_planted(result, len(NAMES))
@@ -155,7 +155,7 @@ def test_linears_are_quantised_afterwards() -> None:
     samples = layer.samples(4)
     result = fxopt.optimize(
         layer, "host", example_inputs=(samples[0],), calibration=[(x,) for x in samples], force=True, budget=None,
-        passes=["attention-patterns{tolerance=1e-5}", "quantize-linear"], backend="onnxruntime",
+        passes=["attention-patterns{tolerance=1e-5}", "quantize-linear"], backend="onnxruntime", threads=1,
     )  # fmt: skip
     assert pattern_nodes(result.graph)
     assert list(result.ledger.select(pass_name="quantize-linear", outcome="applied"))
@@ -166,7 +166,7 @@ def test_explain_says_what_was_found() -> None:
     layer = Planted(["diagonal", "skip", "full"], 512)
     samples = layer.samples(4)
     ledger = fxopt.explain(
-        layer, "host", example_inputs=(samples[0],), calibration=[(x,) for x in samples], budget=1e-4,
+        layer, "host", example_inputs=(samples[0],), calibration=[(x,) for x in samples], budget=1e-4, threads=1,
         passes=["attention-patterns{tolerance=1e-5}"],
     )  # fmt: skip
     (row,) = ledger.select(pass_name="attention-patterns")
