@@ -1,6 +1,8 @@
 """Write docs/benchmarks.md from benchmarks/results/*.json: no number in the docs is typed by hand.
 
 python -m benchmarks.tables
+
+Longer than most files here: one function per table; those of few lines are in `tables_small`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The public functions."""
+"""The public functions.
+
+Longer than most files here: half of it is what users read of their arguments.
+"""
 
 from __future__ import annotations
 

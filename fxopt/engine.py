@@ -187,7 +187,7 @@ class Optimizer:
         for index, sample in enumerate(self.request.samples):
             try:
                 self.baseline.run(sample)
-            except Exception:
+            except Exception:  # whatever a backend raises: the sample is named, the first error is the cause
                 raise InvalidInput(
                     f"the model does not run on sample {index} of the data given: {first_line(error)}"
                 ) from error

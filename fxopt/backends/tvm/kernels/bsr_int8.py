@@ -91,12 +91,17 @@ _COSTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
+def block_density(codes: Codes, width: int) -> float:
+    """The share of blocks that hold anything but zeros; 1 of an empty weight."""
+    return float((_in_blocks(codes, width) != 0).any(1).mean()) if codes.size else 1.0
+
+
 def sparse_form(codes: Codes, rows: int, dot: Dot, machine: Machine) -> Blocks | None:
     """The blocks of the width that takes the least time; None where the dense product takes less, or else is exact."""
     best, chosen, least = 1.0, 0, 8 if machine.family == "x86" else 4
     for halvings, cost in enumerate(_COSTS[dot.instruction][rows < 2]):
         width = machine.columns >> halvings
-        density = float((_in_blocks(codes, width) != 0).any(1).mean()) if codes.size else 1.0
+        density = block_density(codes, width)
         if 0 < density * cost < best and width >= least:
             best, chosen = density * cost, width
     if not chosen:

@@ -13,7 +13,7 @@ from torch import fx
 
 from fxopt.backends.tvm.codes import Coded, Levels
 from fxopt.backends.tvm.kernels.bsr import pack_bsr
-from fxopt.backends.tvm.kernels.bsr_int8 import Blocks, pack_blocks
+from fxopt.backends.tvm.kernels.bsr_int8 import Blocks, block_density, pack_blocks
 from fxopt.backends.tvm.kernels.conv import Conv
 from fxopt.backends.tvm.kernels.conv_bsr_int8 import conv_bsr_int8, is_possible, packed_words, patch_space
 from fxopt.backends.tvm.kernels.conv_int8 import conv_int8, pack_conv_codes, pack_per_output, work_spaces
@@ -48,8 +48,8 @@ def _blocks(matrix: Any, size: Conv, dot: Dot, machine: Machine) -> Blocks | Non
     """The weight's blocks, where a product of them alone is faster."""
     if not is_possible(size, machine):
         return None
-    found = pack_blocks(matrix, machine.outputs, dot)
-    return found if found.groups and found.density < _WORTHWHILE[dot.instruction] else None
+    density = block_density(matrix, machine.outputs)
+    return pack_blocks(matrix, machine.outputs, dot) if 0 < density < _WORTHWHILE[dot.instruction] else None
 
 
 def levels_of(low: Lowering, call: Call, name: str) -> Levels:
