@@ -73,9 +73,11 @@ def within_budget(
 def _with_conversions(job: Optimizer, base: Graph, first: Plan, offers: Offers) -> Plan:
     """The plan without convolutions that are predicted to gain less than converting between codes and floats takes."""
     found = _crossings(job, base, [item for item in first.chosen if _gives_levels(base, item, offers)], offers)
+    if found is None or job.request.objective != "latency":
+        return first
     path = Path(first.chosen, offers.prices, job.request.objective, found)
     best = max(path.states, key=path.gain)
-    if path.crossings is None or path.gain(best) <= path.gain(path.start):
+    if path.gain(best) <= path.gain(path.start):
         return first
     refused = [
         (item, Refusal("converting its values takes longer than it gains: some around it are not in 8 bits"))
